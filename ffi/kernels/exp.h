@@ -1,0 +1,125 @@
+// e^x as (mantissa, exponent), the heart of every kernel: e^x = (1 + s)·2^n with n = round(x·log2 e).
+//
+// Source: Dukhan & Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, section 4. Three
+// things differ from the paper, all for accuracy or speed:
+//
+// * The mantissa is kept as s = mantissa - 1, before the 1 would round it. Error of 1 + s, in units of
+//   the last place of 1 (2^-23 in float32, 2^-52 in float64): below 0.45, against 0.5 more once rounded.
+//   tests/numerics/test_accuracy.py bounds what follows from it.
+// * n is handed on as the ready power of two 2^(n - reference), read out of the low bits of the sum that
+//   rounds x·log2 e. The reference is an integer near the largest n, so the power never overflows.
+// * x is clamped from below, where 2^(n - reference) is zero: -inf, finfo.min and the usual masks would
+//   otherwise become -inf + inf. NaN passes the clamp and poisons s.
+#pragma once
+
+#include "ffi/kernels/guard.h"
+#include "ffi/simd/inline.h"
+
+namespace jax_softmax2p {
+
+// Rows whose largest element has |n| beyond Reduction<V>::kMaxExponent are left to a max-subtracting
+// kernel. Within it, n·kLn2High is exact, and so is x - n·kLn2High: its bits lie between 2^-1 and the last
+// bit of kLn2High. kLn2Low then brings the sum of both to more digits than n·ln 2 - x can show.
+template <typename T, bool fused>
+struct Reduction;
+
+template <typename T>
+struct Format;
+
+template <>
+struct Format<float> {
+  static constexpr int kBias = 127;
+  static constexpr float kRounder = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
+  static constexpr float kLog2E = 0x1.715476p0f;
+  static constexpr double kLn2 = 0x1.62e42fefa39efp-1;
+  // (e^t - 1 - t)/t^2 on |t| <= 1.01·ln(2)/2, minimax in the relative error of e^t (Lawson's iteration,
+  // each coefficient rounded before the next was fitted): 0.057·2^-24.
+  static constexpr float kPolynomial[] = {0x1.fffffcp-2f, 0x1.55548cp-3f, 0x1.5558b8p-5f, 0x1.123e5ap-7f,
+                                          0x1.6a4db0p-10f};
+};
+
+template <>
+struct Format<double> {
+  static constexpr int kBias = 1023;
+  static constexpr double kRounder = 0x1.8p52;
+  static constexpr double kLog2E = 0x1.71547652b82fep0;
+  static constexpr double kLn2 = 0x1.62e42fefa39efp-1;
+  // As above: 0.038·2^-53.
+  static constexpr double kPolynomial[] = {
+      0x1.000000000000bp-1,  0x1.5555555555500p-3,  0x1.5555555550076p-5,  0x1.11111111261d2p-7,
+      0x1.6c16c185ead81p-10, 0x1.a01a01347a325p-13, 0x1.a01995411f9cep-16, 0x1.71df0ab7d3569p-19,
+      0x1.28b1ee04d923bp-22, 0x1.adb0b5759fc66p-26};
+};
+
+template <>
+struct Reduction<float, true> {
+  static constexpr int kMaxExponent = 1 << 17;
+  static constexpr float kLn2High = 0x1.62e430p-1f;
+  static constexpr float kLn2Low = -0x1.05c610p-29f;
+};
+
+template <>
+struct Reduction<double, true> {
+  static constexpr int kMaxExponent = 1 << 17;
+  static constexpr double kLn2High = 0x1.62e42fefa39efp-1;
+  static constexpr double kLn2Low = 0x1.abc9e3b39803fp-56;
+};
+
+// Without a fused multiply-add the product n·kLn2High must fit the format by itself, which leaves
+// kLn2High 13 of 24 bits, or 40 of 53.
+template <>
+struct Reduction<float, false> {
+  static constexpr int kMaxExponent = 1 << 10;
+  static constexpr float kLn2High = 0x1.62ep-1f;
+  static constexpr float kLn2Low = 0x1.0bfbe8p-15f;
+};
+
+template <>
+struct Reduction<double, false> {
+  static constexpr int kMaxExponent = 1 << 12;
+  static constexpr double kLn2High = 0x1.62e42fefa2p-1;
+  static constexpr double kLn2Low = 0x1.9ef35793c7673p-41;
+};
+
+template <typename V>
+using ReductionFor = Reduction<typename V::Scalar, V::kFused>;
+
+template <typename V>
+struct Exponential {
+  V power;  // 2^(n - reference), zero where x was clamped
+  V s;      // e^x = (1 + s)·2^n
+};
+
+// Calls Exponential(x) for x with n - reference <= 1.
+template <typename V>
+class ExponentialFrom {
+  using T = typename V::Scalar;
+  using F = Format<T>;
+  using R = ReductionFor<V>;
+
+ public:
+  explicit SOFTMAX2P_INLINE ExponentialFrom(int reference)
+      : lowest_(V::Broadcast(static_cast<T>((reference - F::kBias) * F::kLn2))),
+        rounder_(V::Broadcast(F::kRounder + static_cast<T>(F::kBias - reference))) {}
+
+  SOFTMAX2P_INLINE Exponential<V> operator()(V x) const {
+    if constexpr (kGuarded) x = Max(lowest_, x);
+    const V rounded = Fma(x, V::Broadcast(F::kLog2E), rounder_);
+    const V n = rounded - rounder_;
+    const V t = Fnma(n, V::Broadcast(R::kLn2Low), Fnma(n, V::Broadcast(R::kLn2High), x));
+    return {ExponentFromLowBits(rounded), Fma(t * t, Polynomial(t), t)};
+  }
+
+ private:
+  static SOFTMAX2P_INLINE V Polynomial(V t) {
+    constexpr int kTerms = sizeof F::kPolynomial / sizeof F::kPolynomial[0];
+    V q = V::Broadcast(F::kPolynomial[kTerms - 1]);
+    for (int i = kTerms - 2; i >= 0; --i) q = Fma(q, t, V::Broadcast(F::kPolynomial[i]));
+    return q;
+  }
+
+  V lowest_;
+  V rounder_;
+};
+
+}  // namespace jax_softmax2p

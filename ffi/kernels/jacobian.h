@@ -1,0 +1,78 @@
+// The Jacobian of softmax applied to a tangent or cotangent: J(y, t) = y·(t - <y, t>), over contiguous rows.
+#pragma once
+
+#include <cstdint>
+
+#include "ffi/kernels/extended_sum.h"
+#include "ffi/kernels/table.h"
+#include "ffi/simd/inline.h"
+
+namespace jax_softmax2p {
+
+template <typename V>
+class JacobianRow {
+  using T = typename V::Scalar;
+
+ public:
+  // <y, t> in twice the working precision (Ogita, Rump & Oishi, "Accurate sum and dot product", SIAM J.
+  // Sci. Comput. 26(6), 2005, Algorithm 5.3): t - <y, t> cancels where t is nearly constant.
+  static DoubleSum Dot(const T* y, const T* t, std::int64_t n) {
+    Accumulator even, odd;
+    std::int64_t i = 0;
+    for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
+      even.Add(V::Load(y + i), V::Load(t + i));
+      odd.Add(V::Load(y + i + V::kLanes), V::Load(t + i + V::kLanes));
+    }
+    if (i + V::kLanes <= n) {
+      even.Add(V::Load(y + i), V::Load(t + i));
+      i += V::kLanes;
+    }
+    if (i < n) {
+      const int rest = static_cast<int>(n - i);
+      odd.Add(V::LoadPartial(y + i, rest, 0), V::LoadPartial(t + i, rest, 0));
+    }
+    DoubleSum total;
+    even.AddTo(total);
+    odd.AddTo(total);
+    return total;
+  }
+
+  static void Write(const T* y, const T* t, T* out, std::int64_t n, const SplitScalar<T>& dot) {
+    const V high = V::Broadcast(dot.high), low = V::Broadcast(dot.low);
+    const auto jacobian = [&](V y_i, V t_i) { return y_i * ((t_i - high) - low); };
+    std::int64_t i = 0;
+    for (; i + V::kLanes <= n; i += V::kLanes) {
+      jacobian(V::Load(y + i), V::Load(t + i)).Store(out + i);
+    }
+    if (i < n) {
+      const int rest = static_cast<int>(n - i);
+      jacobian(V::LoadPartial(y + i, rest, 0), V::LoadPartial(t + i, rest, 0)).StorePartial(out + i, rest);
+    }
+  }
+
+ private:
+  struct Accumulator {
+    V sum = V::Broadcast(0);
+    V rest = V::Broadcast(0);
+
+    SOFTMAX2P_INLINE void Add(V a, V b) {
+      const V product = a * b;
+      const V larger = sum + product;
+      const V added = larger - sum;
+      const V error = (sum - (larger - added)) + (product - added);
+      rest = rest + (error + ProductError(a, b, product));
+      sum = larger;
+    }
+    SOFTMAX2P_INLINE void AddTo(DoubleSum& total) const {
+      T sums[V::kLanes], rests[V::kLanes];
+      sum.Store(sums);
+      rest.Store(rests);
+      for (int k = 0; k < V::kLanes; ++k) {
+        total.Add(sums[k]);
+        total.low += rests[k];
+      }
+    }
+  };
+};
+
+}  // namespace jax_softmax2p

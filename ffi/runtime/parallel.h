@@ -1,0 +1,24 @@
+// Sharing work out over somebody else's threads, without ever waiting for one that has not started.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace jax_softmax2p {
+
+// Threads that may help. XLA's pool, or std::thread for the NumPy entry points.
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  // How many threads may run tasks beside the caller's.
+  virtual int Helpers() const = 0;
+  // Runs the task sometime, perhaps only after the caller is done, perhaps at once in the caller's thread.
+  virtual void Schedule(std::function<void()> task) = 0;
+};
+
+// Calls body(i) for every i in [0, count), and returns when all are done. The caller takes indices like any
+// helper, and waits only for those that a helper has already taken: it finishes alone where the pool has
+// one thread, none, or only threads that wait themselves.
+void ParallelFor(Executor& executor, std::int64_t count, const std::function<void(std::int64_t)>& body);
+
+}  // namespace jax_softmax2p

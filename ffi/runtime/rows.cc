@@ -1,0 +1,187 @@
+#include "ffi/runtime/rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "ffi/runtime/float_mode.h"
+
+namespace jax_softmax2p {
+namespace {
+
+// A row's sum is made of its segments' sums, in order, on however many threads: so the bits of a row depend
+// on its length alone. 128 KiB of float32, some 10 µs: worth a thread, and at home in its L2 cache.
+constexpr std::int64_t kSegment = 1 << 15;
+// Rows are handed out this many elements at a time, at least.
+constexpr std::int64_t kRowsChunk = 1 << 14;
+// Below this many elements, some 15 µs, waking a thread costs more than it brings.
+constexpr std::int64_t kWorthSharing = 1 << 15;
+// With this many rows, whole rows keep every thread busy, and each stays in its thread's cache.
+constexpr std::int64_t kManyRows = 16;
+
+constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+class InThisThread : public Executor {
+ public:
+  int Helpers() const override { return 0; }
+  void Schedule(std::function<void()> task) override { task(); }
+};
+
+// The segments of one row, on the threads of an executor.
+class Segments {
+ public:
+  Segments(Executor& executor, std::int64_t n) : executor_(executor), n_(n) {}
+
+  // Calls body(first element, number of elements) for every segment.
+  template <typename Body>
+  void ForEach(const Body& body) const {
+    ForEachIndexed([&](std::int64_t, std::int64_t begin, std::int64_t size) { body(begin, size); });
+  }
+
+  // Merges what body returns for every segment, first to last.
+  template <typename Part, typename Body, typename Merge>
+  Part Reduce(const Body& body, const Merge& merge) const {
+    if (n_ <= kSegment) return body(std::int64_t{0}, n_);
+    std::vector<Part> parts(CeilDiv(n_, kSegment));
+    ForEachIndexed([&](std::int64_t i, std::int64_t begin, std::int64_t size) { parts[i] = body(begin, size); });
+    Part result = parts[0];
+    for (std::size_t i = 1; i < parts.size(); ++i) merge(result, parts[i]);
+    return result;
+  }
+
+ private:
+  template <typename Body>
+  void ForEachIndexed(const Body& body) const {
+    if (n_ <= kSegment) {
+      body(0, 0, n_);
+      return;
+    }
+    ParallelFor(executor_, CeilDiv(n_, kSegment), [&](std::int64_t i) {
+      const ScopedFloatMode mode;
+      body(i, i * kSegment, std::min(kSegment, n_ - i * kSegment));
+    });
+  }
+
+  Executor& executor_;
+  std::int64_t n_;
+};
+
+// Calls row(index, executor for its segments) for every row.
+template <typename Row>
+void ForEachRow(Executor& executor, std::int64_t rows, std::int64_t n, const Row& row) {
+  if (rows == 0 || n == 0) return;
+  InThisThread alone;
+  const bool split_rows = n > kSegment && rows < kManyRows;
+  if (split_rows || rows * n < kWorthSharing) {
+    const ScopedFloatMode mode;
+    for (std::int64_t r = 0; r < rows; ++r) row(r, split_rows ? executor : alone);
+    return;
+  }
+  const std::int64_t chunk = CeilDiv(kRowsChunk, n);
+  ParallelFor(executor, CeilDiv(rows, chunk), [&](std::int64_t i) {
+    const ScopedFloatMode mode;
+    const std::int64_t end = std::min(rows, (i + 1) * chunk);
+    for (std::int64_t r = i * chunk; r < end; ++r) row(r, alone);
+  });
+}
+
+// 1/sum as a T and what that T leaves out.
+template <typename T>
+SoftmaxScale<T> ScaleFor(const ExtendedSum& sum) {
+  const double high = 1 / sum.mantissa.high;
+  const double error = (std::fma(-high, sum.mantissa.high, 1.0) - high * sum.mantissa.low) * high;
+  SoftmaxScale<T> scale{};
+  scale.high = static_cast<T>(high);
+  scale.low = static_cast<T>((high - static_cast<double>(scale.high)) + error);
+  scale.exponent = sum.exponent;
+  return scale;
+}
+
+// The guard: whether the row's largest element, or a NaN, took the sum out of the range in which the
+// kernels are exact.
+template <typename T>
+bool IsExact(const KernelTable<T>& kernels, const ExtendedSum& sum) {
+  return std::abs(sum.exponent) < kernels.max_exponent && !std::isnan(sum.mantissa.high);
+}
+
+// The third pass that the guard asks for. Only rows whose largest element is beyond the exact range come
+// here: at that size, by Sterbenz's lemma, x - maximum is exact wherever e^(x - maximum) does not vanish.
+template <typename T>
+SoftmaxScale<T> ScaleLessMaximum(const KernelTable<T>& kernels, const Segments& segments, const T* x) {
+  const T maximum = segments.Reduce<T>(
+      [&](std::int64_t begin, std::int64_t size) { return kernels.max(x + begin, size); },
+      [](T& a, T b) { a = std::max(a, b); });
+  SoftmaxScale<T> scale{};
+  if (std::isinf(maximum)) {
+    scale.high = std::numeric_limits<T>::quiet_NaN();
+    return scale;
+  }
+  const ExtendedSum sum = segments.Reduce<ExtendedSum>(
+      [&](std::int64_t begin, std::int64_t size) {
+        return kernels.sum_less_maximum(x + begin, size, maximum);
+      },
+      [](ExtendedSum& a, const ExtendedSum& b) { a.Combine(b); });
+  scale = ScaleFor<T>(sum);
+  scale.less_maximum = true;
+  scale.maximum = maximum;
+  return scale;
+}
+
+template <typename T>
+void OneSoftmaxRow(const KernelTable<T>& kernels, const Segments& segments, const T* x, T* y) {
+  const ExtendedSum sum = segments.Reduce<ExtendedSum>(
+      [&](std::int64_t begin, std::int64_t size) { return kernels.sum(x + begin, size); },
+      [](ExtendedSum& a, const ExtendedSum& b) { a.Combine(b); });
+  const SoftmaxScale<T> scale =
+      IsExact(kernels, sum) ? ScaleFor<T>(sum) : ScaleLessMaximum(kernels, segments, x);
+  segments.ForEach([&](std::int64_t begin, std::int64_t size) {
+    kernels.write(x + begin, y + begin, size, scale);
+  });
+}
+
+// An infinite or NaN product leaves nothing sensible in the low part, and must not spoil the high one.
+template <typename T>
+SplitScalar<T> SplitDot(const DoubleSum& dot) {
+  SplitScalar<T> split{};
+  split.high = static_cast<T>(dot.high);
+  const double low = (dot.high - static_cast<double>(split.high)) + dot.low;
+  if (std::isfinite(low)) split.low = static_cast<T>(low);
+  return split;
+}
+
+}  // namespace
+
+template <typename T>
+void SoftmaxRows(const KernelTable<T>& kernels, Executor& executor, const T* x, T* y, std::int64_t rows,
+                 std::int64_t n) {
+  ForEachRow(executor, rows, n, [&](std::int64_t r, Executor& for_segments) {
+    OneSoftmaxRow(kernels, Segments(for_segments, n), x + r * n, y + r * n);
+  });
+}
+
+template <typename T>
+void JacobianRows(const KernelTable<T>& kernels, Executor& executor, const T* y, const T* t, T* out,
+                  std::int64_t rows, std::int64_t n) {
+  ForEachRow(executor, rows, n, [&](std::int64_t r, Executor& for_segments) {
+    const Segments segments(for_segments, n);
+    const T *y_row = y + r * n, *t_row = t + r * n;
+    const SplitScalar<T> dot = SplitDot<T>(segments.Reduce<DoubleSum>(
+        [&](std::int64_t begin, std::int64_t size) { return kernels.dot(y_row + begin, t_row + begin, size); },
+        [](DoubleSum& a, const DoubleSum& b) { a.Add(b); }));
+    segments.ForEach([&](std::int64_t begin, std::int64_t size) {
+      kernels.jacobian_write(y_row + begin, t_row + begin, out + r * n + begin, size, dot);
+    });
+  });
+}
+
+template void SoftmaxRows(const KernelTable<float>&, Executor&, const float*, float*, std::int64_t,
+                          std::int64_t);
+template void SoftmaxRows(const KernelTable<double>&, Executor&, const double*, double*, std::int64_t,
+                          std::int64_t);
+template void JacobianRows(const KernelTable<float>&, Executor&, const float*, const float*, float*,
+                           std::int64_t, std::int64_t);
+template void JacobianRows(const KernelTable<double>&, Executor&, const double*, const double*, double*,
+                           std::int64_t, std::int64_t);
+
+}  // namespace jax_softmax2p

@@ -1,0 +1,5 @@
+#pragma once
+
+// Everything that the per-instruction-set sources share is always inlined: an out-of-line copy, compiled
+// with one set's flags and picked by the linker for all, would run instructions that the CPU may lack.
+#define SOFTMAX2P_INLINE inline __attribute__((always_inline))
