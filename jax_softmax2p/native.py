@@ -1,0 +1,261 @@
+"""The compiled kernels: whether they can run here, which, and how to call them on NumPy arrays.
+
+Importing this module loads the library and registers its FFI targets with XLA, so that programs
+serialised by ``jax.export`` find them. Whether the runtime then accepts them is found out on first
+use, by a tiny call: a jaxlib older than the headers that the library was built with takes the
+registration and refuses the call.
+"""
+
+import functools
+import threading
+import types
+import warnings
+
+import jax
+import jax.export
+import numpy as np
+
+SOFTMAX_TARGET = "jax_softmax2p_softmax_v1"
+SOFTMAX_JACOBIAN_TARGET = "jax_softmax2p_softmax_jacobian_v1"
+
+ALGORITHMS = ("auto", "two_pass")
+"""The names that ``algorithm`` may have."""
+
+DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+"""The dtypes that have native kernels."""
+
+
+def _load() -> tuple[types.ModuleType | None, str]:
+    try:
+        from jax_softmax2p import _native
+    except ImportError as error:
+        return None, f"the compiled library cannot be loaded: {error}"
+    for target, capsule in _native.registrations().items():
+        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+    return _native, ""
+
+
+_library, _load_error = _load()
+_probe_lock = threading.Lock()
+
+
+def _library_or_raise() -> types.ModuleType:
+    if _library is None:
+        raise ImportError(f"jax_softmax2p: {_load_error}")
+    return _library
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets of this build that this CPU and operating system can execute, best first.
+
+    Raises:
+      ImportError: the compiled library cannot be loaded.
+
+    Example:
+      >>> "portable" in supported_isas()
+      True
+    """
+    return list(_library_or_raise().supported_isas())
+
+
+def active_isa() -> str:
+    """The instruction set whose kernels run inside JAX programs.
+
+    It is the first of :func:`supported_isas`, or the one that the environment variable
+    ``JAX_SOFTMAX2P_ISA`` named when it was first asked for; it stays the same from then on.
+
+    Raises:
+      ImportError: the compiled library cannot be loaded.
+      ValueError: ``JAX_SOFTMAX2P_ISA`` names an instruction set that is unknown or not supported
+        here.
+    """
+    return str(_library_or_raise().active_isa())
+
+
+def ffi_api_version() -> tuple[int, int]:
+    """The (major, minor) XLA FFI API version that the library was built with.
+
+    Raises:
+      ImportError: the compiled library cannot be loaded.
+    """
+    major, minor = _library_or_raise().FFI_API_VERSION
+    return major, minor
+
+
+def softmax_into(
+    x: np.ndarray,
+    out: np.ndarray,
+    *,
+    algorithm: str = "auto",
+    isa: str | None = None,
+    threads: int = 1,
+) -> None:
+    """Runs a softmax kernel over the last axis of a NumPy array. For tests and measurement.
+
+    Args:
+      x: C-contiguous float32 or float64 array of shape (..., n).
+      out: writable array like ``x``, for the result; may be ``x`` itself.
+      algorithm: one of :data:`ALGORITHMS`.
+      isa: one of :func:`supported_isas`; None is :func:`active_isa`.
+      threads: how many threads share the work, the caller's included.
+
+    Raises:
+      ImportError: the compiled library cannot be loaded.
+      TypeError: ``x`` or ``out`` is not such an array.
+      ValueError: shapes differ, or an argument is not one of those listed.
+
+    Example:
+      >>> x = np.zeros((2, 4), np.float32)
+      >>> softmax_into(x, x)
+      >>> x[0].tolist()
+      [0.25, 0.25, 0.25, 0.25]
+    """
+    library = _library_or_raise()
+    _check_arrays(x=x, out=out)
+    check_algorithm(algorithm)
+    library.softmax_into(x, out, algorithm, _checked_isa(isa), _checked_threads(threads))
+
+
+def softmax_jacobian_into(
+    y: np.ndarray, t: np.ndarray, out: np.ndarray, *, isa: str | None = None, threads: int = 1
+) -> None:
+    """Runs the kernel of J(y, t) = y·(t - <y, t>) over the last axis of NumPy arrays.
+
+    Args:
+      y: C-contiguous float32 or float64 array of shape (..., n), a softmax.
+      t: array like ``y``, a tangent or cotangent.
+      out: writable array like ``y``, for the result; may be ``y`` or ``t`` itself.
+      isa: as in :func:`softmax_into`.
+      threads: as in :func:`softmax_into`.
+
+    Raises:
+      ImportError, TypeError, ValueError: as :func:`softmax_into`.
+    """
+    library = _library_or_raise()
+    _check_arrays(y=y, t=t, out=out)
+    library.softmax_jacobian_into(y, t, out, _checked_isa(isa), _checked_threads(threads))
+
+
+def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What ``jax.export.export(..., disabled_checks=...)`` needs to let our custom calls through.
+
+    The program that loads the export must import ``jax_softmax2p`` to register them.
+
+    Example:
+      >>> import jax, jax.export
+      >>> import jax_softmax2p
+      >>> checks = jax_softmax2p.export_disabled_checks()
+      >>> f = jax.jit(jax_softmax2p.softmax)
+      >>> exported = jax.export.export(f, disabled_checks=checks)(jax.ShapeDtypeStruct((4,), "f4"))
+    """
+    return [
+        jax.export.DisabledSafetyCheck.custom_call(target)
+        for target in (SOFTMAX_TARGET, SOFTMAX_JACOBIAN_TARGET)
+    ]
+
+
+def check_algorithm(algorithm: str) -> None:
+    """Raises ValueError unless ``algorithm`` is one of :data:`ALGORITHMS`."""
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
+
+
+def reason_against(dtype: np.dtype) -> str | None:
+    """Why arrays of ``dtype`` cannot run natively on this machine's CPU; None where they can.
+
+    Raises:
+      ValueError: as :func:`active_isa`.
+    """
+    if dtype not in DTYPES:
+        return f"there is no native kernel for dtype {dtype}"
+    return unavailable_reason()
+
+
+def unavailable_reason() -> str | None:
+    """Why the native kernels cannot run on this machine's CPU; None where they can.
+
+    Warns once if they cannot.
+
+    Raises:
+      ValueError: as :func:`active_isa`.
+    """
+    if _library is not None:
+        active_isa()
+    with _probe_lock:
+        return _probe()
+
+
+@functools.cache
+def _probe() -> str | None:
+    reason: str | None = _load_error
+    if _library is not None:
+        reason = _in_new_thread(_try_tiny_call)
+    if reason:
+        warnings.warn(
+            f"jax_softmax2p runs its jax.numpy reference, not its native kernels: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason or None
+
+
+def _in_new_thread(function) -> str:
+    """Calls the function where no trace, mesh or thread-local setting of the caller's reaches it."""
+    result = []
+    thread = threading.Thread(target=lambda: result.append(function()))
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def _try_tiny_call() -> str:
+    """Runs a kernel through XLA. Returns what went wrong, or nothing."""
+    x = np.log(np.array([1.0, 3.0], np.float32))
+    try:
+        call = jax.ffi.ffi_call(SOFTMAX_TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        with (
+            jax.default_device(jax.local_devices(backend="cpu")[0]),
+            jax.disable_jit(False),
+            jax.transfer_guard("allow"),
+        ):
+            y = np.asarray(jax.jit(functools.partial(call, algorithm="auto"))(x))
+    except Exception as error:  # Whatever XLA raises is a reason; it has no narrower class of its own.
+        return f"a trial call failed: {error}"
+    if not np.allclose(y, [0.25, 0.75]):
+        return f"a trial call gave {y} for softmax(log([1, 3]))"
+    return ""
+
+
+def _check_arrays(**arrays: np.ndarray) -> None:
+    shape, dtype = None, None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
+        if array.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32 or float64, got {array.dtype}")
+        if not array.flags.c_contiguous or not array.flags.aligned:
+            raise ValueError(f"{name} must be C-contiguous and aligned to its elements")
+        if array.ndim == 0:
+            raise ValueError(f"{name} must have one dimension at least, got a scalar")
+        shape, dtype = shape or array.shape, dtype or array.dtype
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(
+                f"{name} must have shape {shape} and dtype {dtype} as the others, "
+                f"got {array.shape} and {array.dtype}"
+            )
+    if not arrays["out"].flags.writeable:
+        raise ValueError("out must be writable, got a read-only array")
+
+
+def _checked_isa(isa: str | None) -> str:
+    if isa is None:
+        return active_isa()
+    if isa not in supported_isas():
+        raise ValueError(f"isa must be one of {', '.join(supported_isas())}; got {isa!r}")
+    return isa
+
+
+def _checked_threads(threads: int) -> int:
+    if not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise ValueError(f"threads must be an integer from 1 to 1024, got {threads!r}")
+    return threads

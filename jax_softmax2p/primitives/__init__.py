@@ -1,0 +1,1 @@
+"""The JAX primitives, one module each: evaluation, differentiation, batching and lowering."""

@@ -1,0 +1,75 @@
+"""J(y, t) = y·(t - <y, t>): the Jacobian of softmax at its output y, applied to t.
+
+J is symmetric, so one primitive is both softmax's JVP and its VJP: as a function of t it is its own
+transpose. Its own JVP in y brings the higher orders.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching
+
+from jax_softmax2p import native, reference
+from jax_softmax2p.primitives import common
+
+softmax_jacobian_p = Primitive("softmax2p_jacobian")
+
+
+def softmax_jacobian(
+    y: jax.Array, t: jax.Array, *, axis: int, implementation: str | None
+) -> jax.Array:
+    """J(y, t) along the negative ``axis``, for y and t of one shape and dtype."""
+    return softmax_jacobian_p.bind(
+        *_with_common_varying_axes(y, t), axis=axis, implementation=implementation
+    )
+
+
+def _with_common_varying_axes(*operands: jax.Array) -> list[jax.Array]:
+    """Inside shard_map: operands must vary over the same mesh axes, as jax.numpy's own do."""
+    varying = [getattr(jax.typeof(operand), "vma", frozenset()) for operand in operands]
+    union = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(operand, tuple(union - own), to="varying") if union - own else operand
+        for operand, own in zip(operands, varying, strict=True)
+    ]
+
+
+def _abstract_eval(y, t, *, axis, implementation):
+    if y.shape != t.shape or y.dtype != t.dtype:
+        raise TypeError(f"y and t must agree, got {y.str_short()} and {t.str_short()}")
+    return t.update(weak_type=False)
+
+
+def _jvp_in_y(y_dot, _, y, t, *, axis, implementation):
+    return reference.softmax_jacobian_derivative(y, t, y_dot, axis)
+
+
+def _jvp_in_t(t_dot, _, y, t, *, axis, implementation):
+    return softmax_jacobian(y, t_dot, axis=axis, implementation=implementation)
+
+
+def _transpose(cotangent, y, t, *, axis, implementation):
+    assert ad.is_undefined_primal(t) and not ad.is_undefined_primal(y), "linear in t alone"
+    if isinstance(cotangent, ad.Zero):
+        return [None, ad.Zero(t.aval)]
+    return [None, softmax_jacobian(y, cotangent, axis=axis, implementation=implementation)]
+
+
+def _batch(operands, dims, **params):
+    pairs = list(zip(operands, dims, strict=True))
+    size = next(x.shape[dim] for x, dim in pairs if dim is not None)
+    at_front = [
+        jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)
+        for x, dim in pairs
+    ]
+    return softmax_jacobian(*at_front, **params), 0
+
+
+common.define_eager_evaluation(softmax_jacobian_p, ("axis", "implementation"))
+softmax_jacobian_p.def_abstract_eval(_abstract_eval)
+ad.defjvp2(softmax_jacobian_p, _jvp_in_y, _jvp_in_t)
+ad.primitive_transposes[softmax_jacobian_p] = _transpose
+batching.primitive_batchers[softmax_jacobian_p] = _batch
+common.define_lowerings(
+    softmax_jacobian_p, native.SOFTMAX_JACOBIAN_TARGET, reference.softmax_jacobian
+)
