@@ -80,14 +80,15 @@ std::pair<std::int64_t, std::int64_t> RowsOf(const First& first, const Rest&... 
 template <typename T>
 void SoftmaxInto(const Array<const T>& x, const Array<T>& out, const std::string& algorithm,
                  const std::string& isa, int threads) {
-  if (!IsAlgorithm(algorithm)) throw nb::value_error(UnknownAlgorithm(algorithm).c_str());
+  const std::optional<Algorithm> chosen = FindAlgorithm(algorithm);
+  if (!chosen) throw nb::value_error(UnknownAlgorithm(algorithm).c_str());
   const KernelTable<T>& kernels = Require(FindKernels(isa, "isa")).template Of<T>();
   const auto [rows, n] = RowsOf(x, out);
   const T* from = x.data();
   T* to = out.data();
   nb::gil_scoped_release release;
   StdThreads executor(threads);
-  SoftmaxRows(kernels, executor, from, to, rows, n);
+  SoftmaxRows(kernels, executor, *chosen, from, to, rows, n);
 }
 
 template <typename T>
@@ -113,7 +114,9 @@ void BindKernels(nb::module_& module) {
 NB_MODULE(_native, module) {
   module.def("registrations", Registrations);
   module.def("algorithms", [] {
-    return std::vector<std::string>(std::begin(kAlgorithms), std::end(kAlgorithms));
+    std::vector<std::string> names;
+    for (const NamedAlgorithm& known : kAlgorithms) names.emplace_back(known.name);
+    return names;
   });
   module.def("supported_isas", [] { return Names(SupportedKernels()); });
   module.def("active_isa", [] { return std::string(Require(ActiveKernels()).name); });

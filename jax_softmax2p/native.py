@@ -18,7 +18,7 @@ import numpy as np
 SOFTMAX_TARGET = "jax_softmax2p_softmax_v1"
 SOFTMAX_JACOBIAN_TARGET = "jax_softmax2p_softmax_jacobian_v1"
 
-ALGORITHMS = ("auto", "two_pass")
+ALGORITHMS = ("auto", "two_pass", "two_pass_reload")
 """The names that ``algorithm`` may have."""
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))

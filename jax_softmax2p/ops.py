@@ -42,7 +42,8 @@ def softmax(
       where: boolean array that broadcasts to x's shape; positions where it is False take no part and
         give 0, and what x holds there, NaN included, harms nothing, in the gradient too. A row without
         a True gives zeros.
-      algorithm: "auto", or "two_pass" by name. Both agree to the bit.
+      algorithm: "auto", or by name "two_pass" (the second pass recomputes every exponential) or
+        "two_pass_reload" (it loads what the first kept). All give the same bits.
       implementation: None runs a native kernel where one can run and the jax.numpy reference elsewhere;
         "native" is an error where none can; "reference" is the reference.
 

@@ -16,7 +16,8 @@ ffi::Error Softmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyB
   constexpr const char* kName = "jax_softmax2p_softmax_v1";
   const ffi::ErrorOr<RowShape> shape = CommonRowShape(kName, {x, *y});
   if (shape.has_error()) return shape.error();
-  if (!IsAlgorithm(algorithm)) {
+  const std::optional<Algorithm> chosen = FindAlgorithm(algorithm);
+  if (!chosen) {
     return ffi::Error::InvalidArgument(std::string(kName) + ": " + UnknownAlgorithm(algorithm));
   }
   const KernelChoice& choice = ActiveKernels();
@@ -24,8 +25,8 @@ ffi::Error Softmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyB
   XlaExecutor executor(pool);
   return DispatchType(kName, x.element_type(), [&](auto zero) {
     using T = decltype(zero);
-    SoftmaxRows(choice.kernels->Of<T>(), executor, x.typed_data<T>(), y->typed_data<T>(), shape->rows,
-                shape->n);
+    SoftmaxRows(choice.kernels->Of<T>(), executor, *chosen, x.typed_data<T>(), y->typed_data<T>(),
+                shape->rows, shape->n);
     return ffi::Error::Success();
   });
 }

@@ -84,13 +84,15 @@ struct Reduction<double, false> {
 template <typename V>
 using ReductionFor = Reduction<typename V::Scalar, V::kFused>;
 
-template <typename V>
-struct Exponential {
-  V power;  // 2^(n - reference), zero where x was clamped
-  V s;      // e^x = (1 + s)·2^n
+// e^x = (1 + s)·2^n for K vectors at a time. Every step is taken for all K before the next: a chain of some
+// ten dependent operations is too long for one vector after the other to fit a CPU's scheduler.
+template <typename V, int K>
+struct Exponentials {
+  V power[K];  // 2^(n - reference), zero where x was clamped
+  V s[K];
 };
 
-// Calls Exponential(x) for x with n - reference <= 1.
+// Takes x with n - reference <= 1.
 template <typename V>
 class ExponentialFrom {
   using T = typename V::Scalar;
@@ -102,21 +104,32 @@ class ExponentialFrom {
       : lowest_(V::Broadcast(static_cast<T>((reference - F::kBias) * F::kLn2))),
         rounder_(V::Broadcast(F::kRounder + static_cast<T>(F::kBias - reference))) {}
 
-  SOFTMAX2P_INLINE Exponential<V> operator()(V x) const {
+  // The power alone, the same as operator() gives.
+  SOFTMAX2P_INLINE V Power(V x) const {
     if constexpr (kGuarded) x = Max(lowest_, x);
-    const V rounded = Fma(x, V::Broadcast(F::kLog2E), rounder_);
-    const V n = rounded - rounder_;
-    const V t = Fnma(n, V::Broadcast(R::kLn2Low), Fnma(n, V::Broadcast(R::kLn2High), x));
-    return {ExponentFromLowBits(rounded), Fma(t * t, Polynomial(t), t)};
+    return ExponentFromLowBits(Fma(x, V::Broadcast(F::kLog2E), rounder_));
+  }
+
+  template <int K>
+  SOFTMAX2P_INLINE Exponentials<V, K> operator()(const V (&x)[K]) const {
+    Exponentials<V, K> e;
+    V n[K], t[K], q[K];
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = kGuarded ? Max(lowest_, x[k]) : x[k];
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.power[k] = Fma(t[k], V::Broadcast(F::kLog2E), rounder_);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.power[k] - rounder_;
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.power[k] = ExponentFromLowBits(e.power[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2High), t[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2Low), t[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) q[k] = V::Broadcast(F::kPolynomial[kTerms - 1]);
+    for (int i = kTerms - 2; i >= 0; --i) {
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) q[k] = Fma(q[k], t[k], V::Broadcast(F::kPolynomial[i]));
+    }
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.s[k] = Fma(t[k] * t[k], q[k], t[k]);
+    return e;
   }
 
  private:
-  static SOFTMAX2P_INLINE V Polynomial(V t) {
-    constexpr int kTerms = sizeof F::kPolynomial / sizeof F::kPolynomial[0];
-    V q = V::Broadcast(F::kPolynomial[kTerms - 1]);
-    for (int i = kTerms - 2; i >= 0; --i) q = Fma(q, t, V::Broadcast(F::kPolynomial[i]));
-    return q;
-  }
+  static constexpr int kTerms = sizeof F::kPolynomial / sizeof F::kPolynomial[0];
 
   V lowest_;
   V rounder_;

@@ -33,6 +33,20 @@ struct DoubleSum {
     Add(other.high);
     low += other.low;
   }
+  template <int kLanes>
+  SOFTMAX2P_INLINE void AddLanes(const double* lanes) {
+    for (int k = 0; k < kLanes; ++k) Add(lanes[k]);
+  }
+  // A double has digits to spare for a few floats, and pairs add up faster than a chain.
+  template <int kLanes>
+  SOFTMAX2P_INLINE void AddLanes(const float* lanes) {
+    double sums[kLanes];
+    for (int k = 0; k < kLanes; ++k) sums[k] = static_cast<double>(lanes[k]);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+    }
+    Add(sums[0]);
+  }
   SOFTMAX2P_INLINE void Scale(double power_of_two) {
     high *= power_of_two;
     low *= power_of_two;

@@ -67,10 +67,10 @@ class JacobianRow {
       T sums[V::kLanes], rests[V::kLanes];
       sum.Store(sums);
       rest.Store(rests);
-      for (int k = 0; k < V::kLanes; ++k) {
-        total.Add(sums[k]);
-        total.low += rests[k];
-      }
+      total.AddLanes<V::kLanes>(sums);
+      DoubleSum errors;
+      errors.AddLanes<V::kLanes>(rests);
+      total.low += errors.high;
     }
   };
 };

@@ -31,9 +31,12 @@ struct KernelTable {
   int max_exponent;
   // The largest element, NaNs passed over.
   T (*max)(const T* x, std::int64_t n);
-  ExtendedSum (*sum)(const T* x, std::int64_t n);
+  // Where `kept` is not null, s of every e^x = (1 + s)·2^n is written there, for `write`.
+  ExtendedSum (*sum)(const T* x, T* kept, std::int64_t n);
   ExtendedSum (*sum_less_maximum)(const T* x, std::int64_t n, T maximum);
-  void (*write)(const T* x, T* y, std::int64_t n, const SoftmaxScale<T>& scale);
+  // `kept` is null, or what `sum` left there, and may be y; not with `less_maximum`. `stream` writes past
+  // the caches.
+  void (*write)(const T* x, const T* kept, T* y, std::int64_t n, const SoftmaxScale<T>& scale, bool stream);
   DoubleSum (*dot)(const T* y, const T* t, std::int64_t n);
   void (*jacobian_write)(const T* y, const T* t, T* out, std::int64_t n, const SplitScalar<T>& dot);
 };

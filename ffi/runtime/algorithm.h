@@ -1,24 +1,37 @@
 // The names by which callers choose an algorithm.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 
 namespace jax_softmax2p {
 
-// The names, as an error message lists them and as native.ALGORITHMS repeats them.
-inline constexpr std::string_view kAlgorithms[] = {"auto", "two_pass"};
+enum class Algorithm {
+  kAuto,
+  kTwoPass,        // Algorithm 3 of arXiv 2001.04438: pass 2 recomputes every exponential
+  kTwoPassReload,  // pass 2 loads what pass 1 kept of every exponential
+};
 
-inline bool IsAlgorithm(std::string_view name) {
-  for (const std::string_view known : kAlgorithms) {
-    if (name == known) return true;
+struct NamedAlgorithm {
+  std::string_view name;
+  Algorithm algorithm;
+};
+
+inline constexpr NamedAlgorithm kAlgorithms[] = {{"auto", Algorithm::kAuto},
+                                                 {"two_pass", Algorithm::kTwoPass},
+                                                 {"two_pass_reload", Algorithm::kTwoPassReload}};
+
+inline std::optional<Algorithm> FindAlgorithm(std::string_view name) {
+  for (const NamedAlgorithm& known : kAlgorithms) {
+    if (name == known.name) return known.algorithm;
   }
-  return false;
+  return std::nullopt;
 }
 
 inline std::string UnknownAlgorithm(std::string_view name) {
   std::string message = "algorithm='" + std::string(name) + "' is unknown; known are:";
-  for (const std::string_view known : kAlgorithms) message += " " + std::string(known);
+  for (const NamedAlgorithm& known : kAlgorithms) message += " " + std::string(known.name);
   return message;
 }
 

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "ffi/runtime/float_mode.h"
+#include "ffi/runtime/memory.h"
 
 namespace jax_softmax2p {
 namespace {
@@ -19,6 +21,11 @@ constexpr std::int64_t kRowsChunk = 1 << 14;
 constexpr std::int64_t kWorthSharing = 1 << 15;
 // With this many rows, whole rows keep every thread busy, and each stays in its thread's cache.
 constexpr std::int64_t kManyRows = 16;
+
+// What pass 1 keeps of a longer row, in bytes, has left the second-level cache before pass 2 loads it.
+// Where it leaves the last-level cache too, loading costs more than the exponentials: 0.81 against 0.76
+// ns an element at 2^24, 3.2 against 0.73 at 2^26 (float32, Zen 4 with AVX2, one thread).
+constexpr std::int64_t kLongestReloadBytes = 1 << 20;
 
 constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -67,22 +74,25 @@ class Segments {
   std::int64_t n_;
 };
 
-// Calls row(index, executor for its segments) for every row.
-template <typename Row>
-void ForEachRow(Executor& executor, std::int64_t rows, std::int64_t n, const Row& row) {
+// Whether rows are better split among threads than handed out whole.
+bool SplitsRows(std::int64_t rows, std::int64_t n) { return n > kSegment && rows < kManyRows; }
+
+// Calls some(first row, end, executor for their segments) until every row has had its turn.
+template <typename Some>
+void ForRows(Executor& executor, std::int64_t rows, std::int64_t n, const Some& some) {
   if (rows == 0 || n == 0) return;
   InThisThread alone;
-  const bool split_rows = n > kSegment && rows < kManyRows;
-  if (split_rows || rows * n < kWorthSharing) {
+  const bool split = SplitsRows(rows, n);
+  if (split || rows * n < kWorthSharing) {
     const ScopedFloatMode mode;
-    for (std::int64_t r = 0; r < rows; ++r) row(r, split_rows ? executor : alone);
+    some(0, rows, split ? executor : alone);
     return;
   }
   const std::int64_t chunk = CeilDiv(kRowsChunk, n);
   ParallelFor(executor, CeilDiv(rows, chunk), [&](std::int64_t i) {
     const ScopedFloatMode mode;
-    const std::int64_t end = std::min(rows, (i + 1) * chunk);
-    for (std::int64_t r = i * chunk; r < end; ++r) row(r, alone);
+    InThisThread alone_here;
+    some(i * chunk, std::min(rows, (i + 1) * chunk), alone_here);
   });
 }
 
@@ -128,15 +138,34 @@ SoftmaxScale<T> ScaleLessMaximum(const KernelTable<T>& kernels, const Segments& 
   return scale;
 }
 
+// How the rows of one call are computed: the same bits in every way, at different speeds.
+struct SoftmaxPlan {
+  bool reload;  // pass 1 keeps what it computes of every exponential, and pass 2 loads it
+  bool stream;  // y is written past the caches
+};
+
 template <typename T>
-void OneSoftmaxRow(const KernelTable<T>& kernels, const Segments& segments, const T* x, T* y) {
+SoftmaxPlan PlanSoftmax(Algorithm algorithm, std::int64_t rows, std::int64_t n) {
+  SoftmaxPlan plan;
+  // What does not fit the cache anyway is written without being read first.
+  plan.stream = 2 * rows * n * static_cast<std::int64_t>(sizeof(T)) > LastLevelCacheBytes();
+  const bool fits = !plan.stream || n * static_cast<std::int64_t>(sizeof(T)) <= kLongestReloadBytes;
+  plan.reload = algorithm == Algorithm::kTwoPassReload || (algorithm == Algorithm::kAuto && fits);
+  return plan;
+}
+
+// `kept` is null, y, or scratch of n elements.
+template <typename T>
+void OneSoftmaxRow(const KernelTable<T>& kernels, const Segments& segments, bool stream, const T* x, T* kept,
+                   T* y) {
+  const auto at = [&](std::int64_t begin) { return kept == nullptr ? nullptr : kept + begin; };
   const ExtendedSum sum = segments.Reduce<ExtendedSum>(
-      [&](std::int64_t begin, std::int64_t size) { return kernels.sum(x + begin, size); },
+      [&](std::int64_t begin, std::int64_t size) { return kernels.sum(x + begin, at(begin), size); },
       [](ExtendedSum& a, const ExtendedSum& b) { a.Combine(b); });
   const SoftmaxScale<T> scale =
       IsExact(kernels, sum) ? ScaleFor<T>(sum) : ScaleLessMaximum(kernels, segments, x);
   segments.ForEach([&](std::int64_t begin, std::int64_t size) {
-    kernels.write(x + begin, y + begin, size, scale);
+    kernels.write(x + begin, at(begin), y + begin, size, scale, stream);
   });
 }
 
@@ -153,32 +182,47 @@ SplitScalar<T> SplitDot(const DoubleSum& dot) {
 }  // namespace
 
 template <typename T>
-void SoftmaxRows(const KernelTable<T>& kernels, Executor& executor, const T* x, T* y, std::int64_t rows,
-                 std::int64_t n) {
-  ForEachRow(executor, rows, n, [&](std::int64_t r, Executor& for_segments) {
-    OneSoftmaxRow(kernels, Segments(for_segments, n), x + r * n, y + r * n);
+void SoftmaxRows(const KernelTable<T>& kernels, Executor& executor, Algorithm algorithm, const T* x, T* y,
+                 std::int64_t rows, std::int64_t n) {
+  const SoftmaxPlan plan = PlanSoftmax<T>(algorithm, rows, n);
+  AdviseHugePages(y, static_cast<std::size_t>(rows * n) * sizeof(T));
+  ForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
+    const Segments segments(for_segments, n);
+    // y will do for what pass 1 keeps, unless x is still needed there, or writing there is what streaming
+    // is to avoid.
+    const bool needs_scratch = plan.reload && (x == y || plan.stream);
+    const std::unique_ptr<T[]> scratch(needs_scratch ? new T[n] : nullptr);
+    for (std::int64_t r = first; r < end; ++r) {
+      T* const kept = !plan.reload ? nullptr : needs_scratch ? scratch.get() : y + r * n;
+      OneSoftmaxRow(kernels, segments, plan.stream, x + r * n, kept, y + r * n);
+    }
   });
 }
 
 template <typename T>
 void JacobianRows(const KernelTable<T>& kernels, Executor& executor, const T* y, const T* t, T* out,
                   std::int64_t rows, std::int64_t n) {
-  ForEachRow(executor, rows, n, [&](std::int64_t r, Executor& for_segments) {
+  AdviseHugePages(out, static_cast<std::size_t>(rows * n) * sizeof(T));
+  ForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
     const Segments segments(for_segments, n);
-    const T *y_row = y + r * n, *t_row = t + r * n;
-    const SplitScalar<T> dot = SplitDot<T>(segments.Reduce<DoubleSum>(
-        [&](std::int64_t begin, std::int64_t size) { return kernels.dot(y_row + begin, t_row + begin, size); },
-        [](DoubleSum& a, const DoubleSum& b) { a.Add(b); }));
-    segments.ForEach([&](std::int64_t begin, std::int64_t size) {
-      kernels.jacobian_write(y_row + begin, t_row + begin, out + r * n + begin, size, dot);
-    });
+    for (std::int64_t r = first; r < end; ++r) {
+      const T *y_row = y + r * n, *t_row = t + r * n;
+      const SplitScalar<T> dot = SplitDot<T>(segments.Reduce<DoubleSum>(
+          [&](std::int64_t begin, std::int64_t size) {
+            return kernels.dot(y_row + begin, t_row + begin, size);
+          },
+          [](DoubleSum& a, const DoubleSum& b) { a.Add(b); }));
+      segments.ForEach([&](std::int64_t begin, std::int64_t size) {
+        kernels.jacobian_write(y_row + begin, t_row + begin, out + r * n + begin, size, dot);
+      });
+    }
   });
 }
 
-template void SoftmaxRows(const KernelTable<float>&, Executor&, const float*, float*, std::int64_t,
+template void SoftmaxRows(const KernelTable<float>&, Executor&, Algorithm, const float*, float*, std::int64_t,
                           std::int64_t);
-template void SoftmaxRows(const KernelTable<double>&, Executor&, const double*, double*, std::int64_t,
-                          std::int64_t);
+template void SoftmaxRows(const KernelTable<double>&, Executor&, Algorithm, const double*, double*,
+                          std::int64_t, std::int64_t);
 template void JacobianRows(const KernelTable<float>&, Executor&, const float*, const float*, float*,
                            std::int64_t, std::int64_t);
 template void JacobianRows(const KernelTable<double>&, Executor&, const double*, const double*, double*,

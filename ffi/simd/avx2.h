@@ -27,6 +27,8 @@ struct F32 {
     return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
   }
   SOFTMAX2P_INLINE void Store(float* p) const { _mm256_storeu_ps(p, v); }
+  SOFTMAX2P_INLINE void Stream(float* p) const { _mm256_stream_ps(p, v); }
+  static SOFTMAX2P_INLINE void FinishStreaming() { _mm_sfence(); }
   // Not vmaskmovps, which AMD's cores run from microcode when it stores.
   SOFTMAX2P_INLINE void StorePartial(float* p, int count) const {
     __m128 rest = _mm256_castps256_ps128(v);
@@ -74,6 +76,8 @@ struct F64 {
     return {_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask))};
   }
   SOFTMAX2P_INLINE void Store(double* p) const { _mm256_storeu_pd(p, v); }
+  SOFTMAX2P_INLINE void Stream(double* p) const { _mm256_stream_pd(p, v); }
+  static SOFTMAX2P_INLINE void FinishStreaming() { _mm_sfence(); }
   SOFTMAX2P_INLINE void StorePartial(double* p, int count) const {
     __m128d rest = _mm256_castpd256_pd128(v);
     if (count & 2) {

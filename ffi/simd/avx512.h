@@ -20,6 +20,8 @@ struct F32 {
     return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), Leading(count), p)};
   }
   SOFTMAX2P_INLINE void Store(float* p) const { _mm512_storeu_ps(p, v); }
+  SOFTMAX2P_INLINE void Stream(float* p) const { _mm512_stream_ps(p, v); }
+  static SOFTMAX2P_INLINE void FinishStreaming() { _mm_sfence(); }
   SOFTMAX2P_INLINE void StorePartial(float* p, int count) const {
     _mm512_mask_storeu_ps(p, Leading(count), v);
   }
@@ -54,6 +56,8 @@ struct F64 {
     return {_mm512_mask_loadu_pd(_mm512_set1_pd(fill), Leading(count), p)};
   }
   SOFTMAX2P_INLINE void Store(double* p) const { _mm512_storeu_pd(p, v); }
+  SOFTMAX2P_INLINE void Stream(double* p) const { _mm512_stream_pd(p, v); }
+  static SOFTMAX2P_INLINE void FinishStreaming() { _mm_sfence(); }
   SOFTMAX2P_INLINE void StorePartial(double* p, int count) const {
     _mm512_mask_storeu_pd(p, Leading(count), v);
   }

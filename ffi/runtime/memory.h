@@ -1,0 +1,16 @@
+// What the memory of this machine is like, and hints to its system.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_softmax2p {
+
+// Size of the last cache before memory, in bytes; a common size where the system does not say.
+std::int64_t LastLevelCacheBytes();
+
+// Asks for huge pages under a large buffer that is about to be written for the first time. A hint: no
+// effect where the system has none, or where the pages are there already.
+void AdviseHugePages(void* data, std::size_t bytes);
+
+}  // namespace jax_softmax2p
