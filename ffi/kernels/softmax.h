@@ -164,21 +164,25 @@ class SoftmaxRow {
     return rest < kBlock ? static_cast<int>(rest) : kBlock;
   }
 
-  // round(maximum·log2 e), or the end of the exact range that it lies beyond. A block too low for the
-  // range keeps the lowest exponent, and Sum's caller sees that it was never exceeded.
+  // The even integer nearest to maximum·log2 e, or the end of the exact range that it lies beyond. A block
+  // too low for the range keeps the lowest exponent, and Sum's caller sees that it was never exceeded.
+  // Even, because the reference's parity decides how ExponentialFrom rounds a tie: s from one pass and the
+  // power from another must agree on n.
   static SOFTMAX2P_INLINE int BlockExponent(T maximum) {
     constexpr int kMax = ReductionFor<V>::kMaxExponent;
-    const T n = maximum * Format<T>::kLog2E;
-    if (kGuarded && !(n > -kMax)) return -kMax;
-    if (kGuarded && n > kMax) return kMax + 1;
-    return static_cast<int>(n < 0 ? n - T(0.5) : n + T(0.5));
+    const T half = maximum * (Format<T>::kLog2E / 2);
+    if (kGuarded && !(half > -kMax / 2)) return -kMax;
+    if (kGuarded && half > kMax / 2) return kMax + 2;
+    return 2 * static_cast<int>(half < 0 ? half - T(0.5) : half + T(0.5));
   }
 
   // Sums (1 + s)·2^(n - reference), with the error of every addition carried along in `rest`. The sum
-  // starts at 2, not below any term, so that its growth is what was added, exactly (Dekker's fast
-  // two-sum); what is missing of the term then is power - added + s·power.
+  // starts at 4, above any term, so that its growth is what was added, exactly (Dekker's fast two-sum);
+  // what is missing of the term then is power - added + s·power.
   struct Accumulator {
-    V sum = V::Broadcast(2);
+    static constexpr T kStart = 4;
+
+    V sum = V::Broadcast(kStart);
     V rest = V::Broadcast(0);
 
     template <int K>
@@ -193,7 +197,7 @@ class SoftmaxRow {
     }
     SOFTMAX2P_INLINE void AddTo(DoubleSum& total) const {
       T sums[V::kLanes], rests[V::kLanes];
-      (sum - V::Broadcast(2)).Store(sums);
+      (sum - V::Broadcast(kStart)).Store(sums);
       rest.Store(rests);
       total.AddLanes<V::kLanes>(sums);
       total.AddLanes<V::kLanes>(rests);

@@ -1,0 +1,108 @@
+"""Inputs with names, oracles, and errors in units of the last place: shared by all tests."""
+
+import numpy as np
+
+DTYPES = (np.float32, np.float64)
+
+CONTRACT_ULP = {np.float32: 2.0, np.float64: 4.0}
+"""DESIGN's bound on the error of every output."""
+
+
+def _normal(rng, n):
+    return rng.standard_normal(n)
+
+
+def _uniform_1000(rng, n):
+    return rng.uniform(-1000, 1000, n)
+
+
+def _spike(rng, n):
+    """One element 17 above the others: each of those is half an ULP of the sum."""
+    x = rng.standard_normal(n)
+    x[rng.integers(n)] = 17.5
+    return x
+
+
+def _tall_spike(rng, n):
+    x = rng.standard_normal(n)
+    x[rng.integers(n)] = 60
+    return x
+
+
+def _ramp(rng, n):
+    return np.linspace(-90, 90, n) + rng.uniform(-1e-3, 1e-3)
+
+
+def _constant(rng, n):
+    return np.full(n, rng.standard_normal())
+
+
+def _drift(rng, n):
+    return rng.standard_normal(n) + np.linspace(0, 3000, n)
+
+
+def _masks(rng, n):
+    """The values by which masks are written into logits."""
+    x = rng.standard_normal(n)
+    lowest = float(np.finfo(np.float32).min)
+    fills = np.array([lowest, 0.7 * lowest, -1e30, -1e9, -np.inf])
+    chosen = rng.random(n) < 0.4
+    chosen[rng.integers(n)] = False
+    x[chosen] = rng.choice(fills, int(chosen.sum()))
+    return x
+
+
+def _masked_blocks(rng, n):
+    """Whole blocks of masked elements, first and last."""
+    x = rng.standard_normal(n)
+    x[: n // 3] = -np.inf
+    x[n - n // 3 :] = float(np.finfo(np.float32).min)
+    return x
+
+
+CLASSES = {
+    "normal": _normal,
+    "uniform ±1000": _uniform_1000,
+    "spike": _spike,
+    "tall spike": _tall_spike,
+    "ramp -90…90": _ramp,
+    "constant": _constant,
+    "drift by 3000": _drift,
+    "masks": _masks,
+    "masked blocks": _masked_blocks,
+}
+
+
+def make(name, n, dtype, seed=0):
+    """A row of ``n`` elements of the class ``name``."""
+    rng = np.random.default_rng([seed, n])
+    return CLASSES[name](rng, n).astype(dtype)
+
+
+def exact_softmax(x):
+    """Softmax along the last axis in a wider format: float64 for float32, 80 bits for float64."""
+    wide = x.astype(np.float64 if x.dtype == np.float32 else np.longdouble)
+    e = np.exp(wide - wide.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def ulp_error(actual, exact):
+    """The largest error in units of the last place of the exact value, rounded to actual's format.
+
+    Results below the normal range may be zero.
+    """
+    tiny = np.finfo(actual.dtype).tiny
+    spacing = np.spacing(np.maximum(np.abs(exact), tiny).astype(actual.dtype))
+    error = np.abs(actual.astype(exact.dtype) - exact) / spacing
+    flushed = (actual == 0) & (np.abs(exact) <= tiny)
+    return float(np.where(flushed, 0, error).max(initial=0))
+
+
+def at_offset(x, elements):
+    """A copy of the array whose data begin ``elements`` elements after a 64-byte boundary."""
+    size = x.dtype.itemsize
+    buffer = np.empty(x.size + elements + 64 // size, x.dtype)
+    skip = -buffer.ctypes.data % 64 // size + elements
+    copy = buffer[skip : skip + x.size].reshape(x.shape)
+    copy[...] = x
+    return copy

@@ -1,0 +1,131 @@
+"""The numerical contract: errors in ULP against a wider format, for every kernel."""
+
+import cases
+import mpmath
+import numpy as np
+import pytest
+
+import jax_softmax2p
+from jax_softmax2p import native
+
+EVERY_SHORT_LENGTH = range(1, 140)
+# Around a block, a segment, and the sizes that PyTorch and others got wrong.
+ODD_LENGTHS = (255, 1000, 1023, 1024, 1025, 2049, 4097, 30576, 32767, 32769, 65537, 1_000_003)
+
+
+def softmax_into(x, **options):
+    y = np.empty_like(x)
+    native.softmax_into(x, y, **options)
+    return y
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.CLASSES)
+def test_short_rows(name, dtype, isa, algorithm):
+    for n in EVERY_SHORT_LENGTH:
+        x = np.stack([cases.make(name, n, dtype, seed) for seed in range(8)])
+        error = cases.ulp_error(softmax_into(x, isa=isa, algorithm=algorithm), cases.exact_softmax(x))
+        assert error <= cases.CONTRACT_ULP[dtype], n
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.CLASSES)
+def test_odd_lengths(name, dtype, isa):
+    for n in ODD_LENGTHS:
+        x = cases.make(name, n, dtype)
+        error = cases.ulp_error(softmax_into(x, isa=isa, threads=2), cases.exact_softmax(x))
+        assert error <= cases.CONTRACT_ULP[dtype], n
+
+
+@pytest.mark.parametrize("name", cases.CLASSES)
+def test_error_does_not_grow_with_length(name, isa):
+    for n in (2**22, 2**24):
+        x = cases.make(name, n, np.float32)
+        assert cases.ulp_error(softmax_into(x, isa=isa, threads=2), cases.exact_softmax(x)) <= 2, n
+
+
+@pytest.mark.parametrize("offset", [1e6, 4e6, 5e7, 1e9, 1e15, 1e20])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_offsets(dtype, sign, offset, isa):
+    for n in (3, 64, 1000, 40_000):
+        x = (cases.make("normal", n, np.float64) * 20 + sign * offset).astype(dtype)
+        error = cases.ulp_error(softmax_into(x, isa=isa), cases.exact_softmax(x))
+        assert error <= cases.CONTRACT_ULP[dtype], n
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_every_binade(dtype, isa):
+    """Rows around every power of two: below, across and beyond the range without the third pass."""
+    limits = np.finfo(dtype)
+    for exponent in range(limits.minexp, limits.maxexp, 3 if dtype == np.float32 else 31):
+        for sign in (1, -1):
+            x = sign * np.ldexp(dtype(1), exponent) * np.linspace(1, 1.9, 37, dtype=dtype)
+            with np.errstate(under="ignore"):
+                error = cases.ulp_error(softmax_into(x, isa=isa), cases.exact_softmax(x))
+            assert error <= cases.CONTRACT_ULP[dtype], (exponent, sign)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_against_mpmath(dtype, isa):
+    mpmath.mp.dps = 50
+    for name in cases.CLASSES:
+        x = cases.make(name, 77, dtype)
+        exponentials = [mpmath.exp(mpmath.mpf(float(v))) for v in x]
+        total = mpmath.fsum(exponentials)
+        y = softmax_into(x, isa=isa)
+        for actual, e in zip(y, exponentials, strict=True):
+            exact = e / total
+            if actual == 0 and exact < float(np.finfo(dtype).tiny):
+                continue
+            error = abs(mpmath.mpf(float(actual)) - exact) / float(np.spacing(dtype(float(exact))))
+            assert error <= cases.CONTRACT_ULP[dtype], name
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_a_dominating_element_gives_exactly_one(dtype, isa):
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 9, 100):
+        x = rng.uniform(-100, 0, (2000, n)).astype(dtype)
+        x[:, -1] = rng.uniform(60, 3000, 2000)
+        y = softmax_into(x, isa=isa)
+        assert (y[:, -1] == 1).all(), n
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.CLASSES)
+def test_rows_sum_to_one(name, dtype, isa):
+    y = softmax_into(cases.make(name, 100_003, dtype), isa=isa).astype(np.longdouble)
+    assert abs(y.sum() - 1) <= 2 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_order_is_kept(dtype, isa):
+    x = np.sort(cases.make("normal", 5000, dtype))
+    assert (np.diff(softmax_into(x, isa=isa)) >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.CLASSES)
+def test_jacobian_is_within_4_ulp_of_the_largest(name, dtype, isa):
+    rng = np.random.default_rng(1)
+    for n in (1, 2, 7, 33, 129, 1000, 40_001):
+        y = softmax_into(cases.make(name, n, dtype))
+        for t in (rng.standard_normal(n), 1 + 1e-6 * rng.standard_normal(n), np.ones(n), 1e4 * y):
+            t = t.astype(dtype)
+            out = np.empty_like(t)
+            native.softmax_jacobian_into(y, t, out, isa=isa)
+            wide_y, wide_t = y.astype(np.longdouble), t.astype(np.longdouble)
+            exact = wide_y * (wide_t - (wide_y * wide_t).sum())
+            unit = np.spacing(np.maximum(np.abs(exact).max(), np.finfo(dtype).tiny).astype(dtype))
+            assert np.abs(out - exact).max() <= 4 * unit, n
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.CLASSES)
+def test_reference(name, dtype):
+    """The reference is jax.nn's formula, and no better than that."""
+    for n in (1, 5, 100, 3001):
+        x = cases.make(name, n, dtype)
+        y = np.asarray(jax_softmax2p.softmax(x, implementation="reference"))
+        assert cases.ulp_error(y, cases.exact_softmax(x)) <= 128, n

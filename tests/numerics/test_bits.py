@@ -1,0 +1,98 @@
+"""A row has the same bits wherever it lies and whoever computes it."""
+
+import cases
+import jax
+import numpy as np
+import pytest
+
+import jax_softmax2p
+from jax_softmax2p import native
+
+LANES = 16  # of the widest vector, in float32
+
+
+def softmax_into(x, **options):
+    y = np.empty_like(x)
+    native.softmax_into(x, y, **options)
+    return y
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_every_short_length_at_every_alignment(dtype, isa, algorithm):
+    for n in range(4 * LANES + 1):
+        x = cases.make("normal", n, dtype) if n else np.empty(0, dtype)
+        expected = softmax_into(x, isa=isa)
+        for shift in range(0, LANES, 3):
+            shifted = cases.at_offset(x, shift)
+            for out_shift in (shift, 0, 1, 7):
+                surroundings = cases.at_offset(np.full(n + 2 * LANES, 7, dtype), out_shift)
+                out = surroundings[LANES : LANES + n]
+                native.softmax_into(shifted, out, isa=isa, algorithm=algorithm)
+                np.testing.assert_array_equal(out, expected)
+                assert (surroundings[:LANES] == 7).all()
+                assert (surroundings[LANES + n :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.CLASSES)
+def test_algorithms_and_in_place_agree(name, dtype, isa, algorithm):
+    for n in (1, 31, 1000, 5001, 70_000, 400_001):
+        x = cases.make(name, n, dtype)
+        expected = softmax_into(x, isa=isa)
+        for threads in (1, 2, 5):
+            y = softmax_into(x, isa=isa, algorithm=algorithm, threads=threads)
+            np.testing.assert_array_equal(y, expected)
+            in_place = x.copy()
+            native.softmax_into(in_place, in_place, isa=isa, algorithm=algorithm, threads=threads)
+            np.testing.assert_array_equal(in_place, expected)
+
+
+@pytest.mark.parametrize(("rows", "n"), [(3, 7), (5, 1000), (40, 33_000), (3, 66_000), (9000, 3)])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_batch_does_not_matter(dtype, rows, n, isa):
+    x = np.stack([cases.make("normal", n, dtype, seed) for seed in range(rows)])
+    alone = np.stack([softmax_into(row, isa=isa) for row in x])
+    for threads in (1, 2, 3):
+        np.testing.assert_array_equal(softmax_into(x, isa=isa, threads=threads), alone)
+
+
+def test_arrays_beyond_the_caches(isa, algorithm):
+    """Written past the caches, from any alignment."""
+    x = cases.make("normal", 2**24 + 5, np.float32)
+    parts = x[: 2**24].reshape(4096, 4096)
+    alone = np.stack([softmax_into(row, isa=isa) for row in parts])
+    for shift in (0, 3):
+        out = cases.at_offset(np.zeros_like(parts), shift)
+        native.softmax_into(parts, out, isa=isa, algorithm=algorithm, threads=2)
+        np.testing.assert_array_equal(out, alone)
+    expected = cases.exact_softmax(x)
+    out = cases.at_offset(np.zeros_like(x), 1)
+    native.softmax_into(x, out, isa=isa, algorithm=algorithm, threads=2)
+    assert cases.ulp_error(out, expected) <= 2
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_jacobian(dtype, isa):
+    rng = np.random.default_rng(0)
+    for rows, n in ((1, 5), (7, 1000), (2, 70_000), (300, 301)):
+        y = softmax_into(rng.standard_normal((rows, n)).astype(dtype))
+        t = rng.standard_normal((rows, n)).astype(dtype)
+        expected = np.empty_like(y)
+        for row in range(rows):
+            native.softmax_jacobian_into(y[row], t[row], expected[row], isa=isa)
+        for threads in (1, 2, 5):
+            for out in (np.empty_like(y), t.copy()):
+                native.softmax_jacobian_into(y, t, out, isa=isa, threads=threads)
+                np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (33, 2049), (16, 30576), (2, 3, 70_001)])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_jit_vmap_and_loop_agree(dtype, shape):
+    x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    rows = x.reshape(-1, shape[-1])
+    expected = softmax_into(rows).reshape(shape)
+    np.testing.assert_array_equal(jax.jit(jax_softmax2p.softmax)(x), expected)
+    np.testing.assert_array_equal(jax.vmap(jax_softmax2p.softmax)(x), expected)
+    loop = np.stack([jax_softmax2p.softmax(row) for row in rows]).reshape(shape)
+    np.testing.assert_array_equal(loop, expected)
