@@ -7,7 +7,7 @@
 //   the last place of 1 (2^-23 in float32, 2^-52 in float64): below 0.45, against 0.5 more once rounded.
 //   tests/numerics/test_accuracy.py bounds what follows from it.
 // * n is handed on as the ready power of two 2^(n - reference), read out of the low bits of the sum that
-//   rounds x·log2 e. The reference is an even integer near the largest n, so the power never overflows.
+//   rounds x·log2 e. The reference is an even integer just below the largest n, so the power never overflows.
 // * x is clamped from below, where 2^(n - reference) is zero: -inf, finfo.min and the usual masks would
 //   otherwise become -inf + inf. NaN passes the clamp and poisons s.
 #pragma once
@@ -92,7 +92,7 @@ struct Exponentials {
   V s[K];
 };
 
-// Takes x with n - reference <= 1. Whether a tie rounds up depends on the parity of the reference.
+// Takes x with n - reference <= 2. Whether a tie rounds up depends on the parity of the reference.
 template <typename V>
 class ExponentialFrom {
   using T = typename V::Scalar;

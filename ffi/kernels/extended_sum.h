@@ -8,6 +8,11 @@
 
 namespace jax_softmax2p {
 
+// Elements that are summed in the vector's own precision, with the errors beside the sum, before both go
+// into a DoubleSum. In softmax they share an exponent, too. 4 KiB of float32: long against the cost of
+// closing a block, short against the first-level cache.
+inline constexpr int kBlock = 1024;
+
 // 2^k for k <= 0; zero below the normal range of double.
 static SOFTMAX2P_INLINE double PowerOfTwo(int k) {
   if (k < -1022) return 0.0;

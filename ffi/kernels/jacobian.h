@@ -17,23 +17,10 @@ class JacobianRow {
   // <y, t> in twice the working precision (Ogita, Rump & Oishi, "Accurate sum and dot product", SIAM J.
   // Sci. Comput. 26(6), 2005, Algorithm 5.3): t - <y, t> cancels where t is nearly constant.
   static DoubleSum Dot(const T* y, const T* t, std::int64_t n) {
-    Accumulator even, odd;
-    std::int64_t i = 0;
-    for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
-      even.Add(V::Load(y + i), V::Load(t + i));
-      odd.Add(V::Load(y + i + V::kLanes), V::Load(t + i + V::kLanes));
-    }
-    if (i + V::kLanes <= n) {
-      even.Add(V::Load(y + i), V::Load(t + i));
-      i += V::kLanes;
-    }
-    if (i < n) {
-      const int rest = static_cast<int>(n - i);
-      odd.Add(V::LoadPartial(y + i, rest, 0), V::LoadPartial(t + i, rest, 0));
-    }
     DoubleSum total;
-    even.AddTo(total);
-    odd.AddTo(total);
+    for (std::int64_t i = 0; i < n; i += kBlock) {
+      DotBlock(y + i, t + i, n - i < kBlock ? static_cast<int>(n - i) : kBlock, total);
+    }
     return total;
   }
 
@@ -51,6 +38,22 @@ class JacobianRow {
   }
 
  private:
+  static SOFTMAX2P_INLINE void DotBlock(const T* y, const T* t, int n, DoubleSum& total) {
+    Accumulator even, odd;
+    int i = 0;
+    for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
+      even.Add(V::Load(y + i), V::Load(t + i));
+      odd.Add(V::Load(y + i + V::kLanes), V::Load(t + i + V::kLanes));
+    }
+    if (i + V::kLanes <= n) {
+      even.Add(V::Load(y + i), V::Load(t + i));
+      i += V::kLanes;
+    }
+    if (i < n) odd.Add(V::LoadPartial(y + i, n - i, 0), V::LoadPartial(t + i, n - i, 0));
+    even.AddTo(total);
+    odd.AddTo(total);
+  }
+
   struct Accumulator {
     V sum = V::Broadcast(0);
     V rest = V::Broadcast(0);

@@ -18,10 +18,6 @@
 
 namespace jax_softmax2p {
 
-// Elements whose sum is held in the vector's own precision (and its error beside it), and that share an
-// exponent. 4 KiB of float32: long against the cost of closing a block, short against the L1 cache.
-inline constexpr int kBlock = 1024;
-
 template <typename V>
 class SoftmaxRow {
   using T = typename V::Scalar;
@@ -164,8 +160,9 @@ class SoftmaxRow {
     return rest < kBlock ? static_cast<int>(rest) : kBlock;
   }
 
-  // The even integer nearest to maximum·log2 e, or the end of the exact range that it lies beyond. A block
-  // too low for the range keeps the lowest exponent, and Sum's caller sees that it was never exceeded.
+  // The largest even integer not above maximum·log2 e, or the end of the exact range that it lies beyond.
+  // A block too low for the range keeps the lowest exponent, and Sum's caller sees that it was never
+  // exceeded. Not above, so that a row's sum is 1 at least, and a result whose power underflows does, too.
   // Even, because the reference's parity decides how ExponentialFrom rounds a tie: s from one pass and the
   // power from another must agree on n.
   static SOFTMAX2P_INLINE int BlockExponent(T maximum) {
@@ -173,14 +170,15 @@ class SoftmaxRow {
     const T half = maximum * (Format<T>::kLog2E / 2);
     if (kGuarded && !(half > -kMax / 2)) return -kMax;
     if (kGuarded && half > kMax / 2) return kMax + 2;
-    return 2 * static_cast<int>(half < 0 ? half - T(0.5) : half + T(0.5));
+    const int truncated = static_cast<int>(half);
+    return 2 * (static_cast<T>(truncated) > half ? truncated - 1 : truncated);
   }
 
   // Sums (1 + s)·2^(n - reference), with the error of every addition carried along in `rest`. The sum
-  // starts at 4, above any term, so that its growth is what was added, exactly (Dekker's fast two-sum);
+  // starts at 8, above any term, so that its growth is what was added, exactly (Dekker's fast two-sum);
   // what is missing of the term then is power - added + s·power.
   struct Accumulator {
-    static constexpr T kStart = 4;
+    static constexpr T kStart = 8;
 
     V sum = V::Broadcast(kStart);
     V rest = V::Broadcast(0);
