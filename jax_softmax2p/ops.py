@@ -138,7 +138,7 @@ def _as_inexact(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:
     x_max = jnp.max(x, axes, keepdims=True, where=mask, initial=jnp.iinfo(x.dtype).min)
     # The difference may exceed the signed range, by wrapping into what is right as unsigned.
     unsigned = jnp.dtype(f"uint{jnp.iinfo(x.dtype).bits}")
-    return -(x_max - x).astype(unsigned).astype(jnp.result_type(x.dtype, float))
+    return -(x_max - x).astype(unsigned).astype(jax.eval_shape(jnp.exp, x).dtype)
 
 
 def _fill_masked(x: Array, axes: tuple[int, ...], mask: Array) -> Array:

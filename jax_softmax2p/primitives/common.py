@@ -12,7 +12,14 @@ from jax_softmax2p import native
 
 def define_eager_evaluation(primitive: Primitive, static_argnames: tuple[str, ...]) -> None:
     """Makes the primitive run outside jit, each time as a jitted call of itself."""
-    jitted = jax.jit(primitive.bind, static_argnames=static_argnames)
+
+    def call(*operands, **params):
+        return primitive.bind(*operands, **params)
+
+    # To JAX's NaN checker a jitted function is something to take apart and run again, primitive by
+    # primitive, unless it carries this mark, as JAX's own primitives do.
+    call._apply_primitive = True  # type: ignore[attr-defined]
+    jitted = jax.jit(call, static_argnames=static_argnames)
 
     def evaluate(*operands, **params):
         # Under disable_jit the jitted function would call the primitive, and so itself, forever.

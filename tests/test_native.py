@@ -1,0 +1,159 @@
+"""Introspection, and the kernels on NumPy arrays."""
+
+import subprocess
+import sys
+import warnings
+
+import cases
+import jax
+import numpy as np
+import pytest
+
+from jax_softmax2p import native
+
+
+def test_isas():
+    supported = native.supported_isas()
+    assert native.active_isa() in supported
+    assert supported[-1] == "portable"
+    ranks = ["avx512", "avx2", "portable"]
+    assert supported == [isa for isa in ranks if isa in supported]
+
+
+def test_isas_agree_with_the_kernel_of_the_operating_system():
+    with open("/proc/cpuinfo") as cpuinfo:
+        flags = set(cpuinfo.read().split())
+    assert ("avx2" in native.supported_isas()) == ({"avx2", "fma", "f16c"} <= flags)
+    wanted = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    assert ("avx512" in native.supported_isas()) == (wanted <= flags)
+
+
+def test_isas_differ_by_no_more_than_the_contract(isa):
+    x = cases.make("normal", 10_001, np.float32)
+    y, best = np.empty_like(x), np.empty_like(x)
+    native.softmax_into(x, y, isa=isa)
+    native.softmax_into(x, best)
+    assert np.abs(y - best).max() <= 4 * np.spacing(best.max())
+    assert (np.abs(y - best) <= 4 * np.spacing(best)).all()
+
+
+def test_headers_are_those_of_the_oldest_supported_jaxlib():
+    assert native.ffi_api_version() == (0, 1)
+
+
+def test_the_library_knows_the_same_algorithms():
+    assert tuple(native._library.algorithms()) == native.ALGORITHMS
+
+
+X = np.zeros((2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a NumPy array, got list"),
+        ({"x": X.astype(np.float16)}, TypeError, "x must be float32 or float64, got float16"),
+        ({"out": X.astype(np.float64)}, ValueError, "out must have shape .* dtype float32"),
+        ({"out": np.zeros((3, 2), np.float32)}, ValueError, r"out must have shape \(2, 3\)"),
+        ({"x": X.T, "out": X.T.copy()}, ValueError, "x must be C-contiguous"),
+        ({"x": np.float32(0) * X[0, 0].reshape(())}, TypeError, "x must be a NumPy array"),
+        ({"x": np.zeros((), np.float32)}, ValueError, "x must have one dimension at least"),
+        ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, .* got 'fast'"),
+        ({"isa": "mmx"}, ValueError, "isa must be one of .*portable; got 'mmx'"),
+        ({"threads": 0}, ValueError, "threads must be an integer from 1 to 1024, got 0"),
+        ({"threads": 1.5}, ValueError, "threads must be an integer"),
+    ],
+)
+def test_bad_arguments(arguments, error, words):
+    with pytest.raises(error, match=words):
+        native.softmax_into(**{"x": X, "out": X.copy(), **arguments})
+
+
+def test_read_only_out():
+    out = X.copy()
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writable"):
+        native.softmax_into(X, out)
+
+
+def run_python(code, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("name", ["quantum", "avx512" if "avx512" not in native.supported_isas() else "neon"])
+def test_forcing_what_is_not_there_is_an_error_that_lists_what_is(name):
+    code = "import jax.numpy as jnp, jax_softmax2p as s; s.softmax(jnp.zeros(3))"
+    result = run_python(code, JAX_SOFTMAX2P_ISA=name)
+    assert result.returncode != 0
+    assert f"JAX_SOFTMAX2P_ISA='{name}'" in result.stderr
+    assert f"supported here: {', '.join(native.supported_isas())}" in result.stderr
+
+
+def test_forcing_an_isa(isa):
+    code = "from jax_softmax2p import native; print(native.active_isa())"
+    result = run_python(code, JAX_SOFTMAX2P_ISA=isa)
+    assert result.stdout.strip() == isa, result.stderr
+
+
+REFUSING_RUNTIME = """
+import warnings
+import jax, jax.numpy as jnp
+real = jax.ffi.register_ffi_target
+jax.ffi.register_ffi_target = lambda name, *args, **kwargs: None  # as an older runtime: no handler
+import jax_softmax2p as s
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        y = jax.jit(s.softmax)(jnp.zeros(4))
+        s.softmax(jnp.zeros((2, 5)))
+assert y.tolist() == [0.25] * 4
+print([str(w.message) for w in caught])
+try:
+    s.softmax(jnp.zeros(4), implementation="native")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_runtime_that_refuses_the_call_gives_one_warning_and_the_reference():
+    result = run_python(REFUSING_RUNTIME)
+    assert result.returncode == 0, result.stderr
+    warned, refused = result.stdout.strip().split("\n", 1)
+    assert warned.count("jax_softmax2p runs its jax.numpy reference") == 1
+    assert "a trial call failed" in warned
+    assert "implementation='native' cannot run: a trial call failed" in refused
+
+
+MISSING_LIBRARY = """
+import sys
+sys.modules["jax_softmax2p._native"] = None
+import warnings
+warnings.simplefilter("ignore")
+import jax.numpy as jnp, jax_softmax2p as s
+assert s.softmax(jnp.zeros(4)).tolist() == [0.25] * 4
+try:
+    s.native.supported_isas()
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_a_missing_library_gives_the_reference():
+    result = run_python(MISSING_LIBRARY)
+    assert result.returncode == 0, result.stderr
+    assert "the compiled library cannot be loaded" in result.stdout
+
+
+def test_the_probe_leaves_no_warning_where_all_is_well():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.unavailable_reason() is None
+    assert jax.devices()[0].platform == "cpu"
