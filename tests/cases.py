@@ -1,6 +1,9 @@
-"""Inputs with names, oracles, and errors in units of the last place: shared by all tests."""
+"""Inputs with names, and what results are held against: shared by all tests."""
 
 import numpy as np
+
+from jax_softmax2p.measure import exact_softmax as exact_softmax
+from jax_softmax2p.measure import ulp_error as ulp_error
 
 DTYPES = (np.float32, np.float64)
 
@@ -77,25 +80,6 @@ def make(name, n, dtype, seed=0):
     """A row of ``n`` elements of the class ``name``."""
     rng = np.random.default_rng([seed, n])
     return CLASSES[name](rng, n).astype(dtype)
-
-
-def exact_softmax(x):
-    """Softmax along the last axis in a wider format: float64 for float32, 80 bits for float64."""
-    wide = x.astype(np.float64 if x.dtype == np.float32 else np.longdouble)
-    e = np.exp(wide - wide.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def ulp_error(actual, exact):
-    """The largest error in units of the last place of the exact value, rounded to actual's format.
-
-    Results below the normal range may be zero.
-    """
-    tiny = np.finfo(actual.dtype).tiny
-    spacing = np.spacing(np.maximum(np.abs(exact), tiny).astype(actual.dtype))
-    error = np.abs(actual.astype(exact.dtype) - exact) / spacing
-    flushed = (actual == 0) & (np.abs(exact) <= tiny)
-    return float(np.where(flushed, 0, error).max(initial=0))
 
 
 def at_offset(x, elements):

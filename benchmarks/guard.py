@@ -1,0 +1,70 @@
+"""What the guard for masks and large inputs costs: these kernels against the same built without it.
+
+    pip wheel . --no-deps -w unguarded -Ccmake.define.JAX_SOFTMAX2P_UNGUARDED=ON
+    python -m benchmarks.guard unguarded/jax_softmax2p-*.whl
+"""
+
+import argparse
+import importlib.util
+import itertools
+import statistics
+import sys
+import tempfile
+import types
+import zipfile
+
+import numpy as np
+
+from jax_softmax2p import _native, measure
+
+SHAPES = ((1024, 64), (16, 4096), (1, 65536), (1, 2**20), (16384, 512), (1, 2**26))
+
+
+def main() -> None:
+    """Prints the ratio of times for every instruction set, algorithm and shape."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__.split("\n")[0])
+    parser.add_argument("wheel", help="a wheel built with JAX_SOFTMAX2P_UNGUARDED=ON")
+    unguarded = load_library(parser.parse_args().wheel)
+    if not _native.GUARDED or unguarded.GUARDED:
+        sys.exit("the installed library must have the guard, and the wheel's must not")
+    print(f"{measure.cpu_name()}, float32, one thread, guarded / unguarded time:")
+    for isa, algorithm in itertools.product(_native.supported_isas(), ("two_pass", "two_pass_reload")):
+        ratios = [ratio(unguarded, isa, algorithm, shape) for shape in SHAPES if shape != (1, 2**26)]
+        if algorithm == "two_pass":
+            ratios.append(ratio(unguarded, isa, algorithm, (1, 2**26)))
+        print(
+            f"  {isa:>9} {algorithm:<16} {'  '.join(f'{r:.3f}' for r in ratios)}"
+            f"   geometric mean {statistics.geometric_mean(ratios):.3f}",
+            flush=True,
+        )
+
+
+def load_library(wheel: str) -> types.ModuleType:
+    """The native module out of a wheel, beside the one that is installed."""
+    folder = tempfile.mkdtemp()
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.startswith("jax_softmax2p/_native.") and n.endswith(".so"))
+        path = archive.extract(name, folder)
+    spec = importlib.util.spec_from_file_location("_native", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def ratio(unguarded: types.ModuleType, isa: str, algorithm: str, shape: tuple[int, int]) -> float:
+    """Guarded time over unguarded time on normal data, which need no guard."""
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
+    out = np.empty_like(x)
+
+    def call(library):
+        return lambda: library.softmax_into(x, out, algorithm, isa, 1)
+
+    times = measure.alternating_medians(
+        {"guarded": call(_native), "unguarded": call(unguarded)}, rounds=15, seconds=0.4
+    )
+    return times["guarded"] / times["unguarded"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Measuring speed and error: for the demonstration, the benchmarks and the tests."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+
+def cpu_name() -> str:
+    """The CPU's name, as its maker gave it, where the system tells."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def alternating_medians(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int = 7, seconds: float = 0.2
+) -> dict[str, float]:
+    """Median time of a call of each function, in seconds.
+
+    The functions take turns, so that a machine that slows down or is shared does so for all; of each
+    other's times only ratios within one call of this function mean something.
+
+    Args:
+      functions: what to call, by name. Results are waited for (``jax.block_until_ready``).
+      rounds: how many turns each has.
+      seconds: how long a turn lasts, about.
+    """
+    calls = {}
+    for name, function in functions.items():
+        jax.block_until_ready(function())
+        once = _seconds_per_call(function, 1)
+        calls[name] = max(1, round(seconds / rounds / max(once, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(_seconds_per_call(function, calls[name]))
+    return {name: statistics.median(of_one) for name, of_one in times.items()}
+
+
+def _seconds_per_call(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        jax.block_until_ready(function())
+    return (time.perf_counter() - start) / calls
+
+
+def exact_softmax(x: np.ndarray) -> np.ndarray:
+    """Softmax along the last axis in a wider format: float64 for float32, ``np.longdouble`` for float64."""
+    wide = x.astype(np.float64 if x.dtype == np.float32 else np.longdouble)
+    e = np.exp(wide - wide.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def ulp_error(actual: np.ndarray, exact: np.ndarray) -> float:
+    """The largest error in units of the last place of the exact value, rounded to actual's format.
+
+    Results below the normal range may be zero.
+    """
+    tiny = np.finfo(actual.dtype).tiny
+    spacing = np.spacing(np.maximum(np.abs(exact), tiny).astype(actual.dtype))
+    error = np.abs(actual.astype(exact.dtype) - exact) / spacing
+    flushed = (actual == 0) & (np.abs(exact) <= tiny)
+    return float(np.where(flushed, 0, error).max(initial=0))
