@@ -4,6 +4,7 @@ import argparse
 import json
 import pathlib
 import statistics
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +31,9 @@ def main() -> None:
     environment = describe_environment()
     for key, value in environment.items():
         print(f"{key:>16}  {value}")
-    print(f"\n{'case':>24}  {'ours':>10}  {'jax.nn':>10}  {'x + 1':>10}  {'jax.nn / ours':>13}  {'ours / (x+1)':>12}")
+    print(
+        f"\n{'case':>24}  {'ours':>10}  {'jax.nn':>10}  {'x + 1':>10}  {'jax.nn / ours':>13}  {'ours / (x+1)':>12}"
+    )
     results = [run(case, 3 if options.quick else 9) for case in cases]
     ratios = [result["ratio"] for result in results]
     print(f"\njax.nn / ours: geometric mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
@@ -49,9 +52,7 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
         "jax.nn": jax.jit(jax.nn.softmax),
         "x + 1": jax.jit(lambda x: x + 1),
     }
-    times = measure.alternating_medians(
-        {name: lambda f=f: f(x) for name, f in functions.items()}, rounds=rounds
-    )
+    times = measure.alternating_medians({name: partial(f, x) for name, f in functions.items()}, rounds=rounds)
     result = {
         "case": case.name,
         "seconds": times,
@@ -59,7 +60,10 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
         "against_add": times["ours"] / times["x + 1"],
     }
     columns = "  ".join(f"{times[name] * 1e6:7.1f} µs" for name in functions)
-    print(f"{case.name:>24}  {columns}  {result['ratio']:12.2f}×  {result['against_add']:11.2f}×", flush=True)
+    print(
+        f"{case.name:>24}  {columns}  {result['ratio']:12.2f}×  {result['against_add']:11.2f}×",
+        flush=True,
+    )
     return result
 
 

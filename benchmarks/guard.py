@@ -1,7 +1,7 @@
 """What the guard for masks and large inputs costs: these kernels against the same built without it.
 
-    pip wheel . --no-deps -w unguarded -Ccmake.define.JAX_SOFTMAX2P_UNGUARDED=ON
-    python -m benchmarks.guard unguarded/jax_softmax2p-*.whl
+pip wheel . --no-deps -w unguarded -Ccmake.define.JAX_SOFTMAX2P_UNGUARDED=ON
+python -m benchmarks.guard unguarded/jax_softmax2p-*.whl
 """
 
 import argparse
@@ -43,10 +43,13 @@ def load_library(wheel: str) -> types.ModuleType:
     """The native module out of a wheel, beside the one that is installed."""
     folder = tempfile.mkdtemp()
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = (n for n in archive.namelist() if n.startswith("jax_softmax2p/_native.") and n.endswith(".so"))
+        (name,) = (
+            n for n in archive.namelist() if n.startswith("jax_softmax2p/_native.") and n.endswith(".so")
+        )
         path = archive.extract(name, folder)
     spec = importlib.util.spec_from_file_location("_native", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +87,7 @@ def train_both(size: Size, show: Callable[[str], None]) -> dict[str, Any]:
     )
     results: dict[str, Any] = {}
     for name, softmax in (("jax_softmax2p", jax_softmax2p.softmax), ("jax.nn", jax.nn.softmax)):
-        losses, seconds = train(text, vocabulary, size, softmax, lambda line, n=name: show(f"  {n:>14}  {line}"))
+        losses, seconds = train(text, vocabulary, size, softmax, partial(_say_of, show, name))
         results[name] = {"losses": losses, "seconds_per_step": seconds}
     ours, theirs = results["jax_softmax2p"], results["jax.nn"]
     gap = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
@@ -100,6 +101,10 @@ def train_both(size: Size, show: Callable[[str], None]) -> dict[str, Any]:
         f"{theirs['seconds_per_step'] * 1e3:.1f} ms with jax.nn"
     )
     return results
+
+
+def _say_of(show: Callable[[str], None], name: str, line: str) -> None:
+    show(f"  {name:>14}  {line}")
 
 
 def load_text() -> tuple[np.ndarray, int]:
@@ -194,18 +199,19 @@ def normalise(x: jax.Array) -> jax.Array:
 
 def measure_shapes(show: Callable[[str], None]) -> list[dict[str, Any]]:
     """Time and error of softmax over the last axis, float32, in jit: ours and jax.nn's."""
-    show(f"\n  {'shape, float32':>18}  {'ours':>10}  {'jax.nn':>10}  {'ratio':>6}  {'ULP ours':>8}  {'jax.nn':>6}")
+    show(f"\n  {'float32':>18}  {'ours':>10}  {'jax.nn':>10}  {'ratio':>6}  {'ours':>8}  {'jax.nn':>6} ULP")
     rows = []
     for shape in SHAPES:
         x = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
         functions = {"ours": jax.jit(jax_softmax2p.softmax), "jax.nn": jax.jit(jax.nn.softmax)}
-        times = measure.alternating_medians({name: lambda f=f: f(x) for name, f in functions.items()})
+        times = measure.alternating_medians({name: partial(f, x) for name, f in functions.items()})
         exact = measure.exact_softmax(np.asarray(x))
         errors = {name: measure.ulp_error(np.asarray(f(x)), exact) for name, f in functions.items()}
         ratio = times["jax.nn"] / times["ours"]
         rows.append({"shape": shape, "seconds": times, "ratio": ratio, "ulp": errors})
         show(
-            f"  {'×'.join(map(str, shape)):>18}  {times['ours'] * 1e3:7.3f} ms  {times['jax.nn'] * 1e3:7.3f} ms"
+            f"  {'×'.join(map(str, shape)):>18}  {times['ours'] * 1e3:7.3f} ms  "
+            f"{times['jax.nn'] * 1e3:7.3f} ms"
             f"  {ratio:5.2f}×  {errors['ours']:8.2f}  {errors['jax.nn']:6.2f}"
         )
     return rows

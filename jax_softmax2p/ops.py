@@ -67,9 +67,7 @@ def softmax(
     """
     native.check_algorithm(algorithm)
     if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be None, 'native' or 'reference'; got {implementation!r}"
-        )
+        raise ValueError(f"implementation must be None, 'native' or 'reference'; got {implementation!r}")
     x = _as_numeric_array(x)
     axes = _canonical_axes(axis, x.ndim)
     mask = None if where is None else _as_mask(where, x.shape)
@@ -83,9 +81,7 @@ def softmax(
     if implementation == "reference":
         y = reference.softmax(merged, axis_of_merged)
     else:
-        y = bind_softmax(
-            merged, axis=axis_of_merged, algorithm=algorithm, implementation=implementation
-        )
+        y = bind_softmax(merged, axis=axis_of_merged, algorithm=algorithm, implementation=implementation)
     y = _split_axes(y, x.shape, axes)
     return y if mask is None else jnp.where(mask, y, 0)
 

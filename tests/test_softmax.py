@@ -18,9 +18,7 @@ def check(x, expected, implementation, **options):
     y = softmax(x, implementation=implementation, **options)
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(expected, np.float64))
-    np.testing.assert_array_equal(
-        np.asarray(y, np.float64), np.asarray(jax.nn.softmax(x), np.float64)
-    )
+    np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(jax.nn.softmax(x), np.float64))
 
 
 # Alone, across two vectors, across blocks, and across the segments that threads share.
@@ -104,7 +102,16 @@ def test_empty(shape, dtype, implementation):
 def test_axes(shape, dtype, implementation):
     x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     ndim = len(shape)
-    for axis in [*range(-ndim, ndim), (0, 1), (-1, 0), (1, -ndim), tuple(range(ndim)), (), None, [0]]:
+    for axis in [
+        *range(-ndim, ndim),
+        (0, 1),
+        (-1, 0),
+        (1, -ndim),
+        tuple(range(ndim)),
+        (),
+        None,
+        [0],
+    ]:
         given = tuple(axis) if isinstance(axis, list) else axis
         expected = jax.nn.softmax(x.astype(np.float64), given)
         y = softmax(x, axis, implementation=implementation)
@@ -189,12 +196,13 @@ class TestWhere:
         assert jnp.isfinite(jax.hessian(f)(x)).all()
 
     def test_debug_nans_sees_none(self, implementation):
-        x, mask = jnp.array([[NAN, 1.0, 2.0], [3.0, NAN, NAN]]), jnp.array([[False, True, True], [False] * 3])
+        x, mask = (
+            jnp.array([[NAN, 1.0, 2.0], [3.0, NAN, NAN]]),
+            jnp.array([[False, True, True], [False] * 3]),
+        )
         with jax.debug_nans(True):
             softmax(jnp.nan_to_num(x), where=mask, implementation=implementation)
-            jax.grad(lambda x: softmax(x, where=mask, implementation=implementation)[0, 1])(
-                jnp.nan_to_num(x)
-            )
+            jax.grad(lambda x: softmax(x, where=mask, implementation=implementation)[0, 1])(jnp.nan_to_num(x))
 
 
 class TestErrors:
@@ -207,15 +215,35 @@ class TestErrors:
             ({"axis": (0, -2)}, ValueError, r"axis names a dimension twice: \(0, -2\)"),
             ({"axis": 1.0}, TypeError, "axis must be an integer, several, or None; got 1.0"),
             ({"axis": "last"}, TypeError, "axis must be an integer"),
-            ({"x": jnp.ones((2, 3), bool)}, TypeError, "x must be an array of numbers, got dtype bool"),
+            (
+                {"x": jnp.ones((2, 3), bool)},
+                TypeError,
+                "x must be an array of numbers, got dtype bool",
+            ),
             ({"x": [1.0, 2.0]}, TypeError, "x must be an array or a number, got list"),
             ({"x": "text"}, TypeError, "x must be an array or a number, got str"),
-            ({"where": jnp.ones((2, 3), int)}, ValueError, "where must be boolean, got dtype int64"),
-            ({"where": jnp.ones(4, bool)}, ValueError, r"where must broadcast .*\(2, 3\), got .*\(4,\)"),
+            (
+                {"where": jnp.ones((2, 3), int)},
+                ValueError,
+                "where must be boolean, got dtype int64",
+            ),
+            (
+                {"where": jnp.ones(4, bool)},
+                ValueError,
+                r"where must broadcast .*\(2, 3\), got .*\(4,\)",
+            ),
             ({"where": jnp.ones((5, 2, 3), bool)}, ValueError, "where must broadcast"),
-            ({"algorithm": "four_pass"}, ValueError, "algorithm must be one of auto, two_pass, .*'four_pass'"),
+            (
+                {"algorithm": "four_pass"},
+                ValueError,
+                "algorithm must be one of auto, two_pass, .*'four_pass'",
+            ),
             ({"algorithm": None}, ValueError, "algorithm must be one of"),
-            ({"implementation": "cuda"}, ValueError, "implementation must be None, 'native' .*'cuda'"),
+            (
+                {"implementation": "cuda"},
+                ValueError,
+                "implementation must be None, 'native' .*'cuda'",
+            ),
         ],
     )
     def test_say_which_argument_and_value(self, arguments, error, words):

@@ -30,7 +30,8 @@ struct RowShape {
 };
 
 // Fails unless all buffers have one shape, of rank 1 at least, and one element type.
-xla::ffi::ErrorOr<RowShape> CommonRowShape(const char* handler, std::initializer_list<xla::ffi::AnyBuffer> buffers);
+xla::ffi::ErrorOr<RowShape> CommonRowShape(const char* handler,
+                                           std::initializer_list<xla::ffi::AnyBuffer> buffers);
 
 // Calls body(T{}) with the C++ type of a buffer's elements; fails for one that has no kernels.
 template <typename Body>

@@ -52,7 +52,8 @@ class SoftmaxRow {
     for (std::int64_t i = 0; i < n; i += kBlock) {
       const int size = BlockSize(n - i);
       const Recompute<Plain> source(BlockExponent(Maximum(x + i, size)), x + i, Plain{});
-      row.Combine(kept == nullptr ? SumBlock(source, size, Forget{}) : SumBlock(source, size, Keep{kept + i}));
+      row.Combine(kept == nullptr ? SumBlock(source, size, Forget{})
+                                  : SumBlock(source, size, Keep{kept + i}));
     }
     return row;
   }

@@ -57,9 +57,9 @@ KernelChoice FindKernels(std::string_view name, std::string_view source) {
                          "supported here: " +
                          Names(SupportedKernels())};
   }
-  return {nullptr, std::string(source) + "='" + std::string(name) +
-                       "' names no instruction set of this build; supported here: " +
-                       Names(SupportedKernels())};
+  return {nullptr,
+          std::string(source) + "='" + std::string(name) +
+              "' names no instruction set of this build; supported here: " + Names(SupportedKernels())};
 }
 
 const KernelChoice& ActiveKernels() {

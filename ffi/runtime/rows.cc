@@ -51,7 +51,8 @@ class Segments {
   Part Reduce(const Body& body, const Merge& merge) const {
     if (n_ <= kSegment) return body(std::int64_t{0}, n_);
     std::vector<Part> parts(CeilDiv(n_, kSegment));
-    ForEachIndexed([&](std::int64_t i, std::int64_t begin, std::int64_t size) { parts[i] = body(begin, size); });
+    ForEachIndexed(
+        [&](std::int64_t i, std::int64_t begin, std::int64_t size) { parts[i] = body(begin, size); });
     Part result = parts[0];
     for (std::size_t i = 1; i < parts.size(); ++i) merge(result, parts[i]);
     return result;
@@ -119,9 +120,9 @@ bool IsExact(const KernelTable<T>& kernels, const ExtendedSum& sum) {
 // here: at that size, by Sterbenz's lemma, x - maximum is exact wherever e^(x - maximum) does not vanish.
 template <typename T>
 SoftmaxScale<T> ScaleLessMaximum(const KernelTable<T>& kernels, const Segments& segments, const T* x) {
-  const T maximum = segments.Reduce<T>(
-      [&](std::int64_t begin, std::int64_t size) { return kernels.max(x + begin, size); },
-      [](T& a, T b) { a = std::max(a, b); });
+  const T maximum =
+      segments.Reduce<T>([&](std::int64_t begin, std::int64_t size) { return kernels.max(x + begin, size); },
+                         [](T& a, T b) { a = std::max(a, b); });
   SoftmaxScale<T> scale{};
   if (std::isinf(maximum)) {
     scale.high = std::numeric_limits<T>::quiet_NaN();

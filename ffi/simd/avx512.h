@@ -38,9 +38,7 @@ struct F32 {
   }
 
  private:
-  static SOFTMAX2P_INLINE __mmask16 Leading(int count) {
-    return static_cast<__mmask16>((1u << count) - 1);
-  }
+  static SOFTMAX2P_INLINE __mmask16 Leading(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 };
 
 struct F64 {

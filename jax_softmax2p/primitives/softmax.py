@@ -12,9 +12,7 @@ from jax_softmax2p.primitives.softmax_jacobian import softmax_jacobian
 softmax_p = Primitive("softmax2p")
 
 
-def softmax(
-    x: jax.Array, *, axis: int, algorithm: str, implementation: str | None
-) -> jax.Array:
+def softmax(x: jax.Array, *, axis: int, algorithm: str, implementation: str | None) -> jax.Array:
     """Softmax of an inexact array along the negative ``axis``."""
     return softmax_p.bind(x, axis=axis, algorithm=algorithm, implementation=implementation)
 
@@ -37,6 +35,4 @@ common.define_eager_evaluation(softmax_p, ("axis", "algorithm", "implementation"
 softmax_p.def_abstract_eval(_abstract_eval)
 ad.defjvp2(softmax_p, _jvp)
 batching.primitive_batchers[softmax_p] = _batch
-common.define_lowerings(
-    softmax_p, native.SOFTMAX_TARGET, reference.softmax, attributes=("algorithm",)
-)
+common.define_lowerings(softmax_p, native.SOFTMAX_TARGET, reference.softmax, attributes=("algorithm",))

@@ -174,7 +174,10 @@ def test_native_lowers_to_one_custom_call_a_direction():
     text = jax.jit(lambda x, t: jax.vjp(softmax, x)[1](t)).lower(x, x).as_text()
     assert text.count("custom_call @jax_softmax2p_softmax_v1") == 1
     assert text.count("custom_call @jax_softmax2p_softmax_jacobian_v1") == 1
-    assert "custom_call" not in jax.jit(functools.partial(softmax, implementation="reference")).lower(x).as_text()
+    assert (
+        "custom_call"
+        not in jax.jit(functools.partial(softmax, implementation="reference")).lower(x).as_text()
+    )
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
@@ -183,10 +186,10 @@ def test_other_platforms_lower_to_the_reference(platform):
     for g in (softmax, jax.grad(lambda x: softmax(x)[0, 0])):
         exported = jax.export.export(jax.jit(g), platforms=[platform])(x)
         assert "custom_call @jax_softmax2p" not in exported.mlir_module()
-    with pytest.raises(ValueError, match="implementation='native' cannot run: .*for CPUs only"):
-        jax.export.export(
-            jax.jit(functools.partial(softmax, implementation="native")), platforms=[platform]
-        )(x)
+    with pytest.raises(ValueError, match=r"implementation='native' cannot run: .*for CPUs only"):
+        jax.export.export(jax.jit(functools.partial(softmax, implementation="native")), platforms=[platform])(
+            x
+        )
 
 
 def test_donation(f):
