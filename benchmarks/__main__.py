@@ -31,9 +31,8 @@ def main() -> None:
     environment = describe_environment()
     for key, value in environment.items():
         print(f"{key:>16}  {value}")
-    print(
-        f"\n{'case':>24}  {'ours':>10}  {'jax.nn':>10}  {'x + 1':>10}  {'jax.nn / ours':>13}  {'ours / (x+1)':>12}"
-    )
+    headings = [f"{'case':>24}", *(f"{name:>10}" for name in ("ours", "jax.nn", "x + 1"))]
+    print("", "  ".join([*headings, f"{'jax.nn / ours':>13}", f"{'ours / (x+1)':>12}"]), sep="\n")
     results = [run(case, 3 if options.quick else 9) for case in cases]
     ratios = [result["ratio"] for result in results]
     print(f"\njax.nn / ours: geometric mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
