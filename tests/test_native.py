@@ -1,5 +1,6 @@
 """Introspection, and the kernels on NumPy arrays."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -77,8 +78,6 @@ def test_read_only_out():
 
 
 def run_python(code, **environment):
-    import os
-
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, **environment},
