@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "ffi/runtime/float_mode.h"
@@ -190,9 +191,9 @@ void SoftmaxRows(const KernelTable<T>& kernels, Executor& executor, Algorithm al
   ForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
     const Segments segments(for_segments, n);
     // y will do for what pass 1 keeps, unless x is still needed there, or writing there is what streaming
-    // is to avoid.
+    // is to avoid. Without memory for scratch the row is recomputed instead.
     const bool needs_scratch = plan.reload && (x == y || plan.stream);
-    const std::unique_ptr<T[]> scratch(needs_scratch ? new T[n] : nullptr);
+    const std::unique_ptr<T[]> scratch(needs_scratch ? new (std::nothrow) T[n] : nullptr);
     for (std::int64_t r = first; r < end; ++r) {
       T* const kept = !plan.reload ? nullptr : needs_scratch ? scratch.get() : y + r * n;
       OneSoftmaxRow(kernels, segments, plan.stream, x + r * n, kept, y + r * n);
