@@ -1,13 +1,13 @@
 // The Python module jax_softmax2p._native: FFI capsules, introspection, and the kernels on NumPy arrays.
 //
-// It checks what would otherwise crash; jax_softmax2p/native.py checks the rest, with better words.
+// For jax_softmax2p/native.py, which checks alignment, overlap and the like with words for users.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -26,12 +26,18 @@ namespace {
 // Threads for the length of one call.
 class StdThreads : public Executor {
  public:
-  explicit StdThreads(int threads) : threads_(threads) {}
+  explicit StdThreads(int threads) : threads_(threads) { started_.reserve(threads); }
   ~StdThreads() override {
     for (std::thread& thread : started_) thread.join();
   }
   int Helpers() const override { return threads_ - 1; }
-  void Schedule(std::function<void()> task) override { started_.emplace_back(std::move(task)); }
+  void Schedule(std::function<void()> task) override {
+    try {
+      started_.emplace_back(std::move(task));
+    } catch (const std::system_error&) {
+      // No thread to be had. Helpers are optional: the caller does the work.
+    }
+  }
 
  private:
   int threads_;

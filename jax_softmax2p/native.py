@@ -10,6 +10,7 @@ import functools
 import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.export
@@ -189,7 +190,11 @@ def unavailable_reason() -> str | None:
 def _probe() -> str | None:
     reason: str | None = _load_error
     if _library is not None:
-        reason = _in_new_thread(_try_tiny_call)
+        # In a thread of its own no trace, mesh or thread-local setting of the caller's reaches the call.
+        # Warnings of JAX's are none of ours, even where they are errors.
+        with warnings.catch_warnings(), ThreadPoolExecutor(1) as thread:
+            warnings.simplefilter("ignore")
+            reason = thread.submit(_try_tiny_call).result()
     if reason:
         warnings.warn(
             f"jax_softmax2p runs its jax.numpy reference, not its native kernels: {reason}",
@@ -197,15 +202,6 @@ def _probe() -> str | None:
             stacklevel=2,
         )
     return reason or None
-
-
-def _in_new_thread(function) -> str:
-    """Calls the function where no trace, mesh or thread-local setting of the caller's reaches it."""
-    result = []
-    thread = threading.Thread(target=lambda: result.append(function()))
-    thread.start()
-    thread.join()
-    return result[0]
 
 
 def _try_tiny_call() -> str:
@@ -243,7 +239,12 @@ def _check_arrays(**arrays: np.ndarray) -> None:
                 f"{name} must have shape {shape} and dtype {dtype} as the others, "
                 f"got {array.shape} and {array.dtype}"
             )
-    if not arrays["out"].flags.writeable:
+    out = arrays["out"]
+    for name, array in arrays.items():
+        same = array.ctypes.data == out.ctypes.data
+        if not same and np.may_share_memory(array, out):
+            raise ValueError(f"out must be {name} itself or share no memory with it, got a partial overlap")
+    if not out.flags.writeable:
         raise ValueError("out must be writable, got a read-only array")
 
 

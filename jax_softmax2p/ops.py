@@ -36,8 +36,8 @@ def softmax(
 
     Args:
       x: array of logits, of any shape. float32 and float64 have native kernels on CPUs; float16,
-        bfloat16, float8 and complex are computed by the reference. Integers are promoted to the default
-        float dtype.
+        bfloat16 and complex are computed by the reference; float8 in float32. Integers are promoted as
+        by jnp.exp, after their maximum has been subtracted exactly.
       axis: the axis or axes over which the result sums to 1: an integer, several, or None for all.
       where: boolean array that broadcasts to x's shape; positions where it is False take no part and
         give 0, and what x holds there, NaN included, harms nothing, in the gradient too. A row without
@@ -72,6 +72,9 @@ def softmax(
     axes = _canonical_axes(axis, x.ndim)
     mask = None if where is None else _as_mask(where, x.shape)
     x = _as_inexact(x, axes, mask)
+    dtype = x.dtype
+    if _has_no_infinity(dtype):
+        x = x.astype(jnp.float32)
     if implementation == "native" and (reason := native.reason_against(x.dtype)):
         raise ValueError(native_refusal(reason))
 
@@ -82,7 +85,7 @@ def softmax(
         y = reference.softmax(merged, axis_of_merged)
     else:
         y = bind_softmax(merged, axis=axis_of_merged, algorithm=algorithm, implementation=implementation)
-    y = _split_axes(y, x.shape, axes)
+    y = _split_axes(y, x.shape, axes).astype(dtype)
     return y if mask is None else jnp.where(mask, y, 0)
 
 
@@ -135,6 +138,11 @@ def _as_inexact(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:
     # The difference may exceed the signed range, by wrapping into what is right as unsigned.
     unsigned = jnp.dtype(f"uint{jnp.iinfo(x.dtype).bits}")
     return -(x_max - x).astype(unsigned).astype(jax.eval_shape(jnp.exp, x).dtype)
+
+
+def _has_no_infinity(dtype: np.dtype) -> bool:
+    """Some formats of 8 bits and fewer have nothing below every number, to mask with."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
 
 def _fill_masked(x: Array, axes: tuple[int, ...], mask: Array) -> Array:

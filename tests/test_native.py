@@ -70,6 +70,18 @@ def test_bad_arguments(arguments, error, words):
         native.softmax_into(**{"x": X, "out": X.copy(), **arguments})
 
 
+def test_partial_overlap():
+    x = np.zeros(17, np.float32)
+    with pytest.raises(ValueError, match="out must be x itself or share no memory with it"):
+        native.softmax_into(x[:16], x[1:])
+
+
+def test_more_threads_than_there_can_be():
+    x = np.ones((2, 2**22), np.float32)
+    native.softmax_into(x, x, threads=1024)
+    np.testing.assert_allclose(x, 2.0**-22)
+
+
 def test_read_only_out():
     out = X.copy()
     out.flags.writeable = False

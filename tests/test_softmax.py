@@ -141,9 +141,18 @@ def test_integers_promote_as_in_jax_nn(dtype, implementation):
     np.testing.assert_allclose(y, exact, atol=1e-50 if limits.bits > 8 else 1e-70)
 
 
-def test_float8_and_complex_take_the_reference():
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3fnuz])
+def test_float8_is_rounded_once(dtype):
+    x, mask = jnp.array([1.0, 2.0, 4.0, 0.5], dtype), jnp.array([True, True, False, True])
+    for where in (None, mask):
+        wide = jax.nn.softmax(x.astype(jnp.float32), where=where)
+        y = softmax(x, where=where)
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(y.astype(jnp.float32), wide.astype(dtype).astype(jnp.float32))
+
+
+def test_complex_takes_the_reference():
     x = jnp.arange(4.0)
-    assert softmax(x.astype(jnp.float8_e4m3fn)).dtype == jnp.float8_e4m3fn
     y = softmax(x + 1j)
     np.testing.assert_allclose(y, jax.nn.softmax(x + 1j), rtol=1e-6)
 

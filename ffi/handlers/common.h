@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
+#include <initializer_list>
 #include <string>
 #include <utility>
 
@@ -34,17 +36,22 @@ xla::ffi::ErrorOr<RowShape> CommonRowShape(const char* handler,
                                            std::initializer_list<xla::ffi::AnyBuffer> buffers);
 
 // Calls body(T{}) with the C++ type of a buffer's elements; fails for one that has no kernels.
+// No exception gets past it: the caller is C.
 template <typename Body>
 xla::ffi::Error DispatchType(const char* handler, xla::ffi::DataType type, const Body& body) {
-  switch (type) {
-    case xla::ffi::DataType::F32:
-      return body(float{});
-    case xla::ffi::DataType::F64:
-      return body(double{});
-    default:
-      return xla::ffi::Error::InvalidArgument(std::string(handler) +
-                                              ": operands must be float32 or float64, not XLA type " +
-                                              std::to_string(static_cast<int>(type)));
+  try {
+    switch (type) {
+      case xla::ffi::DataType::F32:
+        return body(float{});
+      case xla::ffi::DataType::F64:
+        return body(double{});
+      default:
+        return xla::ffi::Error::InvalidArgument(std::string(handler) +
+                                                ": operands must be float32 or float64, not XLA type " +
+                                                std::to_string(static_cast<int>(type)));
+    }
+  } catch (const std::exception& error) {
+    return xla::ffi::Error::Internal(std::string(handler) + ": " + error.what());
   }
 }
 

@@ -1,6 +1,6 @@
 // What an instruction set provides: the pieces of which runtime/rows.h makes whole rows, as pointers.
 //
-// A kernel is added here, in targets/kernels.inc and in runtime/rows.h; every instruction set then has it.
+// A kernel is added here, in targets/make_kernels.h and in runtime/rows.h; every instruction set then has it.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ struct KernelTable {
   // Where `kept` is not null, s of every e^x = (1 + s)·2^n is written there, for `write`.
   ExtendedSum (*sum)(const T* x, T* kept, std::int64_t n);
   ExtendedSum (*sum_less_maximum)(const T* x, std::int64_t n, T maximum);
-  // `kept` is null, or what `sum` left there, and may be y; not with `less_maximum`. `stream` writes past
+  // `kept` is null, or what `sum` left there, and may be y; ignored with `less_maximum`. `stream` writes past
   // the caches.
   void (*write)(const T* x, const T* kept, T* y, std::int64_t n, const SoftmaxScale<T>& scale, bool stream);
   DoubleSum (*dot)(const T* y, const T* t, std::int64_t n);

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <fstream>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -10,6 +12,11 @@ namespace jax_softmax2p {
 
 std::int64_t LastLevelCacheBytes() {
   static const std::int64_t bytes = []() -> std::int64_t {
+    // glibc's answer on AMD is the whole package's, not what one core reaches; Linux itself knows better.
+    std::ifstream size("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    std::int64_t kibibytes = 0;
+    char unit = 0;
+    if (size >> kibibytes >> unit && unit == 'K' && kibibytes > 0) return kibibytes << 10;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     const long level3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
     if (level3 > 0) return level3;

@@ -20,8 +20,8 @@ constexpr std::int64_t kSegment = 1 << 15;
 constexpr std::int64_t kRowsChunk = 1 << 14;
 // Below this many elements, some 15 µs, waking a thread costs more than it brings.
 constexpr std::int64_t kWorthSharing = 1 << 15;
-// With this many rows, whole rows keep every thread busy, and each stays in its thread's cache.
-constexpr std::int64_t kManyRows = 16;
+// With this many rows a thread, whole rows keep every thread busy, and each stays in its thread's cache.
+constexpr std::int64_t kManyRows = 8;
 
 // What pass 1 keeps of a longer row, in bytes, has left the second-level cache before pass 2 loads it.
 // Where it leaves the last-level cache too, loading costs more than the exponentials: 0.81 against 0.76
@@ -77,14 +77,16 @@ class Segments {
 };
 
 // Whether rows are better split among threads than handed out whole.
-bool SplitsRows(std::int64_t rows, std::int64_t n) { return n > kSegment && rows < kManyRows; }
+bool SplitsRows(const Executor& executor, std::int64_t rows, std::int64_t n) {
+  return n > kSegment && rows < kManyRows * (executor.Helpers() + 1);
+}
 
 // Calls some(first row, end, executor for their segments) until every row has had its turn.
 template <typename Some>
 void ForRows(Executor& executor, std::int64_t rows, std::int64_t n, const Some& some) {
   if (rows == 0 || n == 0) return;
   InThisThread alone;
-  const bool split = SplitsRows(rows, n);
+  const bool split = SplitsRows(executor, rows, n);
   if (split || rows * n < kWorthSharing) {
     const ScopedFloatMode mode;
     some(0, rows, split ? executor : alone);
