@@ -262,7 +262,6 @@ class SoftmaxRow {
           scaler(source.template At<kWays>(i), v);
           SOFTMAX2P_UNROLL for (int k = 0; k < kWays; ++k) v[k].Stream(y + i + k * V::kLanes);
         }
-        V::FinishStreaming();
       }
     } else {
       for (; i + kStep <= n; i += kStep) {

@@ -43,4 +43,10 @@ void AdviseHugePages(void* data, std::size_t bytes) {
 #endif
 }
 
+void FinishStreaming() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 }  // namespace jax_softmax2p

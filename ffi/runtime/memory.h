@@ -14,4 +14,7 @@ std::int64_t LastLevelCacheBytes();
 // effect where the system has none, or where the pages are there already.
 void AdviseHugePages(void* data, std::size_t bytes);
 
+// Makes this thread's stores past the caches visible to others before its later stores.
+void FinishStreaming();
+
 }  // namespace jax_softmax2p

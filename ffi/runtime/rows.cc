@@ -23,9 +23,10 @@ constexpr std::int64_t kWorthSharing = 1 << 15;
 // With this many rows a thread, whole rows keep every thread busy, and each stays in its thread's cache.
 constexpr std::int64_t kManyRows = 8;
 
-// What pass 1 keeps of a longer row, in bytes, has left the second-level cache before pass 2 loads it.
-// Where it leaves the last-level cache too, loading costs more than the exponentials: 0.81 against 0.76
-// ns an element at 2^24, 3.2 against 0.73 at 2^26 (float32, Zen 4 with AVX2, one thread).
+// Up to so many bytes a row stays in the second-level cache between the passes. Shorter rows gain nothing
+// from stores past the caches, and lose much where two rows meet in a line: 1.46 against 0.69 ns an element
+// for 49,152 rows of 512 (float32, Zen 4 with AVX2, one thread). Longer ones, in arrays beyond the
+// last-level cache, take 0.73 by streaming and recomputing against 0.81 by reloading, at 2^24.
 constexpr std::int64_t kLongestReloadBytes = 1 << 20;
 
 constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -150,11 +151,13 @@ struct SoftmaxPlan {
 
 template <typename T>
 SoftmaxPlan PlanSoftmax(Algorithm algorithm, std::int64_t rows, std::int64_t n) {
+  constexpr std::int64_t kBytes = sizeof(T);
   SoftmaxPlan plan;
-  // What does not fit the cache anyway is written without being read first.
-  plan.stream = 2 * rows * n * static_cast<std::int64_t>(sizeof(T)) > LastLevelCacheBytes();
-  const bool fits = !plan.stream || n * static_cast<std::int64_t>(sizeof(T)) <= kLongestReloadBytes;
-  plan.reload = algorithm == Algorithm::kTwoPassReload || (algorithm == Algorithm::kAuto && fits);
+  // A row that leaves the second-level cache between the passes, in an array that leaves the last one: what
+  // pass 1 keeps would have to come back from memory, and so would every line of y, to be overwritten.
+  const bool far = n * kBytes > kLongestReloadBytes && 2 * rows * n * kBytes > LastLevelCacheBytes();
+  plan.reload = algorithm == Algorithm::kTwoPassReload || (algorithm == Algorithm::kAuto && !far);
+  plan.stream = far && !plan.reload;
   return plan;
 }
 
@@ -170,6 +173,7 @@ void OneSoftmaxRow(const KernelTable<T>& kernels, const Segments& segments, bool
       IsExact(kernels, sum) ? ScaleFor<T>(sum) : ScaleLessMaximum(kernels, segments, x);
   segments.ForEach([&](std::int64_t begin, std::int64_t size) {
     kernels.write(x + begin, at(begin), y + begin, size, scale, stream);
+    if (stream) FinishStreaming();
   });
 }
 
@@ -192,9 +196,9 @@ void SoftmaxRows(const KernelTable<T>& kernels, Executor& executor, Algorithm al
   AdviseHugePages(y, static_cast<std::size_t>(rows * n) * sizeof(T));
   ForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
     const Segments segments(for_segments, n);
-    // y will do for what pass 1 keeps, unless x is still needed there, or writing there is what streaming
-    // is to avoid. Without memory for scratch the row is recomputed instead.
-    const bool needs_scratch = plan.reload && (x == y || plan.stream);
+    // y will do for what pass 1 keeps, unless x is still needed there. Without memory for scratch the row is
+    // recomputed instead.
+    const bool needs_scratch = plan.reload && x == y;
     const std::unique_ptr<T[]> scratch(needs_scratch ? new (std::nothrow) T[n] : nullptr);
     for (std::int64_t r = first; r < end; ++r) {
       T* const kept = !plan.reload ? nullptr : needs_scratch ? scratch.get() : y + r * n;

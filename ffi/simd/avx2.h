@@ -28,7 +28,6 @@ struct F32 {
   }
   SOFTMAX2P_INLINE void Store(float* p) const { _mm256_storeu_ps(p, v); }
   SOFTMAX2P_INLINE void Stream(float* p) const { _mm256_stream_ps(p, v); }
-  static SOFTMAX2P_INLINE void FinishStreaming() { _mm_sfence(); }
   // Not vmaskmovps, which AMD's cores run from microcode when it stores.
   SOFTMAX2P_INLINE void StorePartial(float* p, int count) const {
     __m128 rest = _mm256_castps256_ps128(v);
@@ -77,7 +76,6 @@ struct F64 {
   }
   SOFTMAX2P_INLINE void Store(double* p) const { _mm256_storeu_pd(p, v); }
   SOFTMAX2P_INLINE void Stream(double* p) const { _mm256_stream_pd(p, v); }
-  static SOFTMAX2P_INLINE void FinishStreaming() { _mm_sfence(); }
   SOFTMAX2P_INLINE void StorePartial(double* p, int count) const {
     __m128d rest = _mm256_castpd256_pd128(v);
     if (count & 2) {

@@ -21,7 +21,6 @@ struct F32 {
   }
   SOFTMAX2P_INLINE void Store(float* p) const { _mm512_storeu_ps(p, v); }
   SOFTMAX2P_INLINE void Stream(float* p) const { _mm512_stream_ps(p, v); }
-  static SOFTMAX2P_INLINE void FinishStreaming() { _mm_sfence(); }
   SOFTMAX2P_INLINE void StorePartial(float* p, int count) const {
     _mm512_mask_storeu_ps(p, Leading(count), v);
   }
@@ -55,7 +54,6 @@ struct F64 {
   }
   SOFTMAX2P_INLINE void Store(double* p) const { _mm512_storeu_pd(p, v); }
   SOFTMAX2P_INLINE void Stream(double* p) const { _mm512_stream_pd(p, v); }
-  static SOFTMAX2P_INLINE void FinishStreaming() { _mm_sfence(); }
   SOFTMAX2P_INLINE void StorePartial(double* p, int count) const {
     _mm512_mask_storeu_pd(p, Leading(count), v);
   }

@@ -7,8 +7,8 @@
 //   Load, Store          no alignment beyond the element's
 //   LoadPartial          the first `count` elements (0 <= count < kLanes), the rest `fill`; touches no others
 //   StorePartial         likewise
-//   Stream               a Store past the caches, to an address aligned to the vector; FinishStreaming
-//                        orders it before what follows. An ordinary Store where there is none
+//   Stream               a Store past the caches, to an address aligned to the vector; the caller
+//                        ends with FinishStreaming() of runtime/memory.h. A Store where there is none
 //   Fma(a, b, c)         a*b + c, Fnma(a, b, c): c - a*b; rounded once, except here, where each step rounds
 //   ProductError(a,b,p)  a*b - p for p = a*b rounded: exact
 //   Max(a, b)            elementwise; b where either is NaN (the order lets a caller choose what NaN does)
@@ -46,7 +46,6 @@ struct Vector {
   }
   SOFTMAX2P_INLINE void Store(T* p) const { std::memcpy(p, &v, sizeof v); }
   SOFTMAX2P_INLINE void Stream(T* p) const { Store(p); }
-  static SOFTMAX2P_INLINE void FinishStreaming() {}
   SOFTMAX2P_INLINE void StorePartial(T* p, int count) const {
     for (int i = 0; i < count; ++i) p[i] = v[i];
   }
