@@ -39,17 +39,15 @@ def main() -> None:
 
 def load_library(wheel: str) -> types.ModuleType:
     """The native module out of a wheel, beside the one that is installed."""
-    folder = tempfile.mkdtemp()
-    with zipfile.ZipFile(wheel) as archive:
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         (name,) = (
             n for n in archive.namelist() if n.startswith("jax_softmax2p/_native.") and n.endswith(".so")
         )
-        path = archive.extract(name, folder)
-    spec = importlib.util.spec_from_file_location("_native", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+        spec = importlib.util.spec_from_file_location("_native", archive.extract(name, folder))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     return module
 
 

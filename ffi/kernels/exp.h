@@ -4,7 +4,8 @@
 // things differ from the paper, all for accuracy or speed:
 //
 // * The mantissa is kept as s = mantissa - 1, before the 1 would round it. Error of 1 + s, in units of
-//   the last place of 1 (2^-23 in float32, 2^-52 in float64): below 0.45, against 0.5 more once rounded.
+//   the last place of 1 (2^-23 in float32, 2^-52 in float64): below 0.45, the sum of its steps' own
+//   roundings, against 0.5 more had the 1 been added.
 //   tests/numerics/test_accuracy.py bounds what follows from it.
 // * n is handed on as the ready power of two 2^(n - reference), read out of the low bits of the sum that
 //   rounds x·log2 e. The reference is an even integer just below the largest n, so the power never overflows.
