@@ -16,7 +16,8 @@
 #include "ffi/kernels/guard.h"
 #include "ffi/runtime/algorithm.h"
 #include "ffi/runtime/dispatch.h"
-#include "ffi/runtime/rows.h"
+#include "ffi/runtime/jacobian.h"
+#include "ffi/runtime/softmax.h"
 
 namespace nb = nanobind;
 
@@ -64,57 +65,46 @@ const Kernels& Require(const KernelChoice& choice) {
   return *choice.kernels;
 }
 
-// Rows of the last axis of C-contiguous arrays that all have the shape of the first.
-template <typename T>
-using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+// C-contiguous arrays, whose sizes and types native.py has checked: 16-bit elements come as integers.
+using Input = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+using Output = nb::ndarray<nb::c_contig, nb::device::cpu>;
 
-template <typename First, typename... Rest>
-std::pair<std::int64_t, std::int64_t> RowsOf(const First& first, const Rest&... rest) {
-  if (first.ndim() == 0) throw nb::value_error("arrays must have one dimension at least");
-  const auto same_shape = [&](const auto& other) {
-    if (other.ndim() != first.ndim()) return false;
-    for (std::size_t i = 0; i < first.ndim(); ++i) {
-      if (other.shape(i) != first.shape(i)) return false;
-    }
-    return true;
-  };
-  if (!(same_shape(rest) && ...)) throw nb::value_error("arrays must have the same shape");
-  const std::int64_t n = static_cast<std::int64_t>(first.shape(first.ndim() - 1));
-  return {n == 0 ? 0 : static_cast<std::int64_t>(first.size()) / n, n};
+// Calls body(E{}) for the element type called `dtype`.
+template <typename Body>
+void DispatchType(const std::string& dtype, const Body& body) {
+  if (dtype == "float32") return body(float{});
+  if (dtype == "float64") return body(double{});
+  if (dtype == "bfloat16") return body(BFloat16{});
+  if (dtype == "float16") return body(Float16{});
+  throw nb::value_error(("there are no kernels for dtype " + dtype).c_str());
 }
 
-template <typename T>
-void SoftmaxInto(const Array<const T>& x, const Array<T>& out, const std::string& algorithm,
-                 const std::string& isa, int threads) {
+void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, std::int64_t outer, std::int64_t n,
+                 std::int64_t inner, const std::string& algorithm, const std::string& isa, int threads) {
   const std::optional<Algorithm> chosen = FindAlgorithm(algorithm);
   if (!chosen) throw nb::value_error(UnknownAlgorithm(algorithm).c_str());
-  const KernelTable<T>& kernels = Require(FindKernels(isa, "isa")).template Of<T>();
-  const auto [rows, n] = RowsOf(x, out);
-  const T* from = x.data();
-  T* to = out.data();
-  nb::gil_scoped_release release;
-  StdThreads executor(threads);
-  SoftmaxRows(kernels, executor, *chosen, from, to, rows, n);
+  const Kernels& kernels = Require(FindKernels(isa, "isa"));
+  DispatchType(dtype, [&](auto zero) {
+    using E = decltype(zero);
+    const E* const from = static_cast<const E*>(x.data());
+    E* const to = static_cast<E*>(out.data());
+    nb::gil_scoped_release release;
+    StdThreads executor(threads);
+    Softmax(kernels.Of<E>(), executor, *chosen, from, to, {outer, n, inner});
+  });
 }
 
-template <typename T>
-void JacobianInto(const Array<const T>& y, const Array<const T>& t, const Array<T>& out,
-                  const std::string& isa, int threads) {
-  const KernelTable<T>& kernels = Require(FindKernels(isa, "isa")).template Of<T>();
-  const auto [rows, n] = RowsOf(y, t, out);
-  const T *from_y = y.data(), *from_t = t.data();
-  T* to = out.data();
-  nb::gil_scoped_release release;
-  StdThreads executor(threads);
-  JacobianRows(kernels, executor, from_y, from_t, to, rows, n);
-}
-
-template <typename T>
-void BindKernels(nb::module_& module) {
-  module.def("softmax_into", SoftmaxInto<T>, nb::arg("x").noconvert(), nb::arg("out").noconvert(),
-             nb::arg("algorithm"), nb::arg("isa"), nb::arg("threads"));
-  module.def("softmax_jacobian_into", JacobianInto<T>, nb::arg("y").noconvert(), nb::arg("t").noconvert(),
-             nb::arg("out").noconvert(), nb::arg("isa"), nb::arg("threads"));
+void JacobianInto(const Input& y, const Input& t, const Output& out, const std::string& dtype, std::int64_t rows,
+                  std::int64_t n, const std::string& isa, int threads) {
+  const Kernels& kernels = Require(FindKernels(isa, "isa"));
+  DispatchType(dtype, [&](auto zero) {
+    using E = decltype(zero);
+    const E *const from_y = static_cast<const E*>(y.data()), *const from_t = static_cast<const E*>(t.data());
+    E* const to = static_cast<E*>(out.data());
+    nb::gil_scoped_release release;
+    StdThreads executor(threads);
+    JacobianRows(kernels.Of<E>(), executor, from_y, from_t, to, rows, n);
+  });
 }
 
 NB_MODULE(_native, module) {
@@ -128,8 +118,12 @@ NB_MODULE(_native, module) {
   module.def("active_isa", [] { return std::string(Require(ActiveKernels()).name); });
   module.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   module.attr("GUARDED") = kGuarded;
-  BindKernels<float>(module);
-  BindKernels<double>(module);
+  module.def("softmax_into", SoftmaxInto, nb::arg("x").noconvert(), nb::arg("out").noconvert(),
+             nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"), nb::arg("algorithm"),
+             nb::arg("isa"), nb::arg("threads"));
+  module.def("softmax_jacobian_into", JacobianInto, nb::arg("y").noconvert(), nb::arg("t").noconvert(),
+             nb::arg("out").noconvert(), nb::arg("dtype"), nb::arg("rows"), nb::arg("n"), nb::arg("isa"),
+             nb::arg("threads"));
 }
 
 }  // namespace

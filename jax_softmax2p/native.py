@@ -7,6 +7,7 @@ registration and refuses the call.
 """
 
 import functools
+import math
 import threading
 import types
 import warnings
@@ -14,15 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 
 SOFTMAX_TARGET = "jax_softmax2p_softmax_v1"
 SOFTMAX_JACOBIAN_TARGET = "jax_softmax2p_softmax_jacobian_v1"
 
-ALGORITHMS = ("auto", "two_pass", "two_pass_reload")
+ALGORITHMS = ("auto", "two_pass", "two_pass_reload", "three_pass_recompute", "three_pass_reload")
 """The names that ``algorithm`` may have."""
 
-DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float64, jnp.bfloat16, np.float16))
 """The dtypes that have native kernels."""
 
 
@@ -87,15 +89,17 @@ def softmax_into(
     x: np.ndarray,
     out: np.ndarray,
     *,
+    axis: int = -1,
     algorithm: str = "auto",
     isa: str | None = None,
     threads: int = 1,
 ) -> None:
-    """Runs a softmax kernel over the last axis of a NumPy array. For tests and measurement.
+    """Runs a softmax kernel over an axis of a NumPy array. For tests and measurement.
 
     Args:
-      x: C-contiguous float32 or float64 array of shape (..., n).
+      x: C-contiguous array of one of :data:`DTYPES`.
       out: writable array like ``x``, for the result; may be ``x`` itself.
+      axis: the axis whose elements sum to one.
       algorithm: one of :data:`ALGORITHMS`.
       isa: one of :func:`supported_isas`; None is :func:`active_isa`.
       threads: how many threads share the work, the caller's included.
@@ -114,7 +118,18 @@ def softmax_into(
     library = _library_or_raise()
     _check_arrays(x=x, out=out)
     check_algorithm(algorithm)
-    library.softmax_into(x, out, algorithm, _checked_isa(isa), _checked_threads(threads))
+    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis must be an integer from {-x.ndim} to {x.ndim - 1}, got {axis!r}")
+    layout = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis:][1:])
+    library.softmax_into(
+        _as_integers(x),
+        _as_integers(out),
+        x.dtype.name,
+        *layout,
+        algorithm,
+        _checked_isa(isa),
+        _checked_threads(threads),
+    )
 
 
 def softmax_jacobian_into(
@@ -123,7 +138,7 @@ def softmax_jacobian_into(
     """Runs the kernel of J(y, t) = y·(t - <y, t>) over the last axis of NumPy arrays.
 
     Args:
-      y: C-contiguous float32 or float64 array of shape (..., n), a softmax.
+      y: C-contiguous array of one of :data:`DTYPES`, of shape (..., n), a softmax.
       t: array like ``y``, a tangent or cotangent.
       out: writable array like ``y``, for the result; may be ``y`` or ``t`` itself.
       isa: as in :func:`softmax_into`.
@@ -134,7 +149,11 @@ def softmax_jacobian_into(
     """
     library = _library_or_raise()
     _check_arrays(y=y, t=t, out=out)
-    library.softmax_jacobian_into(y, t, out, _checked_isa(isa), _checked_threads(threads))
+    arrays = (_as_integers(y), _as_integers(t), _as_integers(out))
+    rows = math.prod(y.shape[:-1])
+    library.softmax_jacobian_into(
+        *arrays, y.dtype.name, rows, y.shape[-1], _checked_isa(isa), _checked_threads(threads)
+    )
 
 
 def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
@@ -214,12 +233,17 @@ def _try_tiny_call() -> str:
             jax.disable_jit(False),
             jax.transfer_guard("allow"),
         ):
-            y = np.asarray(jax.jit(functools.partial(call, algorithm="auto"))(x))
+            y = np.asarray(jax.jit(functools.partial(call, axis=np.int64(-1), algorithm="auto"))(x))
     except Exception as error:  # Whatever XLA raises is a reason; it has no narrower class of its own.
         return f"a trial call failed: {error}"
     if not np.allclose(y, [0.25, 0.75]):
         return f"a trial call gave {y} for softmax(log([1, 3]))"
     return ""
+
+
+def _as_integers(array: np.ndarray) -> np.ndarray:
+    """Of 16-bit elements: the buffer protocol has no name for bfloat16."""
+    return array.view(np.uint16) if array.dtype.itemsize == 2 else array
 
 
 def _check_arrays(**arrays: np.ndarray) -> None:
@@ -228,7 +252,7 @@ def _check_arrays(**arrays: np.ndarray) -> None:
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
         if array.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32 or float64, got {array.dtype}")
+            raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}; got {array.dtype}")
         if not array.flags.c_contiguous or not array.flags.aligned:
             raise ValueError(f"{name} must be C-contiguous and aligned to its elements")
         if array.ndim == 0:

@@ -1,6 +1,8 @@
 #include "ffi/handlers/common.h"
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
 
 namespace jax_softmax2p {
 namespace {
@@ -16,8 +18,8 @@ std::string Describe(const xla::ffi::AnyBuffer& buffer) {
 
 }  // namespace
 
-xla::ffi::ErrorOr<RowShape> CommonRowShape(const char* handler,
-                                           std::initializer_list<xla::ffi::AnyBuffer> buffers) {
+xla::ffi::ErrorOr<Layout> CommonLayout(const char* handler, std::initializer_list<xla::ffi::AnyBuffer> buffers,
+                                       std::int64_t axis) {
   const xla::ffi::AnyBuffer& first = *buffers.begin();
   const auto dims = first.dimensions();
   if (dims.size() == 0) {
@@ -33,11 +35,17 @@ xla::ffi::ErrorOr<RowShape> CommonRowShape(const char* handler,
                                            Describe(first) + " and " + Describe(other)));
     }
   }
-  RowShape shape;
-  shape.n = dims.back();
-  shape.rows = 1;
-  for (std::size_t i = 0; i + 1 < dims.size(); ++i) shape.rows *= dims[i];
-  return shape;
+  const std::int64_t rank = static_cast<std::int64_t>(dims.size());
+  if (axis >= 0 || axis < -rank) {
+    return xla::ffi::Unexpected(xla::ffi::Error::InvalidArgument(
+        std::string(handler) + ": axis must be from " + std::to_string(-rank) + " to -1, not " +
+        std::to_string(axis)));
+  }
+  const auto at = dims.begin() + (rank + axis);
+  const auto product = [](auto first, auto last) {
+    return std::accumulate(first, last, std::int64_t{1}, std::multiplies<>());
+  };
+  return Layout{product(dims.begin(), at), *at, product(at + 1, dims.end())};
 }
 
 }  // namespace jax_softmax2p

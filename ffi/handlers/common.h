@@ -7,7 +7,9 @@
 #include <string>
 #include <utility>
 
+#include "ffi/kernels/element.h"
 #include "ffi/runtime/parallel.h"
+#include "ffi/runtime/softmax.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_softmax2p {
@@ -25,17 +27,12 @@ class XlaExecutor : public Executor {
   xla::ffi::ThreadPool pool_;
 };
 
-// A buffer as rows along its last axis.
-struct RowShape {
-  std::int64_t rows = 0;
-  std::int64_t n = 0;
-};
+// The layout of all buffers along the axis. Fails unless they have one shape, of rank 1 at least, and one
+// element type, and the axis, counted from the end as -1, -2, ..., is one of theirs.
+xla::ffi::ErrorOr<Layout> CommonLayout(const char* handler, std::initializer_list<xla::ffi::AnyBuffer> buffers,
+                                       std::int64_t axis);
 
-// Fails unless all buffers have one shape, of rank 1 at least, and one element type.
-xla::ffi::ErrorOr<RowShape> CommonRowShape(const char* handler,
-                                           std::initializer_list<xla::ffi::AnyBuffer> buffers);
-
-// Calls body(T{}) with the C++ type of a buffer's elements; fails for one that has no kernels.
+// Calls body(E{}) with the C++ type of a buffer's elements; fails for one that has no kernels.
 // No exception gets past it: the caller is C.
 template <typename Body>
 xla::ffi::Error DispatchType(const char* handler, xla::ffi::DataType type, const Body& body) {
@@ -45,9 +42,14 @@ xla::ffi::Error DispatchType(const char* handler, xla::ffi::DataType type, const
         return body(float{});
       case xla::ffi::DataType::F64:
         return body(double{});
+      case xla::ffi::DataType::BF16:
+        return body(BFloat16{});
+      case xla::ffi::DataType::F16:
+        return body(Float16{});
       default:
         return xla::ffi::Error::InvalidArgument(std::string(handler) +
-                                                ": operands must be float32 or float64, not XLA type " +
+                                                ": operands must be float32, float64, bfloat16 or float16, "
+                                                "not XLA type " +
                                                 std::to_string(static_cast<int>(type)));
     }
   } catch (const std::exception& error) {

@@ -1,7 +1,7 @@
 #include "ffi/handlers/common.h"
 #include "ffi/handlers/handlers.h"
 #include "ffi/runtime/dispatch.h"
-#include "ffi/runtime/rows.h"
+#include "ffi/runtime/jacobian.h"
 
 namespace jax_softmax2p {
 namespace {
@@ -11,15 +11,16 @@ namespace ffi = xla::ffi;
 ffi::Error SoftmaxJacobian(ffi::ThreadPool pool, ffi::AnyBuffer y, ffi::AnyBuffer t,
                            ffi::Result<ffi::AnyBuffer> out) {
   constexpr const char* kName = "jax_softmax2p_softmax_jacobian_v1";
-  const ffi::ErrorOr<RowShape> shape = CommonRowShape(kName, {y, t, *out});
-  if (shape.has_error()) return shape.error();
+  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {y, t, *out}, -1);
+  if (layout.has_error()) return layout.error();
   const KernelChoice& choice = ActiveKernels();
   if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
   XlaExecutor executor(pool);
   return DispatchType(kName, y.element_type(), [&](auto zero) {
-    using T = decltype(zero);
-    JacobianRows(choice.kernels->Of<T>(), executor, y.typed_data<T>(), t.typed_data<T>(),
-                 out->typed_data<T>(), shape->rows, shape->n);
+    using E = decltype(zero);
+    JacobianRows(choice.kernels->Of<E>(), executor, static_cast<const E*>(y.untyped_data()),
+                 static_cast<const E*>(t.untyped_data()), static_cast<E*>(out->untyped_data()), layout->outer,
+                 layout->n);
     return ffi::Error::Success();
   });
 }

@@ -85,6 +85,14 @@ struct Reduction<double, false> {
 template <typename V>
 using ReductionFor = Reduction<typename V::Scalar, V::kFused>;
 
+// 2^n for integers n <= 0, zero below the normal range.
+template <typename V>
+SOFTMAX2P_INLINE V PowerOfTwo(V n) {
+  using F = Format<typename V::Scalar>;
+  const V biased = Max(V::Broadcast(-F::kBias), n) + V::Broadcast(F::kRounder + F::kBias);
+  return ExponentFromLowBits(biased);
+}
+
 // e^x = (1 + s)·2^n for K vectors at a time. Every step is taken for all K before the next: a chain of some
 // ten dependent operations is too long for one vector after the other to fit a CPU's scheduler.
 template <typename V, int K>
@@ -93,7 +101,8 @@ struct Exponentials {
   V s[K];
 };
 
-// Takes x with n - reference <= 2. Whether a tie rounds up depends on the parity of the reference.
+// Takes x with n - reference <= 2, the reference an even integer of each lane's own: whether a tie rounds up
+// depends on its parity, and s from one pass must agree on n with the power from another.
 template <typename V>
 class ExponentialFrom {
   using T = typename V::Scalar;
@@ -101,9 +110,9 @@ class ExponentialFrom {
   using R = ReductionFor<V>;
 
  public:
-  explicit SOFTMAX2P_INLINE ExponentialFrom(int reference)
-      : lowest_(V::Broadcast(static_cast<T>((reference - F::kBias) * F::kLn2))),
-        rounder_(V::Broadcast(F::kRounder + static_cast<T>(F::kBias - reference))) {}
+  explicit SOFTMAX2P_INLINE ExponentialFrom(V reference)
+      : lowest_((reference - V::Broadcast(F::kBias)) * V::Broadcast(static_cast<T>(F::kLn2))),
+        rounder_(V::Broadcast(F::kRounder + F::kBias) - reference) {}
 
   // The power alone, the same as operator() gives.
   SOFTMAX2P_INLINE V Power(V x) const {

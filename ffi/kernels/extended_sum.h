@@ -8,13 +8,8 @@
 
 namespace jax_softmax2p {
 
-// Elements that are summed in the vector's own precision, with the errors beside the sum, before both go
-// into a DoubleSum. In softmax they share an exponent, too. 4 KiB of float32: long against the cost of
-// closing a block, short against the first-level cache.
-inline constexpr int kBlock = 1024;
-
 // 2^k for k <= 0; zero below the normal range of double.
-static SOFTMAX2P_INLINE double PowerOfTwo(int k) {
+SOFTMAX2P_INLINE double PowerOfTwo(int k) {
   if (k < -1022) return 0.0;
   const std::uint64_t bits = static_cast<std::uint64_t>(k + 1023) << 52;
   double power;
@@ -38,19 +33,16 @@ struct DoubleSum {
     Add(other.high);
     low += other.low;
   }
-  template <int kLanes>
-  SOFTMAX2P_INLINE void AddLanes(const double* lanes) {
-    for (int k = 0; k < kLanes; ++k) Add(lanes[k]);
-  }
-  // A double has digits to spare for a few floats, and pairs add up faster than a chain.
-  template <int kLanes>
-  SOFTMAX2P_INLINE void AddLanes(const float* lanes) {
-    double sums[kLanes];
-    for (int k = 0; k < kLanes; ++k) sums[k] = static_cast<double>(lanes[k]);
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  // The lanes of a vector. A double has digits to spare for a few floats, and pairs add up faster than a chain.
+  template <typename V>
+  SOFTMAX2P_INLINE void AddLanes(V v) {
+    if constexpr (sizeof(typename V::Scalar) == sizeof(float)) {
+      Add(v.Total());
+    } else {
+      double lanes[V::kLanes];
+      v.Store(lanes);
+      for (const double lane : lanes) Add(lane);
     }
-    Add(sums[0]);
   }
   SOFTMAX2P_INLINE void Scale(double power_of_two) {
     high *= power_of_two;

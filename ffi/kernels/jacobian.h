@@ -9,14 +9,17 @@
 
 namespace jax_softmax2p {
 
-template <typename V>
+// For elements E, computed in V.
+template <typename V, typename E>
 class JacobianRow {
   using T = typename V::Scalar;
+  // Elements that are summed in T before they go into a DoubleSum.
+  static constexpr int kBlock = 1024;
 
  public:
   // <y, t> in twice the working precision (Ogita, Rump & Oishi, "Accurate sum and dot product", SIAM J.
   // Sci. Comput. 26(6), 2005, Algorithm 5.3): t - <y, t> cancels where t is nearly constant.
-  static DoubleSum Dot(const T* y, const T* t, std::int64_t n) {
+  static DoubleSum Dot(const E* y, const E* t, std::int64_t n) {
     DoubleSum total;
     for (std::int64_t i = 0; i < n; i += kBlock) {
       DotBlock(y + i, t + i, n - i < kBlock ? static_cast<int>(n - i) : kBlock, total);
@@ -24,7 +27,7 @@ class JacobianRow {
     return total;
   }
 
-  static void Write(const T* y, const T* t, T* out, std::int64_t n, const SplitScalar<T>& dot) {
+  static void Write(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot) {
     const V high = V::Broadcast(dot.high), low = V::Broadcast(dot.low);
     const auto jacobian = [&](V y_i, V t_i) { return y_i * ((t_i - high) - low); };
     std::int64_t i = 0;
@@ -38,7 +41,7 @@ class JacobianRow {
   }
 
  private:
-  static SOFTMAX2P_INLINE void DotBlock(const T* y, const T* t, int n, DoubleSum& total) {
+  static SOFTMAX2P_INLINE void DotBlock(const E* y, const E* t, int n, DoubleSum& total) {
     Accumulator even, odd;
     int i = 0;
     for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
@@ -67,12 +70,9 @@ class JacobianRow {
       sum = larger;
     }
     SOFTMAX2P_INLINE void AddTo(DoubleSum& total) const {
-      T sums[V::kLanes], rests[V::kLanes];
-      sum.Store(sums);
-      rest.Store(rests);
-      total.AddLanes<V::kLanes>(sums);
+      total.AddLanes(sum);
       DoubleSum errors;
-      errors.AddLanes<V::kLanes>(rests);
+      errors.AddLanes(rest);
       total.low += errors.high;
     }
   };

@@ -1,231 +1,356 @@
-// Softmax over contiguous rows: the two passes of the paper, and the maximum for the rows beyond them.
+// Softmax over contiguous rows and over columns, in pieces: the maximum, the sum, the result.
 //
-// Source: Dukhan & Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, Algorithm 3.
+// Source: Dukhan & Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438: Algorithm 3 without a
+// maximum, 1 and 2 with it.
 //
-// Pass 1 (Sum) takes a row block by block. The elements of a block share the exponent of the block's
-// largest, which is found while the block is brought into the first-level cache; the block's sum and that
-// exponent are the pair that blocks and threads combine. Scaling by powers of two is exact, so a row's
-// sum does not depend on which exponent its blocks used. Pass 2 (Write) recomputes e^x and scales, or, in
-// two_pass_reload, takes from memory the s of e^x = (1 + s)·2^n that pass 1 kept there: the same bits.
+// Everything is a walk down a column, kLanes columns side by side. A contiguous row is such a walk, too: its
+// lanes are columns kLanes apart, merged at the end. Pass 1 (Sum) takes a column block by block; the
+// elements of a block share the exponent of the largest yet, which is found while the block is brought into
+// the first-level cache. Scaling by powers of two is exact, so a sum does not depend on the exponent. Pass 2
+// (Write) recomputes e^x and scales, or, in the reload algorithms, takes from memory the s of e^x = (1 +
+// s)·2^n that pass 1 kept there: the same bits.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ffi/kernels/exp.h"
-#include "ffi/kernels/extended_sum.h"
+#include "ffi/kernels/lane_sum.h"
 #include "ffi/kernels/table.h"
 #include "ffi/simd/inline.h"
 
 namespace jax_softmax2p {
 
-template <typename V>
-class SoftmaxRow {
+// For elements E, computed in V.
+template <typename V, typename E>
+class SoftmaxKernels {
   using T = typename V::Scalar;
   static constexpr T kInfinity = static_cast<T>(__builtin_huge_val());
   // Vectors that a loop takes at a time: see Exponentials in exp.h.
   static constexpr int kWays = 4;
-  static constexpr int kStep = kWays * V::kLanes;
+  static constexpr int kFold = LaneSum<V>::kFold;
+  // Vectors of a row that share an exponent: long against the cost of closing a block, some 20 ns, short
+  // against the first-level cache.
+  static constexpr int kRowBlock = 128;
+  // The same for each of the columns of a panel, which take turns: 32 rows of 256 floats are 32 KiB.
+  static constexpr int kColumnBlock = 32;
+  static constexpr int kPanelVectors = kPanelWidth / V::kLanes;
 
  public:
-  static T Maximum(const T* x, std::int64_t n) {
-    V ways[kWays];
-    for (V& way : ways) way = V::Broadcast(-kInfinity);
-    std::int64_t i = 0;
-    for (; i + kStep <= n; i += kStep) {
-      SOFTMAX2P_UNROLL for (int k = 0; k < kWays; ++k) {
-        ways[k] = Max(V::Load(x + i + k * V::kLanes), ways[k]);
-      }
-    }
-    for (; i + V::kLanes <= n; i += V::kLanes) ways[0] = Max(V::Load(x + i), ways[0]);
-    if (i < n) {
-      ways[1] = Max(V::LoadPartial(x + i, static_cast<int>(n - i), -kInfinity), ways[1]);
-    }
-    T lanes[V::kLanes];
-    Max(Max(ways[0], ways[1]), Max(ways[2], ways[3])).Store(lanes);
-    T result = lanes[0];
-    for (int k = 1; k < V::kLanes; ++k) result = lanes[k] > result ? lanes[k] : result;
-    return result;
+  static T RowMaximum(const E* x, std::int64_t n) {
+    const std::int64_t vectors = n / V::kLanes;
+    V maximum = Maximum(Whole{}, x, kAdjacent, vectors);
+    const Leading rest{static_cast<int>(n % V::kLanes)};
+    if (rest.count != 0) maximum = Max(rest.Load(x + vectors * V::kLanes), maximum);
+    return maximum.ReduceMax();
   }
 
-  static ExtendedSum Sum(const T* x, T* kept, std::int64_t n) {
-    ExtendedSum row;
-    for (std::int64_t i = 0; i < n; i += kBlock) {
-      const int size = BlockSize(n - i);
-      const Recompute<Plain> source(BlockExponent(Maximum(x + i, size)), x + i, Plain{});
-      row.Combine(kept == nullptr ? SumBlock(source, size, Forget{})
-                                  : SumBlock(source, size, Keep{kept + i}));
+  static ExtendedSum RowSum(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum) {
+    if (maximum.use == KnownMaximum<T>::kSubtract) {
+      return SumRow(x, Nothing{}, n, Less{V::Broadcast(maximum.value)}, &kZero);
     }
-    return row;
+    const T* const known = maximum.use == KnownMaximum<T>::kReference ? &maximum.value : nullptr;
+    if (kept != nullptr) return SumRow(x, kept, n, Plain{}, known);
+    return SumRow(x, Nothing{}, n, Plain{}, known);
   }
 
-  static ExtendedSum SumLessMaximum(const T* x, std::int64_t n, T maximum) {
-    ExtendedSum row;
-    for (std::int64_t i = 0; i < n; i += kBlock) {
-      const Recompute<LessMaximum> source(0, x + i, LessMaximum{V::Broadcast(maximum)});
-      row.Combine(SumBlock(source, BlockSize(n - i), Forget{}));
-    }
-    return row;
-  }
-
-  static void Write(const T* x, const T* kept, T* y, std::int64_t n, const SoftmaxScale<T>& scale,
-                    bool stream) {
-    if (scale.less_maximum) {
-      const LessMaximum read{V::Broadcast(scale.maximum)};
-      WriteFrom(Recompute<LessMaximum>(scale.exponent, x, read), y, n, scale, stream);
+  static void RowWrite(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale, bool stream) {
+    const V exponent = V::Broadcast(static_cast<T>(scale.exponent));
+    const Scaler scaler{V::Broadcast(scale.high), V::Broadcast(scale.low)};
+    if (scale.subtract) {
+      WriteRow(Recompute<Less>(exponent, Less{V::Broadcast(scale.maximum)}), x, Nothing{}, y, n, scaler, stream);
     } else if (kept != nullptr) {
-      WriteFrom(Reload(scale.exponent, x, kept), y, n, scale, stream);
+      WriteRow(Reload(exponent), x, kept, y, n, scaler, stream);
     } else {
-      WriteFrom(Recompute<Plain>(scale.exponent, x, Plain{}), y, n, scale, stream);
+      WriteRow(Recompute<Plain>(exponent, Plain{}), x, Nothing{}, y, n, scaler, stream);
+    }
+  }
+
+  // Whole softmaxes of `outer` small matrices of n·inner <= kShort elements along their first axis, kLanes
+  // matrices at a time, one a lane: they are transposed into a tile, and back.
+  static void ShortMatrices(const E* x, E* y, std::int64_t outer, int n, int inner) {
+    const int m = n * inner;
+    T tile[kShort * V::kLanes], kept[kShort * V::kLanes];
+    for (std::int64_t o = 0; o < outer; o += V::kLanes) {
+      const int count = outer - o < V::kLanes ? static_cast<int>(outer - o) : V::kLanes;
+      LoadTile(x + o * m, count, m, tile);
+      for (int c = 0; c < inner; ++c) ShortColumn(tile + c * V::kLanes, kept, n, inner * V::kLanes);
+      StoreTile(tile, count, m, y + o * m);
+    }
+  }
+
+  static void PanelMaximum(const E* x, const Panel& panel, T* maximum) {
+    ForVectors(panel.width, [&](int, int at, const auto& access) {
+      access.Store(Maximum(access, x + at, panel.stride, panel.rows), maximum + at);
+    });
+    ForVectors(panel.tail, [&](int, int at, const auto& access) {
+      const V above = access.Load(maximum + at);
+      access.Store(Max(access.Load(x + panel.rows * panel.stride + at), above), maximum + at);
+    });
+  }
+
+  static void PanelSum(const E* x, T* kept, const Panel& panel, const T* maximum, const T* subtract,
+                       const PanelTotals<T>& totals) {
+    if (subtract != nullptr) {
+      SumPanel(x, Nothing{}, panel, maximum, LessLanes{subtract}, totals);
+    } else if (kept != nullptr) {
+      SumPanel(x, kept, panel, maximum, PlainLanes{}, totals);
+    } else {
+      SumPanel(x, Nothing{}, panel, maximum, PlainLanes{}, totals);
+    }
+  }
+
+  static void PanelMerge(const PanelTotals<T>& into, const PanelTotals<T>& from, int width) {
+    ForVectors(width, [&](int, int at, const auto& access) {
+      LaneTotal<V> total = LoadTotal(access, into, at);
+      total.Merge(LoadTotal(access, from, at));
+      StoreTotal(access, total, into, at);
+    });
+  }
+
+  static void PanelInvert(const PanelTotals<T>& totals, int width) {
+    ForVectors(width, [&](int, int at, const auto& access) {
+      LaneTotal<V> total = LoadTotal(access, totals, at);
+      total.Invert();
+      StoreTotal(access, total, totals, at);
+    });
+  }
+
+  static void PanelWrite(const E* x, const T* kept, E* y, const Panel& panel, const PanelTotals<T>& scales,
+                         const T* subtract) {
+    if (subtract != nullptr) {
+      WritePanel(LessLanes{subtract}, x, Nothing{}, y, panel, scales);
+    } else if (kept != nullptr) {
+      WritePanel(ReloadLanes{}, x, kept, y, panel, scales);
+    } else {
+      WritePanel(PlainLanes{}, x, Nothing{}, y, panel, scales);
     }
   }
 
  private:
-  // How elements are read: as they are, or less the row's maximum.
+  template <typename, typename>
+  friend class SoftmaxKernels;
+
+  static constexpr std::integral_constant<std::int64_t, V::kLanes> kAdjacent{};
+  static constexpr T kZero = 0;
+
+  // Where s is kept, if nowhere.
+  struct Nothing {
+    friend SOFTMAX2P_INLINE Nothing operator+(Nothing, std::int64_t) { return {}; }
+  };
+
+  // How a vector is loaded and stored.
+  struct Whole {
+    template <typename P>
+    SOFTMAX2P_INLINE V Load(const P* p) const {
+      return V::Load(p);
+    }
+    template <typename P>
+    SOFTMAX2P_INLINE void Store(V v, P* p) const {
+      v.Store(p);
+    }
+  };
+  struct Leading {
+    int count;
+    template <typename P>
+    SOFTMAX2P_INLINE V Load(const P* p) const {
+      return V::LoadPartial(p, count, -kInfinity);
+    }
+    template <typename P>
+    SOFTMAX2P_INLINE void Store(V v, P* p) const {
+      v.StorePartial(p, count);
+    }
+  };
+  struct PastCaches : Whole {
+    template <typename P>
+    SOFTMAX2P_INLINE void Store(V v, P* p) const {
+      v.Stream(p);
+    }
+  };
+
+  // Calls body(index, first element, access) for the vectors of which `width` elements consist.
+  template <typename Body>
+  static SOFTMAX2P_INLINE void ForVectors(int width, const Body& body) {
+    int v = 0;
+    for (; (v + 1) * V::kLanes <= width; ++v) body(v, v * V::kLanes, Whole{});
+    const Leading rest{width - v * V::kLanes};
+    if (rest.count > 0) body(v, v * V::kLanes, rest);
+  }
+
+  // What an element is read as: itself, or less a maximum.
   struct Plain {
     SOFTMAX2P_INLINE V operator()(V x) const { return x; }
   };
-  struct LessMaximum {
+  struct Less {
     V maximum;
     SOFTMAX2P_INLINE V operator()(V x) const { return x - maximum; }
   };
 
-  // Where e^x comes from. At<K>(i) is that of K whole vectors from element i, Partial(i, count) that of
-  // the last `count` elements.
+  // Where e^x comes from: computed anew, or the power from x, at three operations, and s from pass 1.
   template <typename Read>
   class Recompute {
    public:
-    SOFTMAX2P_INLINE Recompute(int exponent, const T* x, const Read& read)
-        : exponential_(exponent), x_(x), read_(read), exponent_(exponent) {}
-    SOFTMAX2P_INLINE int exponent() const { return exponent_; }
-    template <int K>
-    SOFTMAX2P_INLINE Exponentials<V, K> At(std::int64_t i) const {
+    SOFTMAX2P_INLINE Recompute(V exponent, const Read& read) : exponential_(exponent), read_(read) {}
+    template <int K, typename Access, typename Kept, typename Stride>
+    SOFTMAX2P_INLINE Exponentials<V, K> At(const Access& access, const E* x, Kept, Stride stride) const {
       V v[K];
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) v[k] = read_(V::Load(x_ + i + k * V::kLanes));
-      return exponential_(v);
-    }
-    SOFTMAX2P_INLINE Exponentials<V, 1> Partial(std::int64_t i, int count) const {
-      const V v[1] = {read_(V::LoadPartial(x_ + i, count, -kInfinity))};
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) v[k] = read_(access.Load(x + k * stride));
       return exponential_(v);
     }
 
    private:
     ExponentialFrom<V> exponential_;
-    const T* x_;
     Read read_;
-    int exponent_;
   };
-
-  // The s that pass 1 kept; the power costs three operations to have again.
   class Reload {
    public:
-    SOFTMAX2P_INLINE Reload(int exponent, const T* x, const T* kept)
-        : exponential_(exponent), x_(x), kept_(kept) {}
-    template <int K>
-    SOFTMAX2P_INLINE Exponentials<V, K> At(std::int64_t i) const {
+    explicit SOFTMAX2P_INLINE Reload(V exponent) : exponential_(exponent) {}
+    template <int K, typename Access, typename Stride>
+    SOFTMAX2P_INLINE Exponentials<V, K> At(const Access& access, const E* x, const T* kept, Stride stride) const {
       Exponentials<V, K> e;
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-        e.power[k] = exponential_.Power(V::Load(x_ + i + k * V::kLanes));
-        e.s[k] = V::Load(kept_ + i + k * V::kLanes);
+        e.power[k] = exponential_.Power(access.Load(x + k * stride));
+        e.s[k] = access.Load(kept + k * stride);
       }
       return e;
     }
-    SOFTMAX2P_INLINE Exponentials<V, 1> Partial(std::int64_t i, int count) const {
-      return {{exponential_.Power(V::LoadPartial(x_ + i, count, -kInfinity))},
-              {V::LoadPartial(kept_ + i, count, 0)}};
-    }
 
    private:
     ExponentialFrom<V> exponential_;
-    const T* x_;
-    const T* kept_;
   };
 
-  // What pass 1 does with s, beside summing.
-  struct Forget {
-    template <int K>
-    SOFTMAX2P_INLINE void operator()(const Exponentials<V, K>&, int) const {}
-    SOFTMAX2P_INLINE void Partial(const Exponentials<V, 1>&, int, int) const {}
-  };
-  struct Keep {
-    T* kept;
-    template <int K>
-    SOFTMAX2P_INLINE void operator()(const Exponentials<V, K>& e, int i) const {
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.s[k].Store(kept + i + k * V::kLanes);
+  // The same for the vector at column `at` of a panel.
+  struct PlainLanes {
+    template <typename Access>
+    SOFTMAX2P_INLINE Plain At(const Access&, int) const {
+      return {};
     }
-    SOFTMAX2P_INLINE void Partial(const Exponentials<V, 1>& e, int i, int count) const {
-      e.s[0].StorePartial(kept + i, count);
+    template <typename Access>
+    SOFTMAX2P_INLINE Recompute<Plain> Source(const Access&, int, V exponent) const {
+      return {exponent, Plain{}};
     }
   };
+  struct LessLanes {
+    const T* maximum;
+    template <typename Access>
+    SOFTMAX2P_INLINE Less At(const Access& access, int at) const {
+      return {access.Load(maximum + at)};
+    }
+    template <typename Access>
+    SOFTMAX2P_INLINE Recompute<Less> Source(const Access& access, int at, V exponent) const {
+      return {exponent, At(access, at)};
+    }
+  };
+  struct ReloadLanes {
+    template <typename Access>
+    SOFTMAX2P_INLINE Reload Source(const Access&, int, V exponent) const {
+      return Reload(exponent);
+    }
+  };
 
-  static SOFTMAX2P_INLINE int BlockSize(std::int64_t rest) {
-    return rest < kBlock ? static_cast<int>(rest) : kBlock;
+  // Passes NaNs over.
+  template <typename Access, typename Stride>
+  static SOFTMAX2P_INLINE V Maximum(const Access& access, const E* x, Stride stride, std::int64_t rows) {
+    V ways[kWays];
+    for (V& way : ways) way = V::Broadcast(-kInfinity);
+    std::int64_t i = 0;
+    for (; i + kWays <= rows; i += kWays) {
+      SOFTMAX2P_UNROLL for (int k = 0; k < kWays; ++k) ways[k] = Max(access.Load(x + (i + k) * stride), ways[k]);
+    }
+    for (; i < rows; ++i) ways[0] = Max(access.Load(x + i * stride), ways[0]);
+    return Max(Max(ways[0], ways[1]), Max(ways[2], ways[3]));
   }
 
-  // The largest even integer not above maximum·log2 e, or the end of the exact range that it lies beyond.
-  // A block too low for the range keeps the lowest exponent, and Sum's caller sees that it was never
-  // exceeded. Not above, so that a row's sum is 1 at least, and a result whose power underflows does, too.
-  // Even, because the reference's parity decides how ExponentialFrom rounds a tie: s from one pass and the
-  // power from another must agree on n.
-  static SOFTMAX2P_INLINE int BlockExponent(T maximum) {
-    constexpr int kMax = ReductionFor<V>::kMaxExponent;
-    const T half = maximum * (Format<T>::kLog2E / 2);
-    if (kGuarded && !(half > -kMax / 2)) return -kMax;
-    if (kGuarded && half > kMax / 2) return kMax + 2;
-    const int truncated = static_cast<int>(half);
-    return 2 * (static_cast<T>(truncated) > half ? truncated - 1 : truncated);
+  template <int K, typename Access, typename Kept, typename Stride, typename Read>
+  static SOFTMAX2P_INLINE void AddSome(const Access& access, const E* x, Kept kept, Stride stride,
+                                       const Recompute<Read>& source, LaneSum<V>& sum) {
+    const auto e = source.template At<K>(access, x, kept, stride);
+    if constexpr (!std::is_same_v<Kept, Nothing>) {
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) access.Store(e.s[k], kept + k * stride);
+    }
+    sum.Add(e);
   }
 
-  // Sums (1 + s)·2^(n - reference), with the error of every addition carried along in `rest`. The sum
-  // starts at 8, above any term, so that its growth is what was added, exactly (Dekker's fast two-sum);
-  // what is missing of the term then is power - added + s·power.
-  struct Accumulator {
-    static constexpr T kStart = 8;
+  // Adds `rows` vectors, none above what `sum` was raised to.
+  template <typename Access, typename Kept, typename Stride, typename Read>
+  static SOFTMAX2P_INLINE void Add(const Access& access, const E* x, Kept kept, Stride stride, std::int64_t rows,
+                                   const Read& read, LaneSum<V>& sum) {
+    const Recompute<Read> source(sum.reference(), read);
+    std::int64_t i = 0;
+    for (; i + kWays <= rows; i += kWays) {
+      AddSome<kWays>(access, x + i * stride, kept + i * stride, stride, source, sum);
+    }
+    for (; i < rows; ++i) AddSome<1>(access, x + i * stride, kept + i * stride, stride, source, sum);
+  }
 
-    V sum = V::Broadcast(kStart);
-    V rest = V::Broadcast(0);
+  template <typename Kept, typename Read>
+  static SOFTMAX2P_INLINE ExtendedSum SumRow(const E* x, Kept kept, std::int64_t n, const Read& read,
+                                             const T* maximum) {
+    constexpr std::int64_t kElements = std::int64_t{kFold} * V::kLanes;
+    ExtendedSum row = SumFold(x, kept, n < kElements ? n : kElements, read, maximum);
+    for (std::int64_t i = kElements; i < n; i += kElements) {
+      const std::int64_t rest = n - i;
+      row.Combine(SumFold(x + i, kept + i, rest < kElements ? rest : kElements, read, maximum));
+    }
+    return row;
+  }
 
-    template <int K>
-    SOFTMAX2P_INLINE void Add(const Exponentials<V, K>& e) {
-      V missing[K];
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-        const V larger = Fma(V::Broadcast(1) + e.s[k], e.power[k], sum);
-        missing[k] = e.power[k] - (larger - sum);
-        sum = larger;
+  // `maximum` is null, or that of the whole row, as read.
+  template <typename Kept, typename Read>
+  static SOFTMAX2P_INLINE ExtendedSum SumFold(const E* x, Kept kept, std::int64_t n, const Read& read,
+                                              const T* maximum) {
+    const std::int64_t vectors = n / V::kLanes, end = vectors * V::kLanes;
+    const Leading rest{static_cast<int>(n - end)};
+    LaneSum<V> sum;
+    if (maximum != nullptr) sum.Raise(V::Broadcast(*maximum));
+    std::int64_t v = 0;
+    do {
+      const std::int64_t size = vectors - v < kRowBlock ? vectors - v : kRowBlock;
+      const std::int64_t i = v * V::kLanes;
+      if (maximum == nullptr) {
+        V block = Maximum(Whole{}, x + i, kAdjacent, size);
+        if (v + size == vectors && rest.count != 0) block = Max(rest.Load(x + end), block);
+        sum.Raise(read(block));
       }
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) rest = rest + Fma(e.s[k], e.power[k], missing[k]);
-    }
-    SOFTMAX2P_INLINE void AddTo(DoubleSum& total) const {
-      T sums[V::kLanes], rests[V::kLanes];
-      (sum - V::Broadcast(kStart)).Store(sums);
-      rest.Store(rests);
-      total.AddLanes<V::kLanes>(sums);
-      total.AddLanes<V::kLanes>(rests);
-    }
-  };
+      Add(Whole{}, x + i, kept + i, kAdjacent, size, read, sum);
+      v += size;
+    } while (v < vectors);
+    if (rest.count != 0) Add(rest, x + end, kept + end, kAdjacent, 1, read, sum);
+    return sum.Total().Reduce();
+  }
 
-  template <typename Read, typename Fate>
-  static SOFTMAX2P_INLINE ExtendedSum SumBlock(const Recompute<Read>& source, int n, const Fate& fate) {
-    Accumulator total;
-    int i = 0;
-    for (; i + kStep <= n; i += kStep) {
-      const auto e = source.template At<kWays>(i);
-      fate(e, i);
-      total.Add(e);
+  template <typename Kept, typename ReadLanes>
+  static SOFTMAX2P_INLINE void SumPanel(const E* x, Kept kept, const Panel& panel, const T* maximum,
+                                        const ReadLanes& read, const PanelTotals<T>& totals) {
+    LaneSum<V> sums[kPanelVectors];
+    const auto add = [&](int v, int at, const auto& access, std::int64_t row, std::int64_t rows) {
+      const auto read_here = read.At(access, at);
+      const E* const from = x + row * panel.stride + at;
+      const V highest =
+          maximum != nullptr ? access.Load(maximum + at) : Maximum(access, from, panel.stride, rows);
+      sums[v].Raise(read_here(highest));
+      Add(access, from, kept + row * panel.stride + at, panel.stride, rows, read_here, sums[v]);
+    };
+    for (std::int64_t row = 0; row < panel.rows; row += kColumnBlock) {
+      const std::int64_t rows = panel.rows - row < kColumnBlock ? panel.rows - row : kColumnBlock;
+      ForVectors(panel.width, [&](int v, int at, const auto& access) { add(v, at, access, row, rows); });
     }
-    for (; i + V::kLanes <= n; i += V::kLanes) {
-      const auto e = source.template At<1>(i);
-      fate(e, i);
-      total.Add(e);
-    }
-    if (i < n) {
-      const auto e = source.Partial(i, n - i);
-      fate.Partial(e, i, n - i);
-      total.Add(e);
-    }
-    ExtendedSum block;
-    block.exponent = source.exponent();
-    total.AddTo(block.mantissa);
-    return block;
+    ForVectors(panel.tail, [&](int v, int at, const auto& access) { add(v, at, access, panel.rows, 1); });
+    ForVectors(panel.width, [&](int v, int at, const auto& access) {
+      StoreTotal(access, sums[v].Total(), totals, at);
+    });
+  }
+
+  template <typename Access>
+  static SOFTMAX2P_INLINE LaneTotal<V> LoadTotal(const Access& access, const PanelTotals<T>& totals, int at) {
+    return {access.Load(totals.high + at), access.Load(totals.low + at), access.Load(totals.exponent + at)};
+  }
+  template <typename Access>
+  static SOFTMAX2P_INLINE void StoreTotal(const Access& access, const LaneTotal<V>& total,
+                                          const PanelTotals<T>& totals, int at) {
+    access.Store(total.high, totals.high + at);
+    access.Store(total.low, totals.low + at);
+    access.Store(total.exponent, totals.exponent + at);
   }
 
   // (high + low)·e^x, where low·s is too small to matter and the 1 was never added to s: one rounding to
@@ -240,48 +365,156 @@ class SoftmaxRow {
     }
   };
 
-  template <typename Source>
-  static SOFTMAX2P_INLINE void WriteFrom(const Source& source, T* y, std::int64_t n,
-                                         const SoftmaxScale<T>& scale, bool stream) {
-    const Scaler scaler{V::Broadcast(scale.high), V::Broadcast(scale.low)};
-    const auto partial = [&](std::int64_t i, int count) {
-      V v[1];
-      scaler(source.Partial(i, count), v);
-      v[0].StorePartial(y + i, count);
+  template <int K, typename Access, typename Out, typename Kept, typename Stride, typename Source>
+  static SOFTMAX2P_INLINE void WriteSome(const Access& access, const Out& out, const Source& source, const E* x,
+                                         Kept kept, E* y, Stride stride, const Scaler& scaler) {
+    V v[K];
+    scaler(source.template At<K>(access, x, kept, stride), v);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) out.Store(v[k], y + k * stride);
+  }
+
+  template <typename Access, typename Out, typename Kept, typename Stride, typename Source>
+  static SOFTMAX2P_INLINE void Write(const Access& access, const Out& out, const Source& source, const E* x,
+                                     Kept kept, E* y, Stride stride, std::int64_t rows,
+                                     const Scaler& scaler) {
+    std::int64_t i = 0;
+    for (; i + kWays <= rows; i += kWays) {
+      WriteSome<kWays>(access, out, source, x + i * stride, kept + i * stride, y + i * stride, stride, scaler);
+    }
+    for (; i < rows; ++i) {
+      WriteSome<1>(access, out, source, x + i * stride, kept + i * stride, y + i * stride, stride, scaler);
+    }
+  }
+
+  template <typename Source, typename Kept>
+  static SOFTMAX2P_INLINE void WriteRow(const Source& source, const E* x, Kept kept, E* y, std::int64_t n,
+                                        const Scaler& scaler, bool stream) {
+    const auto part = [&](std::int64_t i, int count) {
+      const Leading some{count};
+      WriteSome<1>(some, some, source, x + i, kept + i, y + i, kAdjacent, scaler);
     };
     std::int64_t i = 0;
     if (stream) {
-      const int head = Misaligned(y);
-      if (head != 0 && head + kStep <= n) {
-        partial(0, head);
-        i = head;
-      }
-      if (head + kStep <= n) {
-        for (; i + kStep <= n; i += kStep) {
-          V v[kWays];
-          scaler(source.template At<kWays>(i), v);
-          SOFTMAX2P_UNROLL for (int k = 0; k < kWays; ++k) v[k].Stream(y + i + k * V::kLanes);
-        }
-      }
+      const std::int64_t head = Misaligned(y) < n ? Misaligned(y) : n;
+      if (head != 0) part(0, static_cast<int>(head));
+      i = head;
+    }
+    const std::int64_t vectors = (n - i) / V::kLanes;
+    if (stream) {
+      Write(Whole{}, PastCaches{}, source, x + i, kept + i, y + i, kAdjacent, vectors, scaler);
     } else {
-      for (; i + kStep <= n; i += kStep) {
-        V v[kWays];
-        scaler(source.template At<kWays>(i), v);
-        SOFTMAX2P_UNROLL for (int k = 0; k < kWays; ++k) v[k].Store(y + i + k * V::kLanes);
-      }
+      Write(Whole{}, Whole{}, source, x + i, kept + i, y + i, kAdjacent, vectors, scaler);
     }
-    for (; i + V::kLanes <= n; i += V::kLanes) {
-      V v[1];
-      scaler(source.template At<1>(i), v);
-      v[0].Store(y + i);
-    }
-    if (i < n) partial(i, static_cast<int>(n - i));
+    i += vectors * V::kLanes;
+    if (i < n) part(i, static_cast<int>(n - i));
   }
 
-  // How many elements lie before the first that is aligned to a vector.
-  static SOFTMAX2P_INLINE int Misaligned(const T* y) {
-    constexpr std::uintptr_t kBytes = V::kLanes * sizeof(T);
-    return static_cast<int>((kBytes - reinterpret_cast<std::uintptr_t>(y) % kBytes) % kBytes / sizeof(T));
+  template <typename SourceLanes, typename Kept>
+  static SOFTMAX2P_INLINE void WritePanel(const SourceLanes& lanes, const E* x, Kept kept, E* y,
+                                          const Panel& panel, const PanelTotals<T>& scales) {
+    const auto write = [&](int at, const auto& access, std::int64_t row, std::int64_t rows) {
+      const std::int64_t i = row * panel.stride + at;
+      const LaneTotal<V> scale = LoadTotal(access, scales, at);
+      Write(access, access, lanes.Source(access, at, scale.exponent), x + i, kept + i, y + i, panel.stride, rows,
+            Scaler{scale.high, scale.low});
+    };
+    for (std::int64_t row = 0; row < panel.rows; row += kColumnBlock) {
+      const std::int64_t rows = panel.rows - row < kColumnBlock ? panel.rows - row : kColumnBlock;
+      ForVectors(panel.width, [&](int, int at, const auto& access) { write(at, access, row, rows); });
+    }
+    ForVectors(panel.tail, [&](int, int at, const auto& access) { write(at, access, panel.rows, 1); });
+  }
+
+  // In place, in a tile.
+  static SOFTMAX2P_INLINE void ShortColumn(T* x, T* kept, int n, int stride) {
+    using InTile = SoftmaxKernels<V, T>;
+    const typename InTile::Whole whole;
+    const V maximum = InTile::Maximum(whole, x, stride, n);
+    LaneSum<V> sum(maximum);
+    const V limit = V::Broadcast(ReductionFor<V>::kMaxExponent - 1);
+    if (AnyGreater(sum.reference(), limit) || AnyGreater(V::Broadcast(0) - limit, sum.reference())) {
+      return InTile::ShortColumnLessMaximum(x, maximum, n, stride);
+    }
+    InTile::Add(whole, x, kept, stride, n, typename InTile::Plain{}, sum);
+    LaneTotal<V> scale = sum.Total();
+    scale.Invert();
+    InTile::Write(whole, whole, typename InTile::Reload(scale.exponent), x, kept, x, stride, n,
+                  typename InTile::Scaler{scale.high, scale.low});
+  }
+
+  // The guard's way, in the lanes that need it: a maximum of 0 changes nothing in the others.
+  static void ShortColumnLessMaximum(T* x, V maximum, int n, int stride) {
+    T lanes[V::kLanes], references[V::kLanes];
+    maximum.Store(lanes);
+    LaneSum<V>(maximum).reference().Store(references);
+    bool infinite[V::kLanes];
+    for (int l = 0; l < V::kLanes; ++l) {
+      infinite[l] = lanes[l] - lanes[l] != 0;
+      const T size = references[l] < 0 ? -references[l] : references[l];
+      if (infinite[l] || size < ReductionFor<V>::kMaxExponent) lanes[l] = 0;
+    }
+    LaneSum<V> sum(maximum - V::Load(lanes));
+    Add(Whole{}, x, Nothing{}, stride, n, Less{V::Load(lanes)}, sum);
+    LaneTotal<V> scale = sum.Total();
+    scale.Invert();
+    T high[V::kLanes];
+    scale.high.Store(high);
+    for (int l = 0; l < V::kLanes; ++l) {
+      if (infinite[l]) high[l] = kInfinity - kInfinity;
+    }
+    Write(Whole{}, Whole{}, Recompute<Less>(scale.exponent, Less{V::Load(lanes)}), x, Nothing{}, x, stride, n,
+          Scaler{V::Load(high), scale.low});
+  }
+
+  // tile[i * kLanes + l] = x[l * m + i], for l < count.
+  static SOFTMAX2P_INLINE void LoadTile(const E* x, int count, int m, T* tile) {
+    if constexpr (std::is_same_v<E, T>) {
+      if (count == V::kLanes) return Transpose(x, m, tile);
+    }
+    T rows[kShort * V::kLanes];
+    const int elements = count * m;
+    ForVectors(elements, [&](int, int at, const auto& access) { access.Load(x + at).Store(rows + at); });
+    for (int i = (elements + V::kLanes - 1) / V::kLanes * V::kLanes; i < m * V::kLanes; ++i) rows[i] = 0;
+    Transpose(rows, m, tile);
+  }
+
+  static SOFTMAX2P_INLINE void StoreTile(const T* tile, int count, int m, E* y) {
+    if constexpr (std::is_same_v<E, T>) {
+      if (count == V::kLanes) return TransposeBack(tile, m, y);
+    }
+    T rows[kShort * V::kLanes];
+    TransposeBack(tile, m, rows);
+    ForVectors(count * m, [&](int, int at, const auto& access) { access.Store(V::Load(rows + at), y + at); });
+  }
+
+  static SOFTMAX2P_INLINE void Transpose(const T* rows, int m, T* tile) {
+    V columns[V::kQuad];
+    int i = 0;
+    for (; i + V::kQuad <= m; i += V::kQuad) {
+      V::LoadQuads(rows + i, m, columns);
+      SOFTMAX2P_UNROLL for (int c = 0; c < V::kQuad; ++c) columns[c].Store(tile + (i + c) * V::kLanes);
+    }
+    for (; i < m; ++i) {
+      for (int l = 0; l < V::kLanes; ++l) tile[i * V::kLanes + l] = rows[l * m + i];
+    }
+  }
+
+  static SOFTMAX2P_INLINE void TransposeBack(const T* tile, int m, T* rows) {
+    V columns[V::kQuad];
+    int i = 0;
+    for (; i + V::kQuad <= m; i += V::kQuad) {
+      SOFTMAX2P_UNROLL for (int c = 0; c < V::kQuad; ++c) columns[c] = V::Load(tile + (i + c) * V::kLanes);
+      V::StoreQuads(columns, rows + i, m);
+    }
+    for (; i < m; ++i) {
+      for (int l = 0; l < V::kLanes; ++l) rows[l * m + i] = tile[i * V::kLanes + l];
+    }
+  }
+
+  // How many elements lie before the first that is aligned to what a vector takes.
+  static SOFTMAX2P_INLINE std::int64_t Misaligned(const E* y) {
+    constexpr std::uintptr_t kBytes = V::kLanes * sizeof(E);
+    return static_cast<std::int64_t>((kBytes - reinterpret_cast<std::uintptr_t>(y) % kBytes) % kBytes / sizeof(E));
   }
 };
 

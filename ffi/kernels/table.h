@@ -1,13 +1,19 @@
-// What an instruction set provides: the pieces of which runtime/rows.h makes whole rows, as pointers.
+// What an instruction set provides: the pieces of which runtime/ makes whole arrays, as pointers.
 //
-// A kernel is added here, in targets/make_kernels.h and in runtime/rows.h; every instruction set then has it.
+// A kernel is added here, in targets/make_kernels.h and in runtime/; every instruction set then has it.
 #pragma once
 
 #include <cstdint>
 
+#include "ffi/kernels/element.h"
 #include "ffi/kernels/extended_sum.h"
 
 namespace jax_softmax2p {
+
+// The longest matrices, in elements, for KernelTable::short_matrices.
+inline constexpr int kShort = 64;
+// The most columns that a Panel has.
+inline constexpr int kPanelWidth = 256;
 
 template <typename T>
 struct SplitScalar {
@@ -15,39 +21,92 @@ struct SplitScalar {
   T low;
 };
 
-// y = (high + low)·2^-exponent·e^x, with x less `maximum` first where `less_maximum`.
+// What is known of a row's maximum before its sum.
 template <typename T>
-struct SoftmaxScale {
+struct KnownMaximum {
+  enum Use {
+    kNothing,    // blocks find their own
+    kReference,  // it gives the exponent
+    kSubtract,   // it is subtracted from every element
+  };
+  Use use = kNothing;
+  T value = 0;
+};
+
+// y = (high + low)·2^-exponent·e^x, with x less `maximum` first where `subtract`.
+template <typename T>
+struct RowScale {
   T high;
   T low;
   int exponent;
-  bool less_maximum;
+  bool subtract;
   T maximum;
 };
 
+// `width` columns of `rows` elements each, column c's at x[c + i * stride], and one element more in the first
+// `tail` columns.
+struct Panel {
+  std::int64_t rows;
+  std::int64_t stride;
+  int width;
+  int tail;
+};
+
+// A sum, or its inverse, for every column of a panel: (high + low)·2^exponent.
 template <typename T>
+struct PanelTotals {
+  T* high;
+  T* low;
+  T* exponent;
+};
+
+// Kernels for arrays of E, computed in T.
+template <typename E>
 struct KernelTable {
+  using T = ComputeOf<E>;
+
   // Sums with an exponent beyond this, either way, are not to be trusted: see Reduction in exp.h.
   int max_exponent;
-  // The largest element, NaNs passed over.
-  T (*max)(const T* x, std::int64_t n);
-  // Where `kept` is not null, s of every e^x = (1 + s)·2^n is written there, for `write`.
-  ExtendedSum (*sum)(const T* x, T* kept, std::int64_t n);
-  ExtendedSum (*sum_less_maximum)(const T* x, std::int64_t n, T maximum);
-  // `kept` is null, or what `sum` left there, and may be y; ignored with `less_maximum`. `stream` writes past
-  // the caches.
-  void (*write)(const T* x, const T* kept, T* y, std::int64_t n, const SoftmaxScale<T>& scale, bool stream);
-  DoubleSum (*dot)(const T* y, const T* t, std::int64_t n);
-  void (*jacobian_write)(const T* y, const T* t, T* out, std::int64_t n, const SplitScalar<T>& dot);
+  // Elements of a vector.
+  int lanes;
+
+  // Contiguous rows. The largest element, NaNs passed over:
+  T (*row_max)(const E* x, std::int64_t n);
+  // Where `kept` is not null, s of every e^x = (1 + s)·2^n is written there, for row_write; ignored where the
+  // maximum is subtracted. It may be y.
+  ExtendedSum (*row_sum)(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum);
+  // `stream` writes past the caches.
+  void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale, bool stream);
+
+  // Panels, of kMaxPanelRows at most. `maximum` and `subtract` are null, or have an element a column; both mean
+  // what KnownMaximum says.
+  void (*panel_max)(const E* x, const Panel& panel, T* maximum);
+  void (*panel_sum)(const E* x, T* kept, const Panel& panel, const T* maximum, const T* subtract,
+                    const PanelTotals<T>& totals);
+  void (*panel_merge)(const PanelTotals<T>& into, const PanelTotals<T>& from, int width);
+  void (*panel_invert)(const PanelTotals<T>& totals, int width);
+  void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelTotals<T>& scales,
+                      const T* subtract);
+
+  void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner);
+
+  // The Jacobian, over contiguous rows.
+  DoubleSum (*dot)(const E* y, const E* t, std::int64_t n);
+  void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot);
 };
+
+// More rows would cost a sum its accuracy: see LaneSum.
+inline constexpr std::int64_t kMaxPanelRows = 2048;
 
 struct Kernels {
   const char* name;
   KernelTable<float> f32;
   KernelTable<double> f64;
+  KernelTable<BFloat16> bf16;
+  KernelTable<Float16> f16;
 
-  template <typename T>
-  const KernelTable<T>& Of() const;
+  template <typename E>
+  const KernelTable<E>& Of() const;
 };
 
 template <>
@@ -57,6 +116,14 @@ inline const KernelTable<float>& Kernels::Of<float>() const {
 template <>
 inline const KernelTable<double>& Kernels::Of<double>() const {
   return f64;
+}
+template <>
+inline const KernelTable<BFloat16>& Kernels::Of<BFloat16>() const {
+  return bf16;
+}
+template <>
+inline const KernelTable<Float16>& Kernels::Of<Float16>() const {
+  return f16;
 }
 
 }  // namespace jax_softmax2p

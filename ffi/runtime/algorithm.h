@@ -9,8 +9,10 @@ namespace jax_softmax2p {
 
 enum class Algorithm {
   kAuto,
-  kTwoPass,        // Algorithm 3 of arXiv 2001.04438: pass 2 recomputes every exponential
-  kTwoPassReload,  // pass 2 loads what pass 1 kept of every exponential
+  kTwoPass,             // Algorithm 3 of arXiv 2001.04438: pass 2 recomputes every exponential
+  kTwoPassReload,       // pass 2 loads what pass 1 kept of every exponential
+  kThreePassRecompute,  // Algorithm 1: the maximum first, then as kTwoPass
+  kThreePassReload,     // Algorithm 2: the maximum first, then as kTwoPassReload
 };
 
 struct NamedAlgorithm {
@@ -20,7 +22,9 @@ struct NamedAlgorithm {
 
 inline constexpr NamedAlgorithm kAlgorithms[] = {{"auto", Algorithm::kAuto},
                                                  {"two_pass", Algorithm::kTwoPass},
-                                                 {"two_pass_reload", Algorithm::kTwoPassReload}};
+                                                 {"two_pass_reload", Algorithm::kTwoPassReload},
+                                                 {"three_pass_recompute", Algorithm::kThreePassRecompute},
+                                                 {"three_pass_reload", Algorithm::kThreePassReload}};
 
 inline std::optional<Algorithm> FindAlgorithm(std::string_view name) {
   for (const NamedAlgorithm& known : kAlgorithms) {

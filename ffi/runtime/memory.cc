@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <fstream>
+#include <string>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -10,19 +11,34 @@
 
 namespace jax_softmax2p {
 
-std::int64_t LastLevelCacheBytes() {
-  static const std::int64_t bytes = []() -> std::int64_t {
-    // glibc's answer on AMD is the whole package's, not what one core reaches; Linux itself knows better.
-    std::ifstream size("/sys/devices/system/cpu/cpu0/cache/index3/size");
-    std::int64_t kibibytes = 0;
-    char unit = 0;
-    if (size >> kibibytes >> unit && unit == 'K' && kibibytes > 0) return kibibytes << 10;
+namespace {
+
+// What Linux says, or the C library (whose answer on AMD is the whole package's, not what one core reaches),
+// or a common size.
+std::int64_t CacheBytes(int level, int name, std::int64_t otherwise) {
+  std::ifstream size("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(level) + "/size");
+  std::int64_t kibibytes = 0;
+  char unit = 0;
+  if (size >> kibibytes >> unit && unit == 'K' && kibibytes > 0) return kibibytes << 10;
+  const long bytes = name == 0 ? 0 : sysconf(name);
+  return bytes > 0 ? bytes : otherwise;
+}
+
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-    const long level3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (level3 > 0) return level3;
+constexpr int kLevel2 = _SC_LEVEL2_CACHE_SIZE, kLevel3 = _SC_LEVEL3_CACHE_SIZE;
+#else
+constexpr int kLevel2 = 0, kLevel3 = 0;
 #endif
-    return std::int64_t{32} << 20;
-  }();
+
+}  // namespace
+
+std::int64_t SecondLevelCacheBytes() {
+  static const std::int64_t bytes = CacheBytes(2, kLevel2, std::int64_t{1} << 20);
+  return bytes;
+}
+
+std::int64_t LastLevelCacheBytes() {
+  static const std::int64_t bytes = CacheBytes(3, kLevel3, std::int64_t{32} << 20);
   return bytes;
 }
 

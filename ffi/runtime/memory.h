@@ -6,8 +6,9 @@
 
 namespace jax_softmax2p {
 
-// Size of the last cache before memory that one core reaches, in bytes; a common size where the system does
-// not say.
+// Sizes of the caches that one core reaches, in bytes: its own second-level one, and the last before memory.
+// Common sizes where the system does not say.
+std::int64_t SecondLevelCacheBytes();
 std::int64_t LastLevelCacheBytes();
 
 // Asks for huge pages under a large buffer that is about to be written for the first time. A hint: no

@@ -7,23 +7,31 @@
 
 namespace jax_softmax2p {
 
-template <typename V>
-constexpr KernelTable<typename V::Scalar> MakeKernelTable() {
-  KernelTable<typename V::Scalar> table{};
+template <typename V, typename E>
+constexpr KernelTable<E> MakeKernelTable() {
+  using Softmax = SoftmaxKernels<V, E>;
+  KernelTable<E> table{};
   table.max_exponent = ReductionFor<V>::kMaxExponent;
-  table.max = SoftmaxRow<V>::Maximum;
-  table.sum = SoftmaxRow<V>::Sum;
-  table.sum_less_maximum = SoftmaxRow<V>::SumLessMaximum;
-  table.write = SoftmaxRow<V>::Write;
-  table.dot = JacobianRow<V>::Dot;
-  table.jacobian_write = JacobianRow<V>::Write;
+  table.lanes = V::kLanes;
+  table.row_max = Softmax::RowMaximum;
+  table.row_sum = Softmax::RowSum;
+  table.row_write = Softmax::RowWrite;
+  table.panel_max = Softmax::PanelMaximum;
+  table.panel_sum = Softmax::PanelSum;
+  table.panel_merge = Softmax::PanelMerge;
+  table.panel_invert = Softmax::PanelInvert;
+  table.panel_write = Softmax::PanelWrite;
+  table.short_matrices = Softmax::ShortMatrices;
+  table.dot = JacobianRow<V, E>::Dot;
+  table.jacobian_write = JacobianRow<V, E>::Write;
   return table;
 }
 
 // constexpr, so that no code compiled for an instruction set runs while the library loads.
 template <typename F32, typename F64>
 constexpr Kernels MakeKernels(const char* name) {
-  return {name, MakeKernelTable<F32>(), MakeKernelTable<F64>()};
+  return {name, MakeKernelTable<F32, float>(), MakeKernelTable<F64, double>(), MakeKernelTable<F32, BFloat16>(),
+          MakeKernelTable<F32, Float16>()};
 }
 
 }  // namespace jax_softmax2p

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -42,9 +43,9 @@ def define_lowerings(
     make the lowering fail rather than fall back.
 
     Args:
-      target: the name of the FFI target, which works along the last axis.
+      target: the name of the FFI target. It works along the last axis, unless ``axis`` is among its attributes.
       reference: the same in jax.numpy, as reference(*operands, axis).
-      attributes: parameters of the primitive that the target takes as attributes.
+      attributes: parameters of the primitive that the target takes as attributes; integers as int64.
     """
     ffi_call = jax.ffi.ffi_lowering(target)
 
@@ -67,13 +68,18 @@ def define_lowerings(
             if implementation == "native":
                 raise ValueError(native_refusal(reason))
             return lower_to_reference(ctx, *operands, **params)
-        if params["axis"] != -1:
+        if params["axis"] != -1 and "axis" not in attributes:
             rule = mlir.lower_fun(along_last_axis, multiple_results=False)
             return rule(ctx, *operands, implementation=implementation, **params)
-        return ffi_call(ctx, *operands, **{name: params[name] for name in attributes})
+        return ffi_call(ctx, *operands, **{name: _attribute(params[name]) for name in attributes})
 
     mlir.register_lowering(primitive, lower_elsewhere)
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
+
+
+def _attribute(value: Any) -> Any:
+    """What the FFI's attributes want: integers with a width."""
+    return np.int64(value) if isinstance(value, int) else value
 
 
 def native_refusal(reason: str) -> str:

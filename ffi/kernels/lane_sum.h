@@ -1,0 +1,121 @@
+// Sums of e^x in every lane of a vector, each lane with an exponent of its own: the paper's pair, kLanes times.
+#pragma once
+
+#include "ffi/kernels/exp.h"
+#include "ffi/kernels/extended_sum.h"
+#include "ffi/kernels/guard.h"
+#include "ffi/simd/inline.h"
+
+namespace jax_softmax2p {
+
+// (high + low)·2^exponent in every lane, in twice the working precision. Exponents are integers held as
+// floating-point numbers; one beyond Reduction<V>::kMaxExponent either way marks a sum that is not to be
+// trusted. A monoid under Merge, with the lowest exponent and zeros as its neutral element.
+template <typename V>
+struct LaneTotal {
+  V high, low, exponent;
+
+  SOFTMAX2P_INLINE void Merge(const LaneTotal& other) {
+    const V highest = Max(exponent, other.exponent);
+    const V own = PowerOfTwo<V>(exponent - highest), others = PowerOfTwo<V>(other.exponent - highest);
+    const V a = high * own, b = other.high * others;
+    const V sum = a + b;
+    const V b_part = sum - a;
+    const V error = (a - (sum - b_part)) + (b - b_part);
+    const V rest = error + (low * own + other.low * others);
+    high = sum + rest;
+    low = rest - (high - sum);
+    exponent = highest;
+  }
+
+  // The lanes' sum.
+  SOFTMAX2P_INLINE ExtendedSum Reduce() const {
+    constexpr int kMax = ReductionFor<V>::kMaxExponent;
+    const auto highest = exponent.ReduceMax();
+    const V power = PowerOfTwo<V>(exponent - V::Broadcast(highest));
+    ExtendedSum total;
+    total.exponent = highest > kMax ? kMax + 2 : static_cast<int>(highest);
+    total.mantissa.AddLanes(high * power);
+    total.mantissa.AddLanes(low * power);
+    return total;
+  }
+
+  // 1/(high + low) as a sum of two, for `Scaler`.
+  SOFTMAX2P_INLINE void Invert() {
+    const V one = V::Broadcast(1);
+    const V inverse = one / high;
+    const V product = inverse * high;
+    const V error = ((one - product) - ProductError(inverse, high, product)) - inverse * low;
+    high = inverse;
+    low = inverse * error;
+  }
+};
+
+// Adds (1 + s)·2^(n - reference), with the error of every addition carried along in `rest`. The sum starts
+// at 8, above any term, so that its growth is what was added, exactly (Dekker's fast two-sum); what is
+// missing of the term then is power - added + s·power.
+//
+// Good for kFold additions: `rest` itself is not compensated, and a bias that repeats itself makes its error
+// grow with their square, to 2^-26 of the sum.
+template <typename V>
+class LaneSum {
+  using T = typename V::Scalar;
+  static constexpr int kMaxExponent = ReductionFor<V>::kMaxExponent;
+  static constexpr T kStart = 8;
+
+ public:
+  static constexpr int kFold = 2048;
+
+  // Sums of elements of up to `maximum`.
+  explicit SOFTMAX2P_INLINE LaneSum(V maximum) : reference_(Reference(maximum)) {}
+  // Of nothing yet.
+  SOFTMAX2P_INLINE LaneSum() : reference_(V::Broadcast(-kMaxExponent)) {}
+
+  SOFTMAX2P_INLINE V reference() const { return reference_; }
+
+  // Makes room for elements of up to `maximum`.
+  SOFTMAX2P_INLINE void Raise(V maximum) {
+    const V needed = Reference(maximum);
+    if (!AnyGreater(needed, reference_)) return;
+    const V raised = Max(reference_, needed), start = V::Broadcast(kStart);
+    const V power = PowerOfTwo<V>(reference_ - raised);
+    const V terms = (sum_ - start) * power;
+    sum_ = start + terms;
+    const V terms_part = sum_ - start;
+    rest_ = rest_ * power + ((start - (sum_ - terms_part)) + (terms - terms_part));
+    reference_ = raised;
+  }
+
+  template <int K>
+  SOFTMAX2P_INLINE void Add(const Exponentials<V, K>& e) {
+    V missing[K];
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
+      const V larger = Fma(V::Broadcast(1) + e.s[k], e.power[k], sum_);
+      missing[k] = e.power[k] - (larger - sum_);
+      sum_ = larger;
+    }
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) rest_ = rest_ + Fma(e.s[k], e.power[k], missing[k]);
+  }
+
+  SOFTMAX2P_INLINE LaneTotal<V> Total() const {
+    const V terms = sum_ - V::Broadcast(kStart);
+    const V high = terms + rest_;
+    return {high, rest_ - (high - terms), reference_};
+  }
+
+ private:
+  // The largest even integer not above maximum·log2 e, or the lowest exponent. Not above, so that a sum is 1
+  // at least, and a result whose power underflows does, too. Even: see ExponentialFrom.
+  static SOFTMAX2P_INLINE V Reference(V maximum) {
+    V half = maximum * V::Broadcast(Format<T>::kLog2E / 2);
+    if constexpr (kGuarded) half = Max(V::Broadcast(-kMaxExponent / 2), half);
+    const V floor = Floor(half);
+    return floor + floor;
+  }
+
+  V sum_ = V::Broadcast(kStart);
+  V rest_ = V::Broadcast(0);
+  V reference_;
+};
+
+}  // namespace jax_softmax2p

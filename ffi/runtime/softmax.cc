@@ -1,0 +1,64 @@
+#include "ffi/runtime/softmax.h"
+
+#include "ffi/runtime/memory.h"
+#include "ffi/runtime/row_work.h"
+
+namespace jax_softmax2p {
+namespace {
+
+template <typename E>
+SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout) {
+  const std::int64_t bytes = layout.outer * layout.n * layout.inner * static_cast<std::int64_t>(sizeof(E));
+  const std::int64_t row_bytes = layout.n * static_cast<std::int64_t>(sizeof(E) + sizeof(ComputeOf<E>));
+  const bool far = 2 * bytes > LastLevelCacheBytes();
+  SoftmaxPlan plan{};
+  plan.stream = far;
+  switch (algorithm) {
+    case Algorithm::kAuto:
+      plan.reload = !far || row_bytes <= SecondLevelCacheBytes() / 2;
+      break;
+    case Algorithm::kTwoPass:
+      break;
+    case Algorithm::kTwoPassReload:
+      plan.reload = true;
+      break;
+    case Algorithm::kThreePassRecompute:
+      plan.maximum_first = true;
+      break;
+    case Algorithm::kThreePassReload:
+      plan.maximum_first = plan.reload = true;
+      break;
+  }
+  return plan;
+}
+
+}  // namespace
+
+template <typename E>
+void Softmax(const KernelTable<E>& kernels, Executor& executor, Algorithm algorithm, const E* x, E* y,
+             const Layout& layout) {
+  const std::int64_t matrix = layout.n * layout.inner, size = layout.outer * matrix;
+  if (size == 0) return;
+  AdviseHugePages(y, static_cast<std::size_t>(size) * sizeof(E));
+  if (matrix <= kShort) {
+    ForWholeRows(executor, layout.outer, matrix, [&](std::int64_t first, std::int64_t end) {
+      kernels.short_matrices(x + first * matrix, y + first * matrix, end - first, static_cast<int>(layout.n),
+                             static_cast<int>(layout.inner));
+    });
+    return;
+  }
+  const SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout);
+  if (layout.inner == 1) {
+    SoftmaxRows(kernels, executor, plan, x, y, layout.outer, layout.n);
+  } else {
+    SoftmaxColumns(kernels, executor, plan, x, y, layout);
+  }
+}
+
+template void Softmax(const KernelTable<float>&, Executor&, Algorithm, const float*, float*, const Layout&);
+template void Softmax(const KernelTable<double>&, Executor&, Algorithm, const double*, double*, const Layout&);
+template void Softmax(const KernelTable<BFloat16>&, Executor&, Algorithm, const BFloat16*, BFloat16*,
+                      const Layout&);
+template void Softmax(const KernelTable<Float16>&, Executor&, Algorithm, const Float16*, Float16*, const Layout&);
+
+}  // namespace jax_softmax2p

@@ -1,0 +1,40 @@
+// Softmax of whole arrays from the pieces that a KernelTable has, shared out among threads.
+#pragma once
+
+#include <cstdint>
+
+#include "ffi/kernels/table.h"
+#include "ffi/runtime/algorithm.h"
+#include "ffi/runtime/parallel.h"
+
+namespace jax_softmax2p {
+
+// A C-contiguous array [outer, n, inner], to be worked on along n.
+struct Layout {
+  std::int64_t outer;
+  std::int64_t n;
+  std::int64_t inner;
+};
+
+// How an array is computed.
+struct SoftmaxPlan {
+  bool maximum_first;  // three passes
+  bool reload;         // what pass 1 computes of every exponential is kept, and loaded for the result
+  bool stream;         // y is written past the caches
+};
+
+// y = softmax(x) along n. y may be x, but not overlap it otherwise. Two passes give the same bits with and
+// without reload, and so does auto.
+template <typename E>
+void Softmax(const KernelTable<E>& kernels, Executor& executor, Algorithm algorithm, const E* x, E* y,
+             const Layout& layout);
+
+// What Softmax calls for rows too long for KernelTable::short_matrices, and for columns.
+template <typename E>
+void SoftmaxRows(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x, E* y,
+                 std::int64_t rows, std::int64_t n);
+template <typename E>
+void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x, E* y,
+                    const Layout& layout);
+
+}  // namespace jax_softmax2p

@@ -1,0 +1,204 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "ffi/runtime/memory.h"
+#include "ffi/runtime/row_work.h"
+#include "ffi/runtime/softmax.h"
+
+namespace jax_softmax2p {
+namespace {
+
+// How a matrix [n, inner] is divided into columns of vectors. With inner less than a vector, `fold` rows are
+// seen as one, so that it is a whole number of vectors: every column appears `fold` times, and the sums of
+// its appearances are merged.
+struct Folding {
+  Folding(const Layout& layout, int lanes)
+      : fold(layout.inner >= lanes ? 1 : lanes / std::gcd(static_cast<int>(layout.inner), lanes)),
+        stride(layout.inner * fold),
+        rows(layout.n / fold),
+        tail(static_cast<int>(layout.n % fold * layout.inner)) {}
+
+  int fold;
+  std::int64_t stride;
+  std::int64_t rows;
+  int tail;
+};
+
+// Columns side by side: their sums, and from those their results.
+template <typename E>
+class ColumnPanel {
+  using T = ComputeOf<E>;
+
+ public:
+  ColumnPanel(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const Layout& layout,
+              int width)
+      : kernels_(kernels),
+        executor_(executor),
+        plan_(plan),
+        folding_(layout, kernels.lanes),
+        inner_(layout.inner),
+        segments_(std::max<std::int64_t>(1, CeilDiv(folding_.rows, kMaxPanelRows))),
+        width_(width),
+        totals_(3 * segments_ * width),
+        maximum_(width),
+        maxima_(segments_ * width) {}
+
+  // x and y are the panel's first elements; it has `width` columns, at most those of the constructor.
+  void Compute(const E* x, E* y, int width) {
+    width_ = width;
+    // Where y has no room for what pass 1 keeps, it is recomputed.
+    T* kept = nullptr;
+    if constexpr (std::is_same_v<E, T>) {
+      if (plan_.reload && x != y) kept = y;
+    }
+    if (plan_.maximum_first) FindMaximum(x);
+    Sum(x, kept, plan_.maximum_first ? maximum_.data() : nullptr, nullptr);
+    const bool exact = AllExact();
+    if (!exact) SumLessMaximum(x);
+    Invert(exact);
+    const T* const subtract = exact ? nullptr : maximum_.data();
+    ForSegments([&](std::int64_t, std::int64_t at, const Panel& panel) {
+      kernels_.panel_write(x + at, kept == nullptr ? nullptr : kept + at, y + at, panel, Totals(0), subtract);
+    });
+  }
+
+ private:
+  PanelTotals<T> Totals(std::int64_t segment) {
+    T* const first = totals_.data() + 3 * segment * width_;
+    return {first, first + width_, first + 2 * width_};
+  }
+
+  // Columns that differ: the others repeat them.
+  int Columns() const { return folding_.fold == 1 ? width_ : static_cast<int>(inner_); }
+
+  // Calls body(index, first element, panel) for parts that are short enough for the kernels.
+  template <typename Body>
+  void ForSegments(const Body& body) {
+    ParallelFor(executor_, segments_, [&](std::int64_t i) {
+      const ScopedFloatMode mode;
+      const std::int64_t first = i * kMaxPanelRows, rest = folding_.rows - first;
+      const bool last = i + 1 == segments_;
+      body(i, first * folding_.stride,
+           Panel{last ? rest : kMaxPanelRows, folding_.stride, width_, last ? folding_.tail : 0});
+    });
+  }
+
+  void Sum(const E* x, T* kept, const T* maximum, const T* subtract) {
+    ForSegments([&](std::int64_t i, std::int64_t at, const Panel& panel) {
+      kernels_.panel_sum(x + at, kept == nullptr ? nullptr : kept + at, panel, maximum, subtract, Totals(i));
+    });
+    const PanelTotals<T> total = Totals(0);
+    for (std::int64_t i = 1; i < segments_; ++i) kernels_.panel_merge(total, Totals(i), width_);
+    for (int i = 1; i < folding_.fold; ++i) {
+      const std::int64_t at = i * inner_;
+      kernels_.panel_merge(total, {total.high + at, total.low + at, total.exponent + at}, Columns());
+    }
+  }
+
+  bool AllExact() {
+    const T* const exponent = Totals(0).exponent;
+    return std::all_of(exponent, exponent + Columns(), [&](T e) { return IsExact(e); });
+  }
+  bool IsExact(T exponent) const { return std::abs(exponent) < static_cast<T>(kernels_.max_exponent); }
+
+  void FindMaximum(const E* x) {
+    ForSegments([&](std::int64_t i, std::int64_t at, const Panel& panel) {
+      kernels_.panel_max(x + at, panel, maxima_.data() + i * width_);
+    });
+    const int columns = Columns();
+    for (int c = 0; c < columns; ++c) {
+      T highest = -std::numeric_limits<T>::infinity();
+      for (std::int64_t i = c; i < segments_ * width_; i += columns) highest = std::max(highest, maxima_[i]);
+      maximum_[c] = highest;
+    }
+    for (int c = columns; c < width_; ++c) maximum_[c] = maximum_[c - columns];
+  }
+
+  // The guard's way, as in softmax_rows.cc. Columns that do not need it have 0 subtracted, which changes nothing.
+  void SumLessMaximum(const E* x) {
+    FindMaximum(x);
+    for (int c = 0; c < width_; ++c) {
+      if (IsExact(Totals(0).exponent[c % Columns()]) && !std::isinf(maximum_[c])) maximum_[c] = 0;
+    }
+    Sum(x, nullptr, nullptr, maximum_.data());
+  }
+
+  // Sums become scales.
+  void Invert(bool exact) {
+    const PanelTotals<T> scale = Totals(0);
+    const int columns = Columns();
+    kernels_.panel_invert(scale, columns);
+    if (!exact) {
+      for (int c = 0; c < columns; ++c) {
+        if (std::isinf(maximum_[c])) scale.high[c] = std::numeric_limits<T>::quiet_NaN();
+      }
+    }
+    for (T* const repeated : {scale.high, scale.low, scale.exponent}) {
+      for (int c = columns; c < width_; ++c) repeated[c] = repeated[c - columns];
+    }
+  }
+
+  const KernelTable<E>& kernels_;
+  Executor& executor_;
+  SoftmaxPlan plan_;
+  Folding folding_;
+  std::int64_t inner_;
+  std::int64_t segments_;
+  int width_;
+  std::vector<T> totals_;
+  std::vector<T> maximum_;
+  std::vector<T> maxima_;
+};
+
+// As wide as kPanelWidth, or narrower where that lets a panel stay in the second-level cache between the passes.
+template <typename E>
+int PanelWidthFor(const Layout& layout, const Folding& folding) {
+  if (folding.fold > 1) return static_cast<int>(folding.stride);
+  std::int64_t width = kPanelWidth;
+  const auto bytes = [&] { return layout.n * width * static_cast<std::int64_t>(sizeof(E) + sizeof(ComputeOf<E>)); };
+  while (width > 64 && bytes() > SecondLevelCacheBytes() / 2) width /= 2;
+  return static_cast<int>(std::min(width, layout.inner));
+}
+
+}  // namespace
+
+template <typename E>
+void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x, E* y,
+                    const Layout& layout) {
+  const Folding folding(layout, kernels.lanes);
+  const int width = PanelWidthFor<E>(layout, folding);
+  const std::int64_t matrix = layout.n * layout.inner;
+  const std::int64_t abreast = folding.fold > 1 ? 1 : CeilDiv(layout.inner, width);
+  const std::int64_t panels = layout.outer * abreast;
+  const auto some = [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
+    ColumnPanel<E> panel(kernels, for_segments, plan, layout, width);
+    for (std::int64_t p = first; p < end; ++p) {
+      const std::int64_t column = p % abreast * width, at = p / abreast * matrix + column;
+      const std::int64_t rest = folding.stride - column;
+      panel.Compute(x + at, y + at, static_cast<int>(std::min<std::int64_t>(width, rest)));
+    }
+  };
+  if (folding.rows > kMaxPanelRows && panels < kManyRows * (executor.Helpers() + 1)) {
+    some(0, panels, executor);
+    return;
+  }
+  ForWholeRows(executor, panels, matrix / abreast, [&](std::int64_t first, std::int64_t end) {
+    InThisThread alone;
+    some(first, end, alone);
+  });
+}
+
+template void SoftmaxColumns(const KernelTable<float>&, Executor&, const SoftmaxPlan&, const float*, float*,
+                             const Layout&);
+template void SoftmaxColumns(const KernelTable<double>&, Executor&, const SoftmaxPlan&, const double*, double*,
+                             const Layout&);
+template void SoftmaxColumns(const KernelTable<BFloat16>&, Executor&, const SoftmaxPlan&, const BFloat16*,
+                             BFloat16*, const Layout&);
+template void SoftmaxColumns(const KernelTable<Float16>&, Executor&, const SoftmaxPlan&, const Float16*, Float16*,
+                             const Layout&);
+
+}  // namespace jax_softmax2p
