@@ -79,8 +79,9 @@ void DispatchType(const std::string& dtype, const Body& body) {
   throw nb::value_error(("there are no kernels for dtype " + dtype).c_str());
 }
 
-void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, std::int64_t outer, std::int64_t n,
-                 std::int64_t inner, const std::string& algorithm, const std::string& isa, int threads) {
+void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, std::int64_t outer,
+                 std::int64_t n, std::int64_t inner, const std::string& algorithm, const std::string& isa,
+                 int threads) {
   const std::optional<Algorithm> chosen = FindAlgorithm(algorithm);
   if (!chosen) throw nb::value_error(UnknownAlgorithm(algorithm).c_str());
   const Kernels& kernels = Require(FindKernels(isa, "isa"));
@@ -94,8 +95,8 @@ void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, st
   });
 }
 
-void JacobianInto(const Input& y, const Input& t, const Output& out, const std::string& dtype, std::int64_t rows,
-                  std::int64_t n, const std::string& isa, int threads) {
+void JacobianInto(const Input& y, const Input& t, const Output& out, const std::string& dtype,
+                  std::int64_t rows, std::int64_t n, const std::string& isa, int threads) {
   const Kernels& kernels = Require(FindKernels(isa, "isa"));
   DispatchType(dtype, [&](auto zero) {
     using E = decltype(zero);

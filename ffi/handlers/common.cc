@@ -18,7 +18,8 @@ std::string Describe(const xla::ffi::AnyBuffer& buffer) {
 
 }  // namespace
 
-xla::ffi::ErrorOr<Layout> CommonLayout(const char* handler, std::initializer_list<xla::ffi::AnyBuffer> buffers,
+xla::ffi::ErrorOr<Layout> CommonLayout(const char* handler,
+                                       std::initializer_list<xla::ffi::AnyBuffer> buffers,
                                        std::int64_t axis) {
   const xla::ffi::AnyBuffer& first = *buffers.begin();
   const auto dims = first.dimensions();
@@ -37,9 +38,9 @@ xla::ffi::ErrorOr<Layout> CommonLayout(const char* handler, std::initializer_lis
   }
   const std::int64_t rank = static_cast<std::int64_t>(dims.size());
   if (axis >= 0 || axis < -rank) {
-    return xla::ffi::Unexpected(xla::ffi::Error::InvalidArgument(
-        std::string(handler) + ": axis must be from " + std::to_string(-rank) + " to -1, not " +
-        std::to_string(axis)));
+    return xla::ffi::Unexpected(
+        xla::ffi::Error::InvalidArgument(std::string(handler) + ": axis must be from " +
+                                         std::to_string(-rank) + " to -1, not " + std::to_string(axis)));
   }
   const auto at = dims.begin() + (rank + axis);
   const auto product = [](auto first, auto last) {

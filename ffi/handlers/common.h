@@ -29,8 +29,8 @@ class XlaExecutor : public Executor {
 
 // The layout of all buffers along the axis. Fails unless they have one shape, of rank 1 at least, and one
 // element type, and the axis, counted from the end as -1, -2, ..., is one of theirs.
-xla::ffi::ErrorOr<Layout> CommonLayout(const char* handler, std::initializer_list<xla::ffi::AnyBuffer> buffers,
-                                       std::int64_t axis);
+xla::ffi::ErrorOr<Layout> CommonLayout(const char* handler,
+                                       std::initializer_list<xla::ffi::AnyBuffer> buffers, std::int64_t axis);
 
 // Calls body(E{}) with the C++ type of a buffer's elements; fails for one that has no kernels.
 // No exception gets past it: the caller is C.

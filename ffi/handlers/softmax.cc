@@ -1,10 +1,11 @@
+#include "ffi/runtime/softmax.h"
+
 #include <string_view>
 
 #include "ffi/handlers/common.h"
 #include "ffi/handlers/handlers.h"
 #include "ffi/runtime/algorithm.h"
 #include "ffi/runtime/dispatch.h"
-#include "ffi/runtime/softmax.h"
 
 namespace jax_softmax2p {
 namespace {

@@ -33,7 +33,8 @@ struct DoubleSum {
     Add(other.high);
     low += other.low;
   }
-  // The lanes of a vector. A double has digits to spare for a few floats, and pairs add up faster than a chain.
+  // The lanes of a vector. A double has digits to spare for a few floats, and pairs add up faster than a
+  // chain.
   template <typename V>
   SOFTMAX2P_INLINE void AddLanes(V v) {
     if constexpr (sizeof(typename V::Scalar) == sizeof(float)) {

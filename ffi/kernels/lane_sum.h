@@ -1,4 +1,5 @@
-// Sums of e^x in every lane of a vector, each lane with an exponent of its own: the paper's pair, kLanes times.
+// Sums of e^x in every lane of a vector, each lane with an exponent of its own: the paper's pair, kLanes
+// times.
 #pragma once
 
 #include "ffi/kernels/exp.h"

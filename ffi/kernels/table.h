@@ -78,8 +78,8 @@ struct KernelTable {
   // `stream` writes past the caches.
   void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale, bool stream);
 
-  // Panels, of kMaxPanelRows at most. `maximum` and `subtract` are null, or have an element a column; both mean
-  // what KnownMaximum says.
+  // Panels, of kMaxPanelRows at most. `maximum` and `subtract` are null, or have an element a column; both
+  // mean what KnownMaximum says.
   void (*panel_max)(const E* x, const Panel& panel, T* maximum);
   void (*panel_sum)(const E* x, T* kept, const Panel& panel, const T* maximum, const T* subtract,
                     const PanelTotals<T>& totals);

@@ -44,8 +44,8 @@ template void JacobianRows(const KernelTable<float>&, Executor&, const float*, c
                            std::int64_t, std::int64_t);
 template void JacobianRows(const KernelTable<double>&, Executor&, const double*, const double*, double*,
                            std::int64_t, std::int64_t);
-template void JacobianRows(const KernelTable<BFloat16>&, Executor&, const BFloat16*, const BFloat16*, BFloat16*,
-                           std::int64_t, std::int64_t);
+template void JacobianRows(const KernelTable<BFloat16>&, Executor&, const BFloat16*, const BFloat16*,
+                           BFloat16*, std::int64_t, std::int64_t);
 template void JacobianRows(const KernelTable<Float16>&, Executor&, const Float16*, const Float16*, Float16*,
                            std::int64_t, std::int64_t);
 

@@ -56,9 +56,11 @@ void Softmax(const KernelTable<E>& kernels, Executor& executor, Algorithm algori
 }
 
 template void Softmax(const KernelTable<float>&, Executor&, Algorithm, const float*, float*, const Layout&);
-template void Softmax(const KernelTable<double>&, Executor&, Algorithm, const double*, double*, const Layout&);
+template void Softmax(const KernelTable<double>&, Executor&, Algorithm, const double*, double*,
+                      const Layout&);
 template void Softmax(const KernelTable<BFloat16>&, Executor&, Algorithm, const BFloat16*, BFloat16*,
                       const Layout&);
-template void Softmax(const KernelTable<Float16>&, Executor&, Algorithm, const Float16*, Float16*, const Layout&);
+template void Softmax(const KernelTable<Float16>&, Executor&, Algorithm, const Float16*, Float16*,
+                      const Layout&);
 
 }  // namespace jax_softmax2p

@@ -34,7 +34,7 @@ template <typename E>
 void SoftmaxRows(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x, E* y,
                  std::int64_t rows, std::int64_t n);
 template <typename E>
-void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x, E* y,
-                    const Layout& layout);
+void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x,
+                    E* y, const Layout& layout);
 
 }  // namespace jax_softmax2p

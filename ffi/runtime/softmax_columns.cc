@@ -34,8 +34,8 @@ class ColumnPanel {
   using T = ComputeOf<E>;
 
  public:
-  ColumnPanel(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const Layout& layout,
-              int width)
+  ColumnPanel(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan,
+              const Layout& layout, int width)
       : kernels_(kernels),
         executor_(executor),
         plan_(plan),
@@ -118,7 +118,8 @@ class ColumnPanel {
     for (int c = columns; c < width_; ++c) maximum_[c] = maximum_[c - columns];
   }
 
-  // The guard's way, as in softmax_rows.cc. Columns that do not need it have 0 subtracted, which changes nothing.
+  // The guard's way, as in softmax_rows.cc. Columns that do not need it have 0 subtracted, which changes
+  // nothing.
   void SumLessMaximum(const E* x) {
     FindMaximum(x);
     for (int c = 0; c < width_; ++c) {
@@ -154,12 +155,15 @@ class ColumnPanel {
   std::vector<T> maxima_;
 };
 
-// As wide as kPanelWidth, or narrower where that lets a panel stay in the second-level cache between the passes.
+// As wide as kPanelWidth, or narrower where that lets a panel stay in the second-level cache between the
+// passes.
 template <typename E>
 int PanelWidthFor(const Layout& layout, const Folding& folding) {
   if (folding.fold > 1) return static_cast<int>(folding.stride);
   std::int64_t width = kPanelWidth;
-  const auto bytes = [&] { return layout.n * width * static_cast<std::int64_t>(sizeof(E) + sizeof(ComputeOf<E>)); };
+  const auto bytes = [&] {
+    return layout.n * width * static_cast<std::int64_t>(sizeof(E) + sizeof(ComputeOf<E>));
+  };
   while (width > 64 && bytes() > SecondLevelCacheBytes() / 2) width /= 2;
   return static_cast<int>(std::min(width, layout.inner));
 }
@@ -167,8 +171,8 @@ int PanelWidthFor(const Layout& layout, const Folding& folding) {
 }  // namespace
 
 template <typename E>
-void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x, E* y,
-                    const Layout& layout) {
+void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x,
+                    E* y, const Layout& layout) {
   const Folding folding(layout, kernels.lanes);
   const int width = PanelWidthFor<E>(layout, folding);
   const std::int64_t matrix = layout.n * layout.inner;
@@ -194,11 +198,11 @@ void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const Sof
 
 template void SoftmaxColumns(const KernelTable<float>&, Executor&, const SoftmaxPlan&, const float*, float*,
                              const Layout&);
-template void SoftmaxColumns(const KernelTable<double>&, Executor&, const SoftmaxPlan&, const double*, double*,
-                             const Layout&);
+template void SoftmaxColumns(const KernelTable<double>&, Executor&, const SoftmaxPlan&, const double*,
+                             double*, const Layout&);
 template void SoftmaxColumns(const KernelTable<BFloat16>&, Executor&, const SoftmaxPlan&, const BFloat16*,
                              BFloat16*, const Layout&);
-template void SoftmaxColumns(const KernelTable<Float16>&, Executor&, const SoftmaxPlan&, const Float16*, Float16*,
-                             const Layout&);
+template void SoftmaxColumns(const KernelTable<Float16>&, Executor&, const SoftmaxPlan&, const Float16*,
+                             Float16*, const Layout&);
 
 }  // namespace jax_softmax2p

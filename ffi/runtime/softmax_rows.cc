@@ -12,8 +12,8 @@
 namespace jax_softmax2p {
 namespace {
 
-// Up to so many elements, pass 1 of a row comes before pass 2 of the row above it: what ends pass 1, a chain of
-// operations on single numbers, takes some 40 ns that the CPU fills with pass 2 of the other. Two rows and
+// Up to so many elements, pass 1 of a row comes before pass 2 of the row above it: what ends pass 1, a chain
+// of operations on single numbers, takes some 40 ns that the CPU fills with pass 2 of the other. Two rows and
 // what is kept of them stay in the first-level cache.
 constexpr std::int64_t kInterleavedRow = 1 << 11;
 
@@ -44,7 +44,8 @@ class Rows {
     const bool in_y = std::is_same_v<E, T> && x != y && !plan_.stream;
     const bool needs_scratch = plan_.reload && !in_y;
     const bool interleaved = n_ <= kInterleavedRow;
-    const std::unique_ptr<T[]> scratch(needs_scratch ? new (std::nothrow) T[interleaved ? 2 * n_ : n_] : nullptr);
+    const std::unique_ptr<T[]> scratch(needs_scratch ? new (std::nothrow) T[interleaved ? 2 * n_ : n_]
+                                                     : nullptr);
     const auto kept = [&](std::int64_t r) -> T* {
       if constexpr (std::is_same_v<E, T>) {
         if (plan_.reload && in_y) return y + r * n_;
@@ -109,7 +110,8 @@ class Rows {
   // Pass 2.
   void Write(const E* x, const T* kept, E* y, const RowScale<T>& scale) const {
     segments_.ForEach([&](std::int64_t begin, std::int64_t size) {
-      kernels_.row_write(x + begin, kept == nullptr ? nullptr : kept + begin, y + begin, size, scale, plan_.stream);
+      kernels_.row_write(x + begin, kept == nullptr ? nullptr : kept + begin, y + begin, size, scale,
+                         plan_.stream);
       if (plan_.stream && n_ > kSegment) FinishStreaming();
     });
   }
@@ -134,9 +136,9 @@ template void SoftmaxRows(const KernelTable<float>&, Executor&, const SoftmaxPla
                           std::int64_t, std::int64_t);
 template void SoftmaxRows(const KernelTable<double>&, Executor&, const SoftmaxPlan&, const double*, double*,
                           std::int64_t, std::int64_t);
-template void SoftmaxRows(const KernelTable<BFloat16>&, Executor&, const SoftmaxPlan&, const BFloat16*, BFloat16*,
-                          std::int64_t, std::int64_t);
-template void SoftmaxRows(const KernelTable<Float16>&, Executor&, const SoftmaxPlan&, const Float16*, Float16*,
-                          std::int64_t, std::int64_t);
+template void SoftmaxRows(const KernelTable<BFloat16>&, Executor&, const SoftmaxPlan&, const BFloat16*,
+                          BFloat16*, std::int64_t, std::int64_t);
+template void SoftmaxRows(const KernelTable<Float16>&, Executor&, const SoftmaxPlan&, const Float16*,
+                          Float16*, std::int64_t, std::int64_t);
 
 }  // namespace jax_softmax2p

@@ -30,8 +30,8 @@ constexpr KernelTable<E> MakeKernelTable() {
 // constexpr, so that no code compiled for an instruction set runs while the library loads.
 template <typename F32, typename F64>
 constexpr Kernels MakeKernels(const char* name) {
-  return {name, MakeKernelTable<F32, float>(), MakeKernelTable<F64, double>(), MakeKernelTable<F32, BFloat16>(),
-          MakeKernelTable<F32, Float16>()};
+  return {name, MakeKernelTable<F32, float>(), MakeKernelTable<F64, double>(),
+          MakeKernelTable<F32, BFloat16>(), MakeKernelTable<F32, Float16>()};
 }
 
 }  // namespace jax_softmax2p
