@@ -1,5 +1,7 @@
 #include "ffi/runtime/softmax.h"
 
+#include <type_traits>
+
 #include "ffi/runtime/memory.h"
 #include "ffi/runtime/row_work.h"
 
@@ -8,14 +10,16 @@ namespace {
 
 template <typename E>
 SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout) {
-  const std::int64_t bytes = layout.outer * layout.n * layout.inner * static_cast<std::int64_t>(sizeof(E));
+  const std::int64_t elements = layout.outer * layout.n * layout.inner;
   const std::int64_t row_bytes = layout.n * static_cast<std::int64_t>(sizeof(E) + sizeof(ComputeOf<E>));
-  const bool far = 2 * bytes > LastLevelCacheBytes();
+  // x and y leave the caches between one call and the next: y is better written past them. What pass 1 keeps
+  // must not leave the second-level cache then, nor where it needs memory of its own.
+  const bool far = 2 * elements * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
+  const bool near_row = row_bytes <= SecondLevelCacheBytes() / 2;
   SoftmaxPlan plan{};
-  plan.stream = far;
   switch (algorithm) {
     case Algorithm::kAuto:
-      plan.reload = !far || row_bytes <= SecondLevelCacheBytes() / 2;
+      plan.reload = near_row || (!far && std::is_same_v<E, ComputeOf<E>>);
       break;
     case Algorithm::kTwoPass:
       break;
@@ -29,6 +33,7 @@ SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout) {
       plan.maximum_first = plan.reload = true;
       break;
   }
+  plan.stream = far && (near_row || !plan.reload);
   return plan;
 }
 
