@@ -7,9 +7,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <system_error>
-#include <thread>
-#include <utility>
 #include <vector>
 
 #include "ffi/handlers/handlers.h"
@@ -18,32 +15,12 @@
 #include "ffi/runtime/dispatch.h"
 #include "ffi/runtime/jacobian.h"
 #include "ffi/runtime/softmax.h"
+#include "ffi/runtime/workers.h"
 
 namespace nb = nanobind;
 
 namespace jax_softmax2p {
 namespace {
-
-// Threads for the length of one call.
-class StdThreads : public Executor {
- public:
-  explicit StdThreads(int threads) : threads_(threads) { started_.reserve(threads); }
-  ~StdThreads() override {
-    for (std::thread& thread : started_) thread.join();
-  }
-  int Helpers() const override { return threads_ - 1; }
-  void Schedule(std::function<void()> task) override {
-    try {
-      started_.emplace_back(std::move(task));
-    } catch (const std::system_error&) {
-      // No thread to be had. Helpers are optional: the caller does the work.
-    }
-  }
-
- private:
-  int threads_;
-  std::vector<std::thread> started_;
-};
 
 nb::capsule Capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
@@ -90,7 +67,7 @@ void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, st
     const E* const from = static_cast<const E*>(x.data());
     E* const to = static_cast<E*>(out.data());
     nb::gil_scoped_release release;
-    StdThreads executor(threads);
+    Workers executor(threads);
     Softmax(kernels.Of<E>(), executor, *chosen, from, to, {outer, n, inner});
   });
 }
@@ -103,7 +80,7 @@ void JacobianInto(const Input& y, const Input& t, const Output& out, const std::
     const E *const from_y = static_cast<const E*>(y.data()), *const from_t = static_cast<const E*>(t.data());
     E* const to = static_cast<E*>(out.data());
     nb::gil_scoped_release release;
-    StdThreads executor(threads);
+    Workers executor(threads);
     JacobianRows(kernels.Of<E>(), executor, from_y, from_t, to, rows, n);
   });
 }

@@ -24,7 +24,9 @@ SOFTMAX_JACOBIAN_TARGET = "jax_softmax2p_softmax_jacobian_v1"
 ALGORITHMS = ("auto", "two_pass", "two_pass_reload", "three_pass_recompute", "three_pass_reload")
 """The names that ``algorithm`` may have."""
 
-DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float64, jnp.bfloat16, np.float16))
+_DTYPE_NAMES = {np.dtype(d): np.dtype(d).name for d in (np.float32, np.float64, jnp.bfloat16, np.float16)}
+
+DTYPES = tuple(_DTYPE_NAMES)
 """The dtypes that have native kernels."""
 
 
@@ -48,6 +50,11 @@ def _library_or_raise() -> types.ModuleType:
     return _library
 
 
+@functools.cache
+def _isas() -> tuple[str, ...]:
+    return tuple(_library_or_raise().supported_isas())
+
+
 def supported_isas() -> list[str]:
     """Instruction sets of this build that this CPU and operating system can execute, best first.
 
@@ -58,7 +65,7 @@ def supported_isas() -> list[str]:
       >>> "portable" in supported_isas()
       True
     """
-    return list(_library_or_raise().supported_isas())
+    return list(_isas())
 
 
 def active_isa() -> str:
@@ -102,7 +109,7 @@ def softmax_into(
       axis: the axis whose elements sum to one.
       algorithm: one of :data:`ALGORITHMS`.
       isa: one of :func:`supported_isas`; None is :func:`active_isa`.
-      threads: how many threads share the work, the caller's included.
+      threads: how many threads share the work, the caller's included; no more than 64 do.
 
     Raises:
       ImportError: the compiled library cannot be loaded.
@@ -124,7 +131,7 @@ def softmax_into(
     library.softmax_into(
         _as_integers(x),
         _as_integers(out),
-        x.dtype.name,
+        _DTYPE_NAMES[x.dtype],
         *layout,
         algorithm,
         _checked_isa(isa),
@@ -152,7 +159,7 @@ def softmax_jacobian_into(
     arrays = (_as_integers(y), _as_integers(t), _as_integers(out))
     rows = math.prod(y.shape[:-1])
     library.softmax_jacobian_into(
-        *arrays, y.dtype.name, rows, y.shape[-1], _checked_isa(isa), _checked_threads(threads)
+        *arrays, _DTYPE_NAMES[y.dtype], rows, y.shape[-1], _checked_isa(isa), _checked_threads(threads)
     )
 
 
@@ -251,7 +258,7 @@ def _check_arrays(**arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-        if array.dtype not in DTYPES:
+        if array.dtype not in _DTYPE_NAMES:
             raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}; got {array.dtype}")
         if not array.flags.c_contiguous or not array.flags.aligned:
             raise ValueError(f"{name} must be C-contiguous and aligned to its elements")
@@ -265,8 +272,9 @@ def _check_arrays(**arrays: np.ndarray) -> None:
             )
     out = arrays["out"]
     for name, array in arrays.items():
-        same = array.ctypes.data == out.ctypes.data
-        if not same and np.may_share_memory(array, out):
+        if array is out or not np.may_share_memory(array, out):
+            continue
+        if array.ctypes.data != out.ctypes.data:
             raise ValueError(f"out must be {name} itself or share no memory with it, got a partial overlap")
     if not out.flags.writeable:
         raise ValueError("out must be writable, got a read-only array")
@@ -275,7 +283,7 @@ def _check_arrays(**arrays: np.ndarray) -> None:
 def _checked_isa(isa: str | None) -> str:
     if isa is None:
         return active_isa()
-    if isa not in supported_isas():
+    if isa not in _isas():
         raise ValueError(f"isa must be one of {', '.join(supported_isas())}; got {isa!r}")
     return isa
 

@@ -25,12 +25,6 @@ struct Shared {
   alignas(64) std::atomic<std::int64_t> done{0};
 };
 
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
 }  // namespace
 
 void ParallelFor(Executor& executor, std::int64_t count, const std::function<void(std::int64_t)>& body) {

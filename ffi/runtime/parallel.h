@@ -6,7 +6,7 @@
 
 namespace jax_softmax2p {
 
-// Threads that may help. XLA's pool, or std::thread for the NumPy entry points.
+// Threads that may help: XLA's pool, or Workers.
 class Executor {
  public:
   virtual ~Executor() = default;
@@ -20,5 +20,12 @@ class Executor {
 // helper, and waits only for those that a helper has already taken: it finishes alone where the pool has
 // one thread, none, or only threads that wait themselves.
 void ParallelFor(Executor& executor, std::int64_t count, const std::function<void(std::int64_t)>& body);
+
+// Tells the CPU that this thread waits for another.
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
 
 }  // namespace jax_softmax2p
