@@ -9,20 +9,46 @@ namespace jax_softmax2p {
 namespace {
 
 // Outlives the call: a helper that starts late finds no index left, and touches nothing else.
-struct Shared {
-  Shared(std::int64_t count, const std::function<void(std::int64_t)>& body) : count(count), body(body) {}
-
-  void Work() {
-    std::int64_t finished = 0;
-    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++finished) body(i);
-    if (finished != 0) done.fetch_add(finished, std::memory_order_release);
+class Shared {
+ public:
+  Shared(std::int64_t count, std::int64_t threads, const std::function<void(std::int64_t)>& body)
+      : count_(count), threads_(threads), body_(body), ranges_(new Range[threads]) {
+    for (std::int64_t t = 0; t < threads; ++t) {
+      ranges_[t].next.store(count * t / threads, std::memory_order_relaxed);
+      ranges_[t].end = count * (t + 1) / threads;
+    }
   }
 
-  const std::int64_t count;
-  const std::function<void(std::int64_t)>& body;
-  // On cache lines of their own: every thread writes `next`, the caller spins on `done`.
-  alignas(64) std::atomic<std::int64_t> next{0};
-  alignas(64) std::atomic<std::int64_t> done{0};
+  // Every thread has a range of its own, and helps with the others' when it is done: adjacent indices mean
+  // adjacent memory, and from one call to the next a thread finds its own part in its cache.
+  void Work(std::int64_t thread) {
+    std::int64_t finished = 0;
+    for (std::int64_t t = 0; t < threads_; ++t) {
+      Range& range = ranges_[(thread + t) % threads_];
+      while (true) {
+        const std::int64_t i = range.next.fetch_add(1, std::memory_order_relaxed);
+        if (i >= range.end) break;
+        body_(i);
+        ++finished;
+      }
+    }
+    if (finished != 0) done_.fetch_add(finished, std::memory_order_release);
+  }
+
+  bool Done() const { return done_.load(std::memory_order_acquire) == count_; }
+
+ private:
+  // On a cache line of its own: what many threads write, and the caller spins on.
+  struct alignas(64) Range {
+    std::atomic<std::int64_t> next;
+    std::int64_t end;
+  };
+
+  const std::int64_t count_;
+  const std::int64_t threads_;
+  const std::function<void(std::int64_t)>& body_;
+  const std::unique_ptr<Range[]> ranges_;
+  alignas(64) std::atomic<std::int64_t> done_{0};
 };
 
 }  // namespace
@@ -33,13 +59,13 @@ void ParallelFor(Executor& executor, std::int64_t count, const std::function<voi
     for (std::int64_t i = 0; i < count; ++i) body(i);
     return;
   }
-  const auto shared = std::make_shared<Shared>(count, body);
-  for (std::int64_t i = 0; i < helpers; ++i) executor.Schedule([shared] { shared->Work(); });
-  shared->Work();
+  const auto shared = std::make_shared<Shared>(count, helpers + 1, body);
+  for (std::int64_t i = 1; i <= helpers; ++i) executor.Schedule([shared, i] { shared->Work(i); });
+  shared->Work(0);
   // What is left is being computed right now, and takes about as long as one index: microseconds. The
   // yield is for machines with more runnable threads than cores.
   constexpr int kSpins = 4096;
-  for (int spins = 0; shared->done.load(std::memory_order_acquire) != count; ++spins) {
+  for (int spins = 0; !shared->Done(); ++spins) {
     if (spins < kSpins) {
       Pause();
     } else {
