@@ -21,6 +21,8 @@ std::vector<Target> Targets() {
 #if defined(__x86_64__)
       {&kAvx512Kernels, Cpu().avx512},
       {&kAvx2Kernels, Cpu().avx2},
+#elif defined(__aarch64__)
+      {&kNeonKernels, true},
 #endif
       {&kPortableKernels, true},
   };

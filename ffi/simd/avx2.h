@@ -19,6 +19,7 @@ struct F32 {
   using Scalar = float;
   static constexpr int kLanes = 8;
   static constexpr int kQuad = 4;
+  static constexpr int kTableBits = 0;
   static constexpr bool kFused = true;
 
   __m256 v;
@@ -166,6 +167,7 @@ struct F64 {
   using Scalar = double;
   static constexpr int kLanes = 4;
   static constexpr int kQuad = 2;
+  static constexpr int kTableBits = 0;
   static constexpr bool kFused = true;
 
   __m256d v;

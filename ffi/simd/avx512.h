@@ -14,6 +14,7 @@ struct F32 {
   using Scalar = float;
   static constexpr int kLanes = 16;
   static constexpr int kQuad = 4;
+  static constexpr int kTableBits = 4;
   static constexpr bool kFused = true;
 
   __m512 v;
@@ -95,6 +96,12 @@ struct F32 {
   friend SOFTMAX2P_INLINE F32 ExponentFromLowBits(F32 a) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
   }
+  SOFTMAX2P_INLINE F32 Lookup(const float* table) const {
+    return {_mm512_permutexvar_ps(_mm512_castps_si512(v), _mm512_load_ps(table))};
+  }
+  SOFTMAX2P_INLINE F32 AboveLookup() const {
+    return {_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v), kTableBits))};
+  }
 
  private:
   static SOFTMAX2P_INLINE F32 Widen(__m256i halves, const BFloat16*) {
@@ -128,6 +135,7 @@ struct F64 {
   using Scalar = double;
   static constexpr int kLanes = 8;
   static constexpr int kQuad = 2;
+  static constexpr int kTableBits = 0;
   static constexpr bool kFused = true;
 
   __m512d v;

@@ -20,6 +20,8 @@
 //   ReduceMax            the largest lane, none of which is NaN
 //   Total                in F32: the sum of the lanes in double, halves of the vector pairwise
 //   ExponentFromLowBits  the low integer bits of a lane moved into the exponent field: 2^(low - bias)
+//   kTableBits           0, or b where there are also Lookup(table), the entry that a lane's lowest b bits
+//                        choose of an aligned table of 2^b, and AboveLookup(), the integer bits above those
 //   kFused               whether Fma rounds once; Reduction<V> in kernels/exp.h follows from it
 #pragma once
 
@@ -74,6 +76,7 @@ struct Vector {
   typedef Bits Integers __attribute__((vector_size(16)));
   static constexpr int kLanes = 16 / sizeof(T);
   static constexpr int kQuad = kLanes;
+  static constexpr int kTableBits = 0;
   static constexpr bool kFused = false;
 
   Register v;
@@ -170,6 +173,7 @@ struct Vector {
     return a_lo * b_lo - (((p - a_hi * b_hi) - a_lo * b_hi) - a_hi * b_lo);
   }
 
+  template <int kDrop>
   friend SOFTMAX2P_INLINE Vector ExponentFromLowBits(Vector a) {
     Integers bits;
     std::memcpy(&bits, &a.v, sizeof bits);

@@ -7,6 +7,7 @@ namespace jax_softmax2p {
 
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
+extern const Kernels kNeonKernels;
 extern const Kernels kPortableKernels;
 
 }  // namespace jax_softmax2p
