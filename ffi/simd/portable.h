@@ -173,7 +173,6 @@ struct Vector {
     return a_lo * b_lo - (((p - a_hi * b_hi) - a_lo * b_hi) - a_hi * b_lo);
   }
 
-  template <int kDrop>
   friend SOFTMAX2P_INLINE Vector ExponentFromLowBits(Vector a) {
     Integers bits;
     std::memcpy(&bits, &a.v, sizeof bits);
