@@ -33,7 +33,7 @@ void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y,
             return kernels.dot(y_row + begin, t_row + begin, size);
           },
           [](DoubleSum& a, const DoubleSum& b) { a.Add(b); }));
-      segments.ForEach([&](std::int64_t begin, std::int64_t size) {
+      segments.ForEach(Order::kForward, [&](std::int64_t begin, std::int64_t size) {
         kernels.jacobian_write(y_row + begin, t_row + begin, out + r * n + begin, size, dot);
       });
     }

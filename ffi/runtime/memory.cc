@@ -45,8 +45,9 @@ std::int64_t LastLevelCacheBytes() {
 void AdviseHugePages(void* data, std::size_t bytes) {
 #if defined(__linux__)
   constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
-  // Time to touch every page of a fresh buffer, in 4 KiB pages and in huge ones (Zen 5, median of 9): 4 MiB 1.17
-  // and 0.06 ms, 32 MiB 9.8 and 1.1 ms, 256 MiB 77 and 11 ms. Anything smaller may hold no huge page.
+  // Time to touch every page of a fresh buffer, in 4 KiB pages and in huge ones (Zen 5, median of 9): 4
+  // MiB 1.17 and 0.06 ms, 32 MiB 9.8 and 1.1 ms, 256 MiB 77 and 11 ms. Anything smaller may hold no huge
+  // page.
   constexpr std::size_t kWorthwhile = 2 * kHugePage;
   if (bytes < kWorthwhile) return;
   const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data);

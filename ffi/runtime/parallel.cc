@@ -11,24 +11,22 @@ namespace {
 // Outlives the call: a helper that starts late finds no index left, and touches nothing else.
 class Shared {
  public:
-  Shared(std::int64_t count, std::int64_t threads, const std::function<void(std::int64_t)>& body)
-      : count_(count), threads_(threads), body_(body), ranges_(new Range[threads]) {
+  Shared(std::int64_t count, std::int64_t threads, const std::function<void(std::int64_t)>& body, Order order)
+      : count_(count), threads_(threads), body_(body), order_(order), ranges_(new Range[threads]) {
     for (std::int64_t t = 0; t < threads; ++t) {
-      ranges_[t].next.store(count * t / threads, std::memory_order_relaxed);
-      ranges_[t].end = count * (t + 1) / threads;
+      ranges_[t].begin = count * t / threads;
+      ranges_[t].size = count * (t + 1) / threads - ranges_[t].begin;
     }
   }
 
-  // Every thread has a range of its own, and helps with the others' when it is done: adjacent indices mean
-  // adjacent memory, and from one call to the next a thread finds its own part in its cache.
   void Work(std::int64_t thread) {
     std::int64_t finished = 0;
     for (std::int64_t t = 0; t < threads_; ++t) {
       Range& range = ranges_[(thread + t) % threads_];
       while (true) {
-        const std::int64_t i = range.next.fetch_add(1, std::memory_order_relaxed);
-        if (i >= range.end) break;
-        body_(i);
+        const std::int64_t i = range.taken.fetch_add(1, std::memory_order_relaxed);
+        if (i >= range.size) break;
+        body_(range.begin + (order_ == Order::kForward ? i : range.size - 1 - i));
         ++finished;
       }
     }
@@ -40,26 +38,29 @@ class Shared {
  private:
   // On a cache line of its own: what many threads write, and the caller spins on.
   struct alignas(64) Range {
-    std::atomic<std::int64_t> next;
-    std::int64_t end;
+    std::atomic<std::int64_t> taken{0};
+    std::int64_t begin;
+    std::int64_t size;
   };
 
   const std::int64_t count_;
   const std::int64_t threads_;
   const std::function<void(std::int64_t)>& body_;
+  const Order order_;
   const std::unique_ptr<Range[]> ranges_;
   alignas(64) std::atomic<std::int64_t> done_{0};
 };
 
 }  // namespace
 
-void ParallelFor(Executor& executor, std::int64_t count, const std::function<void(std::int64_t)>& body) {
+void ParallelFor(Executor& executor, std::int64_t count, const std::function<void(std::int64_t)>& body,
+                 Order order) {
   const std::int64_t helpers = std::min<std::int64_t>(executor.Helpers(), count - 1);
   if (helpers <= 0) {
-    for (std::int64_t i = 0; i < count; ++i) body(i);
+    for (std::int64_t i = 0; i < count; ++i) body(order == Order::kForward ? i : count - 1 - i);
     return;
   }
-  const auto shared = std::make_shared<Shared>(count, helpers + 1, body);
+  const auto shared = std::make_shared<Shared>(count, helpers + 1, body, order);
   for (std::int64_t i = 1; i <= helpers; ++i) executor.Schedule([shared, i] { shared->Work(i); });
   shared->Work(0);
   // What is left is being computed right now, and takes about as long as one index: microseconds. The

@@ -19,7 +19,13 @@ class Executor {
 // Calls body(i) for every i in [0, count), and returns when all are done. The caller takes indices like any
 // helper, and waits only for those that a helper has already taken: it finishes alone where the pool has
 // one thread, none, or only threads that wait themselves.
-void ParallelFor(Executor& executor, std::int64_t count, const std::function<void(std::int64_t)>& body);
+//
+// Every thread has a range of indices of its own, and helps with the others' when it is done: adjacent
+// indices mean adjacent memory, and from one call to the next a thread finds its own part in its cache.
+// Backward, a thread begins with what it did last in the call before.
+enum class Order { kForward, kBackward };
+void ParallelFor(Executor& executor, std::int64_t count, const std::function<void(std::int64_t)>& body,
+                 Order order = Order::kForward);
 
 // Tells the CPU that this thread waits for another.
 inline void Pause() {

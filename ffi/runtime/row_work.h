@@ -36,8 +36,8 @@ class Segments {
 
   // Calls body(first element, number of elements) for every segment.
   template <typename Body>
-  void ForEach(const Body& body) const {
-    ForEachIndexed([&](std::int64_t, std::int64_t begin, std::int64_t size) { body(begin, size); });
+  void ForEach(Order order, const Body& body) const {
+    ForEachIndexed(order, [&](std::int64_t, std::int64_t begin, std::int64_t size) { body(begin, size); });
   }
 
   // Merges what body returns for every segment, first to last.
@@ -45,8 +45,9 @@ class Segments {
   Part Reduce(const Body& body, const Merge& merge) const {
     if (n_ <= kSegment) return body(std::int64_t{0}, n_);
     std::vector<Part> parts(CeilDiv(n_, kSegment));
-    ForEachIndexed(
-        [&](std::int64_t i, std::int64_t begin, std::int64_t size) { parts[i] = body(begin, size); });
+    ForEachIndexed(Order::kForward, [&](std::int64_t i, std::int64_t begin, std::int64_t size) {
+      parts[i] = body(begin, size);
+    });
     Part result = parts[0];
     for (std::size_t i = 1; i < parts.size(); ++i) merge(result, parts[i]);
     return result;
@@ -54,15 +55,16 @@ class Segments {
 
  private:
   template <typename Body>
-  void ForEachIndexed(const Body& body) const {
+  void ForEachIndexed(Order order, const Body& body) const {
     if (n_ <= kSegment) {
       body(0, 0, n_);
       return;
     }
-    ParallelFor(executor_, CeilDiv(n_, kSegment), [&](std::int64_t i) {
+    const auto segment = [&](std::int64_t i) {
       const ScopedFloatMode mode;
       body(i, i * kSegment, std::min(kSegment, n_ - i * kSegment));
-    });
+    };
+    ParallelFor(executor_, CeilDiv(n_, kSegment), segment, order);
   }
 
   Executor& executor_;

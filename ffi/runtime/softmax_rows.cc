@@ -109,7 +109,10 @@ class Rows {
 
   // Pass 2.
   void Write(const E* x, const T* kept, E* y, const RowScale<T>& scale) const {
-    segments_.ForEach([&](std::int64_t begin, std::int64_t size) {
+    // In the caches, what pass 1 did last is nearest: 2^20 float32 on two threads took 0.098 ns an element
+    // so, and 0.110 forward. From memory, forward is faster: 0.26 against 0.29, at 2^24 on one (Zen 5).
+    const Order order = plan_.stream ? Order::kForward : Order::kBackward;
+    segments_.ForEach(order, [&](std::int64_t begin, std::int64_t size) {
       kernels_.row_write(x + begin, kept == nullptr ? nullptr : kept + begin, y + begin, size, scale,
                          plan_.stream);
       if (plan_.stream && n_ > kSegment) FinishStreaming();
