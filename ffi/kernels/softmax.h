@@ -32,8 +32,10 @@ class SoftmaxKernels {
   // Vectors of a row that share an exponent: long against the cost of closing a block, some 20 ns, short
   // against the first-level cache.
   static constexpr int kRowBlock = 128;
-  // The same for each of the columns of a panel, which take turns: 32 rows of 256 floats are 32 KiB.
-  static constexpr int kColumnBlock = 32;
+  // The same for each of the columns of a panel, which take turns: 16 KiB of float32 in all.
+  static constexpr int kPanelBlock = 4096;
+  // See ShortMatrices.
+  static constexpr int kMostTiles = 4;
   static constexpr int kPanelVectors = kPanelWidth / V::kLanes;
   // How many vectors ahead the passes fetch from memory what they will read, by the time that finding a
   // block's maximum needs it. Zen 5, 2^26 float32, ns an element, AVX-512: Sum .239 without, .152 at 128,
@@ -43,7 +45,6 @@ class SoftmaxKernels {
   using Ahead = std::integral_constant<int, kVectors>;
   using SumAhead = Ahead<256>;
   using WriteAhead = Ahead<128>;
-  using PanelAhead = Ahead<kColumnBlock>;
 
  public:
   static T RowMaximum(const E* x, std::int64_t n) {
@@ -79,14 +80,23 @@ class SoftmaxKernels {
 
   // Whole softmaxes of `outer` small matrices of n·inner <= kShort elements along their first axis, kLanes
   // matrices at a time, one a lane: they are transposed into a tile, and back.
-  static void ShortMatrices(const E* x, E* y, std::int64_t outer, int n, int inner) {
+  static void ShortMatrices(const E* x, E* y, std::int64_t outer, int n, int inner, bool stream) {
     const int m = n * inner;
-    T tile[kShort * V::kLanes], kept[kShort * V::kLanes];
-    for (std::int64_t o = 0; o < outer; o += V::kLanes) {
-      const int count = outer - o < V::kLanes ? static_cast<int>(outer - o) : V::kLanes;
-      LoadTile(x + o * m, count, m, tile);
-      for (int c = 0; c < inner; ++c) ShortColumn(tile + c * V::kLanes, kept, n, inner * V::kLanes);
-      StoreTile(tile, count, m, y + o * m);
+    // A column of a tile is a chain of dependent operations from its first element to its last result. As
+    // many tiles as fit are worked on together, so that the CPU has several chains to choose from.
+    const int together = kShort / m < kMostTiles ? kShort / m : kMostTiles;
+    const bool past_caches = stream && Misaligned(y) == 0;
+    T tiles[kShort * V::kLanes], kept[kShort * V::kLanes];
+    for (std::int64_t first = 0; first < outer; first += together * V::kLanes) {
+      const std::int64_t rest = outer - first, most = together * V::kLanes;
+      const int count = static_cast<int>(rest < most ? rest : most);
+      for (int o = 0; o < count; o += V::kLanes) {
+        LoadTile(x + (first + o) * m, TileCount(count - o), m, tiles + o * m);
+      }
+      ShortColumns(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, inner);
+      for (int o = 0; o < count; o += V::kLanes) {
+        StoreTile(tiles + o * m, TileCount(count - o), m, y + (first + o) * m, past_caches);
+      }
     }
   }
 
@@ -274,10 +284,10 @@ class SoftmaxKernels {
     return Max(Max(ways[0], ways[1]), Max(ways[2], ways[3]));
   }
 
-  template <int K, int kVectors, typename Stride>
-  static SOFTMAX2P_INLINE void Prefetch(const E* x, Stride stride, Ahead<kVectors>) {
-    if constexpr (kVectors > 0) {
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) __builtin_prefetch(x + (k + kVectors) * stride);
+  template <int K, typename Stride, typename Far>
+  static SOFTMAX2P_INLINE void Prefetch(const E* x, Stride stride, Far ahead) {
+    if constexpr (!std::is_same_v<Far, Ahead<0>>) {
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) __builtin_prefetch(x + (k + ahead) * stride);
     }
   }
 
@@ -340,6 +350,10 @@ class SoftmaxKernels {
     return sum.Total().Reduce();
   }
 
+  static SOFTMAX2P_INLINE std::int64_t BlockRows(const Panel& panel) {
+    return panel.width < kPanelBlock / kWays ? kPanelBlock / panel.width : kWays;
+  }
+
   template <typename Kept, typename ReadLanes>
   static SOFTMAX2P_INLINE void SumPanel(const E* x, Kept kept, const Panel& panel, const T* maximum,
                                         const ReadLanes& read, const PanelTotals<T>& totals) {
@@ -350,10 +364,12 @@ class SoftmaxKernels {
       const V highest =
           maximum != nullptr ? access.Load(maximum + at) : Maximum(access, from, panel.stride, rows);
       sums[v].Raise(read_here(highest));
-      Add(access, from, kept + row * panel.stride + at, panel.stride, PanelAhead{}, rows, read_here, sums[v]);
+      Add(access, from, kept + row * panel.stride + at, panel.stride, BlockRows(panel), rows, read_here,
+          sums[v]);
     };
-    for (std::int64_t row = 0; row < panel.rows; row += kColumnBlock) {
-      const std::int64_t rows = panel.rows - row < kColumnBlock ? panel.rows - row : kColumnBlock;
+    const std::int64_t block = BlockRows(panel);
+    for (std::int64_t row = 0; row < panel.rows; row += block) {
+      const std::int64_t rows = panel.rows - row < block ? panel.rows - row : block;
       ForVectors(panel.width, [&](int v, int at, const auto& access) { add(v, at, access, row, rows); });
     }
     ForVectors(panel.tail, [&](int v, int at, const auto& access) { add(v, at, access, panel.rows, 1); });
@@ -441,34 +457,60 @@ class SoftmaxKernels {
       const std::int64_t i = row * panel.stride + at;
       const LaneTotal<V> scale = LoadTotal(access, scales, at);
       Write(access, access, lanes.Source(access, at, scale.exponent), x + i, kept + i, y + i, panel.stride,
-            PanelAhead{}, rows, Scaler{scale.high, scale.low});
+            BlockRows(panel), rows, Scaler{scale.high, scale.low});
     };
-    for (std::int64_t row = 0; row < panel.rows; row += kColumnBlock) {
-      const std::int64_t rows = panel.rows - row < kColumnBlock ? panel.rows - row : kColumnBlock;
+    const std::int64_t block = BlockRows(panel);
+    for (std::int64_t row = 0; row < panel.rows; row += block) {
+      const std::int64_t rows = panel.rows - row < block ? panel.rows - row : block;
       ForVectors(panel.width, [&](int, int at, const auto& access) { write(at, access, row, rows); });
     }
     ForVectors(panel.tail, [&](int, int at, const auto& access) { write(at, access, panel.rows, 1); });
   }
 
-  // In place, in a tile.
-  static SOFTMAX2P_INLINE void ShortColumn(T* x, T* kept, int n, int stride) {
+  static SOFTMAX2P_INLINE int TileCount(int rest) { return rest < V::kLanes ? rest : V::kLanes; }
+
+  // In place, in tiles one after the other.
+  static SOFTMAX2P_INLINE void ShortColumns(T* tiles, T* kept, int count, int n, int inner) {
     using InTile = SoftmaxKernels<V, T>;
-    const typename InTile::Whole whole;
-    const V maximum = InTile::Maximum(whole, x, stride, n);
-    LaneSum<V> sum(maximum);
-    const V limit = V::Broadcast(ReductionFor<V>::kMaxExponent - 1);
-    if (AnyGreater(sum.reference(), limit) || AnyGreater(V::Broadcast(0) - limit, sum.reference())) {
-      return InTile::ShortColumnLessMaximum(x, maximum, n, stride);
+    const int stride = inner * V::kLanes, columns = count * inner;
+    const auto at = [&](int column) { return column / inner * n * stride + column % inner * V::kLanes; };
+    for (int first = 0; first < columns; first += kMostTiles) {
+      const int some = columns - first < kMostTiles ? columns - first : kMostTiles;
+      typename InTile::ShortSum sums[kMostTiles];
+      for (int c = 0; c < some; ++c) {
+        const int i = at(first + c);
+        sums[c] = InTile::SumShort(tiles + i, kept + i, n, stride);
+      }
+      for (int c = 0; c < some; ++c) {
+        const int i = at(first + c);
+        InTile::WriteShort(sums[c], tiles + i, kept + i, n, stride);
+      }
     }
-    InTile::Add(whole, x, kept, stride, Ahead<0>{}, n, typename InTile::Plain{}, sum);
+  }
+
+  struct ShortSum {
+    LaneTotal<V> scale;
+    bool exact;
+  };
+
+  static SOFTMAX2P_INLINE ShortSum SumShort(const T* x, T* kept, int n, int stride) {
+    LaneSum<V> sum(Maximum(Whole{}, x, stride, n));
+    Add(Whole{}, x, kept, stride, Ahead<0>{}, n, Plain{}, sum);
+    const V limit = V::Broadcast(ReductionFor<V>::kMaxExponent - 1), reference = sum.reference();
     LaneTotal<V> scale = sum.Total();
     scale.Invert();
-    InTile::Write(whole, whole, typename InTile::Reload(scale.exponent), x, kept, x, stride, Ahead<0>{}, n,
-                  typename InTile::Scaler{scale.high, scale.low});
+    return {scale, !AnyGreater(reference, limit) && !AnyGreater(V::Broadcast(0) - limit, reference)};
+  }
+
+  static SOFTMAX2P_INLINE void WriteShort(const ShortSum& sum, T* x, const T* kept, int n, int stride) {
+    if (!sum.exact) return ShortColumnLessMaximum(x, n, stride);
+    Write(Whole{}, Whole{}, Reload(sum.scale.exponent), x, kept, x, stride, Ahead<0>{}, n,
+          Scaler{sum.scale.high, sum.scale.low});
   }
 
   // The guard's way, in the lanes that need it: a maximum of 0 changes nothing in the others.
-  static void ShortColumnLessMaximum(T* x, V maximum, int n, int stride) {
+  static void ShortColumnLessMaximum(T* x, int n, int stride) {
+    const V maximum = Maximum(Whole{}, x, stride, n);
     T lanes[V::kLanes], references[V::kLanes];
     maximum.Store(lanes);
     LaneSum<V>(maximum).reference().Store(references);
@@ -503,13 +545,18 @@ class SoftmaxKernels {
     Transpose(rows, m, tile);
   }
 
-  static SOFTMAX2P_INLINE void StoreTile(const T* tile, int count, int m, E* y) {
+  static SOFTMAX2P_INLINE void StoreTile(const T* tile, int count, int m, E* y, bool past_caches) {
     if constexpr (std::is_same_v<E, T>) {
-      if (count == V::kLanes) return TransposeBack(tile, m, y);
+      if (count == V::kLanes && !past_caches) return TransposeBack(tile, m, y);
     }
     T rows[kShort * V::kLanes];
     TransposeBack(tile, m, rows);
-    ForVectors(count * m, [&](int, int at, const auto& access) { access.Store(V::Load(rows + at), y + at); });
+    if (count == V::kLanes && past_caches) {
+      for (int i = 0; i < m * V::kLanes; i += V::kLanes) V::Load(rows + i).Stream(y + i);
+    } else {
+      ForVectors(count * m,
+                 [&](int, int at, const auto& access) { access.Store(V::Load(rows + at), y + at); });
+    }
   }
 
   static SOFTMAX2P_INLINE void Transpose(const T* rows, int m, T* tile) {

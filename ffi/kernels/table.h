@@ -90,7 +90,8 @@ struct KernelTable {
   void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelTotals<T>& scales,
                       const T* subtract);
 
-  void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner);
+  // Whole matrices [outer, n, inner] of n·inner <= kShort.
+  void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool stream);
 
   // The Jacobian, over contiguous rows.
   DoubleSum (*dot)(const E* y, const E* t, std::int64_t n);

@@ -45,14 +45,15 @@ void Softmax(const KernelTable<E>& kernels, Executor& executor, Algorithm algori
   const std::int64_t matrix = layout.n * layout.inner, size = layout.outer * matrix;
   if (size == 0) return;
   AdviseHugePages(y, static_cast<std::size_t>(size) * sizeof(E));
+  const SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout);
   if (matrix <= kShort) {
     ForWholeRows(executor, layout.outer, matrix, [&](std::int64_t first, std::int64_t end) {
       kernels.short_matrices(x + first * matrix, y + first * matrix, end - first, static_cast<int>(layout.n),
-                             static_cast<int>(layout.inner));
+                             static_cast<int>(layout.inner), plan.stream);
+      if (plan.stream) FinishStreaming();
     });
     return;
   }
-  const SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout);
   if (layout.inner == 1) {
     SoftmaxRows(kernels, executor, plan, x, y, layout.outer, layout.n);
   } else {

@@ -164,7 +164,7 @@ int PanelWidthFor(const Layout& layout, const Folding& folding) {
   const auto bytes = [&] {
     return layout.n * width * static_cast<std::int64_t>(sizeof(E) + sizeof(ComputeOf<E>));
   };
-  while (width > 64 && bytes() > SecondLevelCacheBytes() / 2) width /= 2;
+  while (width > 1024 && bytes() > SecondLevelCacheBytes() / 2) width /= 2;
   return static_cast<int>(std::min(width, layout.inner));
 }
 

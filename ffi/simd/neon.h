@@ -14,6 +14,7 @@ struct F32 {
   using Scalar = float;
   static constexpr int kLanes = 4;
   static constexpr int kQuad = 4;
+  static constexpr int kTableBits = 0;
   static constexpr bool kFused = true;
 
   float32x4_t v;
@@ -124,6 +125,7 @@ struct F64 {
   using Scalar = double;
   static constexpr int kLanes = 2;
   static constexpr int kQuad = 2;
+  static constexpr int kTableBits = 0;
   static constexpr bool kFused = true;
 
   float64x2_t v;
