@@ -1,32 +1,78 @@
 """The case table: one line a case."""
 
+import math
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Case(NamedTuple):
-    """Softmax over the last axis, in jit."""
+    """Softmax over one axis of an array."""
 
     shape: tuple[int, ...]
+    axis: int = -1
     dtype: str = "float32"
 
     @property
     def name(self) -> str:
         """As it appears in tables."""
-        return f"({','.join(map(str, self.shape))}) {self.dtype}"
+        axis = "" if self.axis == -1 else f" axis {self.axis}"
+        return f"({','.join(map(str, self.shape))}){axis} {self.dtype}"
+
+    @property
+    def bytes(self) -> int:
+        """Size of the input."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-CASES = (
-    Case((1, 1024)),
-    Case((64, 64)),
-    Case((128, 1024)),
-    Case((1024, 1024)),
-    Case((49152, 512)),
-    Case((256, 32000)),
-    Case((64, 128256)),
-    Case((1, 2**20)),
-    Case((1, 2**24)),
-    Case((1, 2**26)),
+_TEN_SHAPES = (
+    (1, 1024),
+    (64, 64),
+    (128, 1024),
+    (1024, 1024),
+    (49152, 512),
+    (256, 32000),
+    (64, 128256),
+    (1, 2**20),
+    (1, 2**24),
+    (1, 2**26),
 )
 
 SMALL_CALL = Case((1, 1024))
 """Where the cost of a call is held against that of jit(x + 1)."""
+
+SHORT_ROWS = Case((1000000, 8))
+
+CASES = {
+    "jit": tuple(Case(shape, dtype=dtype) for dtype in ("float32", "bfloat16") for shape in _TEN_SHAPES),
+    "layouts": (
+        Case((64, 1024, 256), axis=1),
+        Case((4096, 1000), axis=0),
+        Case((256, 1000, 3), axis=1),
+        SHORT_ROWS,
+    ),
+    "kernels, out of cache": (Case((1, 2**26)),),
+    "kernels, in cache": (
+        Case((1, 2**12)),
+        Case((1, 2**16)),
+    ),
+    "kernels, against a copy": (Case((49152, 512)),),
+    "kernels, 2 threads in cache": (
+        Case((1024, 1024)),
+        Case((128, 4096)),
+        Case((16, 65536)),
+        Case((2**17, 8)),
+    ),
+    "kernels, 2 threads out of cache": (
+        Case((49152, 512)),
+        Case((64, 128256)),
+        Case((1, 2**26)),
+    ),
+    "peers": (
+        Case((1024, 1024)),
+        Case((49152, 512)),
+        Case((64, 128256)),
+        Case((1, 2**26)),
+    ),
+}
+"""What each table of ``benchmarks.sections`` measures."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -52,8 +53,8 @@ def _seconds_per_call(function: Callable[[], object], calls: int) -> float:
 
 
 def exact_softmax(x: np.ndarray) -> np.ndarray:
-    """Softmax along the last axis in a wider format: float64 for float32, ``np.longdouble`` for float64."""
-    wide = x.astype(np.float64 if x.dtype == np.float32 else np.longdouble)
+    """Softmax along the last axis in a wider format: ``np.longdouble`` for float64, float64 for all others."""
+    wide = x.astype(np.longdouble if x.dtype == np.float64 else np.float64)
     e = np.exp(wide - wide.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
@@ -61,10 +62,13 @@ def exact_softmax(x: np.ndarray) -> np.ndarray:
 def ulp_error(actual: np.ndarray, exact: np.ndarray) -> float:
     """The largest error in units of the last place of the exact value, rounded to actual's format.
 
-    Results below the normal range may be zero.
+    Results below the normal range of float32 or float64, in which they are computed, may be zero.
     """
-    tiny = np.finfo(actual.dtype).tiny
-    spacing = np.spacing(np.maximum(np.abs(exact), tiny).astype(actual.dtype))
+    limits = jnp.finfo(actual.dtype)
+    tiny = float(limits.tiny)
+    rounded = np.abs(exact).astype(actual.dtype).astype(exact.dtype)
+    _, exponent = np.frexp(np.maximum(rounded, tiny))
+    spacing = np.ldexp(exact.dtype.type(1), exponent - 1 - limits.nmant)
     error = np.abs(actual.astype(exact.dtype) - exact) / spacing
-    flushed = (actual == 0) & (np.abs(exact) <= tiny)
+    flushed = (actual == 0) & (np.abs(exact) <= tiny) & (limits.minexp <= np.finfo(np.float32).minexp)
     return float(np.where(flushed, 0, error).max(initial=0))

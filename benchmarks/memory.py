@@ -1,0 +1,77 @@
+"""The loops of memory.cc, compiled when first asked for, and aligned arrays for them and for the kernels."""
+
+import ctypes
+import functools
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import numpy as np
+
+ALIGNMENT = 64
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An array whose first element is at a multiple of 64 bytes, the size of a cache line."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def read(x: np.ndarray) -> None:
+    """Reads ``x`` once, on one thread."""
+    _library().read_all(_pointer(x), _count(x))
+
+
+def copy(x: np.ndarray, out: np.ndarray, threads: int) -> None:
+    """Copies ``x`` to ``out`` with non-temporal stores on x86-64, with plain ones elsewhere."""
+    _library().copy_all(_pointer(x), _pointer(out), _count(x), threads)
+
+
+def require() -> None:
+    """Compiles the loops.
+
+    Raises:
+      ImportError: there is no C++ compiler, or it fails.
+    """
+    _library()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        raise ImportError("the memory loops need a C++ compiler, and none is on PATH or named by CXX")
+    source = pathlib.Path(__file__).with_name("memory.cc")
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "memory.so")
+        flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread"]
+        command = [*compiler.split(), *flags, str(source), "-o", str(path)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except OSError as error:
+            raise ImportError(f"the compiler {compiler} cannot be run: {error}") from error
+        except subprocess.CalledProcessError as error:
+            raise ImportError(f"{compiler} cannot compile {source.name}: {error.stderr}") from error
+        library = ctypes.CDLL(str(path))
+    library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.read_all.restype = ctypes.c_float
+    library.copy_all.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.copy_all.restype = None
+    return library
+
+
+def _pointer(array: np.ndarray) -> int:
+    if array.dtype != np.float32 or not array.flags.c_contiguous or array.ctypes.data % ALIGNMENT:
+        raise ValueError(f"an aligned C-contiguous float32 array is needed, got {array.dtype}")
+    return array.ctypes.data
+
+
+def _count(array: np.ndarray) -> int:
+    if array.nbytes % ALIGNMENT:
+        raise ValueError(f"a multiple of {ALIGNMENT} bytes is needed, got {array.nbytes}")
+    return array.size

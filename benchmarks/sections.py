@@ -1,0 +1,190 @@
+"""What each section measures, and the targets for it."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from benchmarks.cases import CASES, SHORT_ROWS, SMALL_CALL, Case
+from benchmarks.contenders import (
+    AddOne,
+    Copy,
+    EmptyCall,
+    JaxNN,
+    Kernel,
+    OnnxRuntime,
+    Ours,
+    ReadAndCopy,
+    Torch,
+)
+from benchmarks.race import Goal, Ratio, Summary, Table
+from jax_softmax2p import native
+
+JAX_OVER_OURS = Ratio("jax.nn / ours", ("jax.nn",), "ours")
+TORCH_OVER_OURS = Ratio("torch / ours", ("torch",), "ours")
+OURS_OVER_ADD = Ratio("ours / (x + 1)", ("ours",), "x + 1")
+
+THREE_PASS = ("three_pass_recompute", "three_pass_reload")
+BEST_OVER_TWO_PASS = Ratio("best three-pass / two_pass", THREE_PASS, "two_pass")
+AUTO_OVER_READ_AND_COPY = Ratio("auto / (read + copy)", ("auto",), "read + copy")
+RELOAD_OVER_AUTO = Ratio("reload / auto net of the call", ("three_pass_reload",), "auto", net_of="a call")
+AUTO_OVER_COPY = Ratio("auto / copy", ("auto",), "copy")
+SPEED_UP = Ratio("1 thread / 2 threads", ("1 thread",), "2 threads")
+
+ORT_OVER_OURS = Ratio("onnxruntime / ours", ("onnxruntime",), "ours")
+
+THREADS = 2
+"""Where a target is for several threads. XLA and torch have as many as there are cores."""
+
+WHAT_KERNELS_ARE = "softmax_into, warm, preallocated, aligned to 64 bytes"
+
+
+def jit(isas: Sequence[str]) -> list[Table]:
+    """Whole calls in jit, over the last axis, in the active instruction set."""
+    summaries = [
+        summary
+        for dtype, mean in (("float32", 3.5), ("bfloat16", 4.0))
+        for summary in (
+            Summary(
+                JAX_OVER_OURS,
+                (Goal("geometric mean", mean), Goal("least", 1.2)),
+                f", {dtype}",
+                partial(_is_of, dtype),
+            ),
+            Summary(
+                TORCH_OVER_OURS,
+                (Goal("geometric mean", 3.0), Goal("least", 1.0)),
+                f", {dtype} from 128 KiB up",
+                partial(_is_of, dtype, least_bytes=128 * 1024),
+            ),
+        )
+    ]
+    small = Summary(
+        OURS_OVER_ADD, (Goal("greatest", 1.3),), f", {SMALL_CALL.name}", lambda case: case == SMALL_CALL
+    )
+    return [
+        Table(
+            "In jit, last axis",
+            CASES["jit"],
+            (Ours, JaxNN, AddOne, Torch),
+            (JAX_OVER_OURS, TORCH_OVER_OURS, OURS_OVER_ADD),
+            (*summaries, small),
+        )
+    ]
+
+
+def layouts(isas: Sequence[str]) -> list[Table]:
+    """Whole calls in jit where rows are not long runs of memory."""
+    return [
+        Table(
+            "In jit, other layouts",
+            CASES["layouts"],
+            (Ours, JaxNN, Torch),
+            (JAX_OVER_OURS, TORCH_OVER_OURS),
+            (
+                Summary(JAX_OVER_OURS, (Goal("least", 1.5),), ", axis not last", _has_inner_axis),
+                Summary(TORCH_OVER_OURS, (Goal("least", 1.0),), ", axis not last", _has_inner_axis),
+                Summary(
+                    JAX_OVER_OURS,
+                    (Goal("least", 2.0),),
+                    f", {SHORT_ROWS.name}",
+                    lambda case: case == SHORT_ROWS,
+                ),
+            ),
+        )
+    ]
+
+
+def kernels(isas: Sequence[str]) -> list[Table]:
+    """The kernels without JAX, for each instruction set."""
+    return [
+        make(isa)
+        for isa in isas
+        for make in (_out_of_cache, _in_cache, _against_copy, _scaling, _far_scaling)
+    ]
+
+
+def peers(isas: Sequence[str]) -> list[Table]:
+    """The kernels, in the active instruction set, beside other libraries with preallocated output."""
+    return [
+        Table(
+            f"Peers with preallocated output, {THREADS} threads; ours is {WHAT_KERNELS_ARE}",
+            CASES["peers"],
+            (partial(Kernel, "ours", threads=THREADS), partial(OnnxRuntime, THREADS)),
+            (ORT_OVER_OURS,),
+            (Summary(ORT_OVER_OURS, (Goal("least", 1.2),)),),
+        )
+    ]
+
+
+SECTIONS: dict[str, Callable[[Sequence[str]], list[Table]]] = {
+    "jit": jit,
+    "layouts": layouts,
+    "kernels": kernels,
+    "peers": peers,
+}
+"""The tables of each section, from the instruction sets that `kernels` is to measure."""
+
+
+def _out_of_cache(isa: str) -> Table:
+    summaries = [Summary(AUTO_OVER_READ_AND_COPY, (Goal("greatest", 1.2),), f", {isa}")]
+    if isa in (headline := {"avx512": 1.28, "avx2": 1.18}):
+        summaries.insert(0, Summary(BEST_OVER_TWO_PASS, (Goal("least", headline[isa]),), f", {isa}"))
+    return Table(
+        f"Kernels out of cache, {isa}, 1 thread: {WHAT_KERNELS_ARE}",
+        CASES["kernels, out of cache"],
+        (*(partial(Kernel, name, algorithm=name, isa=isa) for name in native.ALGORITHMS), ReadAndCopy),
+        (BEST_OVER_TWO_PASS, AUTO_OVER_READ_AND_COPY),
+        tuple(summaries),
+    )
+
+
+def _in_cache(isa: str) -> Table:
+    l1, l2 = CASES["kernels, in cache"]
+    return Table(
+        f"Kernels in L1 and L2, {isa}, 1 thread: {WHAT_KERNELS_ARE}",
+        (l1, l2),
+        (
+            *(partial(Kernel, name, algorithm=name, isa=isa) for name in ("auto", "three_pass_reload")),
+            partial(EmptyCall, isa),
+        ),
+        (RELOAD_OVER_AUTO,),
+        (
+            Summary(RELOAD_OVER_AUTO, (Goal("least", 1.0),), f", {isa}, in L1", lambda case: case == l1),
+            Summary(RELOAD_OVER_AUTO, (Goal("least", 1.15),), f", {isa}, in L2", lambda case: case == l2),
+        ),
+    )
+
+
+def _against_copy(isa: str) -> Table:
+    return Table(
+        f"Rows in cache, together out of it, {isa}, {THREADS} threads: {WHAT_KERNELS_ARE}",
+        CASES["kernels, against a copy"],
+        (partial(Kernel, "auto", isa=isa, threads=THREADS), partial(Copy, THREADS)),
+        (AUTO_OVER_COPY,),
+        (Summary(AUTO_OVER_COPY, (Goal("greatest", 1.3),), f", {isa}"),),
+    )
+
+
+def _scaling(isa: str) -> Table:
+    return _speed_up(isa, "in cache", 1.7)
+
+
+def _far_scaling(isa: str) -> Table:
+    return _speed_up(isa, "out of cache", 1.0)
+
+
+def _speed_up(isa: str, where: str, target: float) -> Table:
+    return Table(
+        f"{THREADS} threads against 1, {where}, {isa}: {WHAT_KERNELS_ARE}; each call starts its threads",
+        CASES[f"kernels, {THREADS} threads {where}"],
+        (partial(Kernel, "1 thread", isa=isa), partial(Kernel, "2 threads", isa=isa, threads=THREADS)),
+        (SPEED_UP,),
+        (Summary(SPEED_UP, (Goal("least", target),), f", {isa}, {where}"),),
+    )
+
+
+def _is_of(dtype: str, case: Case, least_bytes: int = 0) -> bool:
+    return case.dtype == dtype and case.bytes >= least_bytes
+
+
+def _has_inner_axis(case: Case) -> bool:
+    return case.axis != -1

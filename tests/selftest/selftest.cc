@@ -1,0 +1,1010 @@
+// Holds every instruction set that this machine can execute against wider arithmetic, without Python and XLA:
+// for CPUs on which those do not run, emulated ones above all.
+//
+//   selftest [--quick] [--isa NAME]        arrays of every element type, algorithm and kind of shape
+//   selftest --exhaustive [--isa NAME]     e^x of all 2^32 floats
+//   selftest --list                        the instruction sets, best first
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "ffi/runtime/algorithm.h"
+#include "ffi/runtime/dispatch.h"
+#include "ffi/runtime/float_mode.h"
+#include "ffi/runtime/jacobian.h"
+#include "ffi/runtime/parallel.h"
+#include "ffi/runtime/row_work.h"
+#include "ffi/runtime/softmax.h"
+#include "ffi/simd/inline.h"
+
+namespace jax_softmax2p {
+namespace {
+
+template <typename To, typename From>
+To BitCast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// What was checked, and what failed.
+
+struct Tally {
+  std::int64_t checks = 0;
+  std::map<std::string, double> worst;  // by element type
+};
+
+class Report {
+ public:
+  Tally& Of(const Kernels& kernels) { return tallies_[&kernels]; }
+
+  void Fail(const std::string& what) {
+    if (++failures_ <= kShown) std::printf("FAILED %s\n", what.c_str());
+  }
+
+  void PrintTally(const Kernels& kernels) {
+    const Tally& tally = tallies_[&kernels];
+    std::printf("%s: %lld checks; worst error in ULP:", kernels.name, static_cast<long long>(tally.checks));
+    for (const auto& [element, ulp] : tally.worst) std::printf(" %s %.4f", element.c_str(), ulp);
+    std::printf("\n");
+  }
+
+  // The process's exit status.
+  int Finish() const {
+    std::int64_t checks = 0;
+    for (const auto& [kernels, tally] : tallies_) checks += tally.checks;
+    if (failures_ != 0) {
+      std::printf("selftest: %lld of %lld checks FAILED\n", static_cast<long long>(failures_),
+                  static_cast<long long>(checks));
+      return 1;
+    }
+    std::printf("selftest: %lld checks passed\n", static_cast<long long>(checks));
+    return checks == 0;
+  }
+
+ private:
+  static constexpr std::int64_t kShown = 20;
+
+  std::map<const Kernels*, Tally> tallies_;
+  std::int64_t failures_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// Element types: what they mean, and correct rounding to them.
+
+template <typename E>
+struct Element;
+
+template <>
+struct Element<float> {
+  using Exact = double;
+  static constexpr const char* kName = "float32";
+  static constexpr int kFraction = 23, kLowest = -126;
+  static constexpr double kUlp = 2;  // the contract's bound
+};
+template <>
+struct Element<double> {
+  using Exact = long double;
+  static constexpr const char* kName = "float64";
+  static constexpr int kFraction = 52, kLowest = -1022;
+  static constexpr double kUlp = 4;
+};
+template <>
+struct Element<BFloat16> {
+  using Exact = double;
+  static constexpr const char* kName = "bfloat16";
+  static constexpr int kFraction = 7, kLowest = -126;
+};
+template <>
+struct Element<Float16> {
+  using Exact = double;
+  static constexpr const char* kName = "float16";
+  static constexpr int kFraction = 10, kLowest = -14;
+};
+
+template <typename E>
+using ExactOf = typename Element<E>::Exact;
+
+template <typename E>
+inline constexpr bool kIsHalf = sizeof(E) == 2;
+
+// The unit in the last place at x, of a format with that many fraction bits and that lowest exponent.
+template <typename T>
+T UnitAt(T x, int fraction, int lowest) {
+  int exponent = lowest + 1;
+  if (x != 0) std::frexp(x, &exponent);
+  return std::ldexp(T{1}, std::max(exponent - 1, lowest) - fraction);
+}
+template <typename E, typename T>
+T UnitOf(T x) {
+  return UnitAt(x, Element<E>::kFraction, Element<E>::kLowest);
+}
+
+double Widen(float x) { return x; }
+long double Widen(double x) { return x; }
+double Widen(BFloat16 x) { return BitCast<float>(std::uint32_t{x.bits} << 16); }
+double Widen(Float16 x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  double magnitude = std::ldexp(fraction + (exponent == 0 ? 0 : 1024), std::max(exponent, 1) - 25);
+  if (exponent == 31) magnitude = fraction == 0 ? HUGE_VAL : std::nan("");
+  return x.bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// x rounded to nearest, ties to even, where E's range does not end.
+template <typename E>
+double RoundTo(double x) {
+  const double unit = UnitOf<E>(x);
+  return std::nearbyint(x / unit) * unit;
+}
+
+void Encode(double x, float& to) { to = static_cast<float>(x); }
+void Encode(double x, double& to) { to = x; }
+void Encode(double x, BFloat16& to) {
+  const double rounded = std::isfinite(x) ? RoundTo<BFloat16>(x) : x;
+  to.bits = static_cast<std::uint16_t>(BitCast<std::uint32_t>(static_cast<float>(rounded)) >> 16);
+}
+void Encode(double x, Float16& to) {
+  const double magnitude = std::isinf(x) ? x : RoundTo<Float16>(std::fabs(x));
+  const int sign = std::signbit(x) ? 0x8000 : 0;
+  int exponent;
+  const double fraction = std::frexp(magnitude, &exponent);
+  if (std::isinf(x) || exponent > 16) {
+    to.bits = static_cast<std::uint16_t>(sign | 0x7c00);
+  } else if (exponent < -13) {
+    to.bits = static_cast<std::uint16_t>(sign | static_cast<int>(std::ldexp(magnitude, 24)));
+  } else {
+    to.bits = static_cast<std::uint16_t>(
+        sign | (static_cast<int>(std::ldexp(fraction, 11)) + (exponent + 13) * 1024));
+  }
+}
+
+template <typename E>
+double LargestFinite() {
+  const int top = std::is_same_v<E, double> ? 1024 : std::is_same_v<E, Float16> ? 16 : 128;
+  return std::ldexp(2 - std::ldexp(1.0, -Element<E>::kFraction), top - 1);
+}
+
+// NaNs of both signs, quiet and signalling, with all bits set and with few.
+template <typename E>
+E NanOf(int kind) {
+  using Bits =
+      std::conditional_t<kIsHalf<E>, std::uint16_t,
+                         std::conditional_t<std::is_same_v<E, double>, std::uint64_t, std::uint32_t>>;
+  constexpr int kFraction = Element<E>::kFraction;
+  constexpr Bits kOnes = static_cast<Bits>(~Bits{0}), kPositive = kOnes >> 1;
+  constexpr Bits kInfinity = static_cast<Bits>(kPositive >> kFraction << kFraction);
+  constexpr Bits kQuiet = static_cast<Bits>(kInfinity | Bits{1} << (kFraction - 1));
+  constexpr Bits kKinds[4] = {kOnes, kPositive, kInfinity + 1, kQuiet};
+  return BitCast<E>(kKinds[kind & 3]);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Inputs.
+
+// SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): the same numbers everywhere.
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed) {}
+  std::uint64_t Next() {
+    std::uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+  }
+  // In [-1, 1).
+  double Uniform() { return static_cast<double>(static_cast<std::int64_t>(Next())) * 0x1p-63; }
+  // Bell-shaped, of variance 1.
+  double Normal() { return Uniform() + Uniform() + Uniform(); }
+
+ private:
+  std::uint64_t state_;
+};
+
+// What a row is filled with. Values are cut to the element type's range.
+struct DataClass {
+  const char* name;
+  double (*value)(Random& random, std::int64_t i, std::int64_t n);
+};
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+// Stands for the type's lowest finite number.
+constexpr double kFarBelow = -1e300;
+
+double Mask(Random& random) {
+  constexpr double kMasks[] = {-kInfinity, kFarBelow, 0.7 * kFarBelow, -1e30, -1e9};
+  return kMasks[random.Next() % 5];
+}
+
+constexpr DataClass kOrdinary[] = {
+    {"normal", [](Random& r, std::int64_t, std::int64_t) { return r.Normal(); }},
+    {"spike", [](Random& r, std::int64_t i, std::int64_t n) { return i == n * 5 / 8 ? 17.5 : r.Normal(); }},
+    {"tall spike", [](Random& r, std::int64_t i, std::int64_t n) { return i == n / 3 ? 60 : r.Normal(); }},
+    {"ramp",
+     [](Random& r, std::int64_t i, std::int64_t n) {
+       return 180 * static_cast<double>(i) / static_cast<double>(n) - 90 + 0.001 * r.Uniform();
+     }},
+    {"equal", [](Random&, std::int64_t, std::int64_t) { return 0.7; }},
+    {"masks", [](Random& r, std::int64_t i,
+                 std::int64_t n) { return i != n / 2 && r.Next() % 5 < 2 ? Mask(r) : r.Normal(); }},
+    {"masked ends",
+     [](Random& r, std::int64_t i, std::int64_t n) {
+       if (i < n / 3) return -kInfinity;
+       return i >= n - n / 3 ? kFarBelow : r.Normal();
+     }},
+};
+// Some of these take the guard's way, and take it for the rows beside them, too.
+constexpr DataClass kExtreme[] = {
+    {"±1000", [](Random& r, std::int64_t, std::int64_t) { return 1000 * r.Uniform(); }},
+    {"drift",
+     [](Random& r, std::int64_t i, std::int64_t) { return 0.25 * static_cast<double>(i) + r.Normal(); }},
+    {"1e6", [](Random& r, std::int64_t, std::int64_t) { return 1e6 + 20 * r.Normal(); }},
+    {"-1e6", [](Random& r, std::int64_t, std::int64_t) { return -1e6 + 20 * r.Normal(); }},
+    {"1e9", [](Random& r, std::int64_t, std::int64_t) { return 1e9 + 80 * r.Normal(); }},
+    {"-1e9", [](Random& r, std::int64_t, std::int64_t) { return -1e9 + 80 * r.Normal(); }},
+    {"all lowest", [](Random&, std::int64_t, std::int64_t) { return kFarBelow; }},
+    {"a NaN", [](Random& r, std::int64_t i, std::int64_t n) { return i == n * 3 / 8 ? kNan : r.Normal(); }},
+    {"a NaN at 1e9",
+     [](Random& r, std::int64_t i, std::int64_t n) { return i == n * 3 / 4 ? kNan : 1e9 + 80 * r.Normal(); }},
+    {"a +inf",
+     [](Random& r, std::int64_t i, std::int64_t n) { return i == n * 5 / 7 ? kInfinity : r.Normal(); }},
+    {"all -inf", [](Random&, std::int64_t, std::int64_t) { return -kInfinity; }},
+};
+
+// The classes that the columns of an array take in turn.
+std::vector<DataClass> ClassesOf(bool extreme) {
+  std::vector<DataClass> classes(std::begin(kOrdinary), std::end(kOrdinary));
+  if (extreme) classes.insert(classes.end(), std::begin(kExtreme), std::end(kExtreme));
+  return classes;
+}
+constexpr std::int64_t kClasses =
+    static_cast<std::int64_t>((sizeof kOrdinary + sizeof kExtreme) / sizeof(DataClass));
+
+template <typename E>
+void Fill(const DataClass& data, Random& random, E* x, std::int64_t n, std::int64_t stride) {
+  const double largest = LargestFinite<E>();
+  for (std::int64_t i = 0; i < n; ++i) {
+    const double value = data.value(random, i, n);
+    E& to = x[i * stride];
+    if (std::isnan(value)) {
+      to = NanOf<E>(static_cast<int>(random.Next() >> 60));
+    } else {
+      Encode(std::isinf(value) ? value : std::clamp(value, -largest, largest), to);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Exact results.
+
+// Neumaier's sum: T's own precision, whatever the number of terms.
+template <typename T>
+class Sum {
+ public:
+  void Add(T x) {
+    const T sum = sum_ + x;
+    rest_ += std::fabs(sum_) >= std::fabs(x) ? (sum_ - sum) + x : (x - sum) + sum_;
+    sum_ = sum;
+  }
+  T high() const { return sum_; }
+  T low() const { return rest_; }
+
+ private:
+  T sum_ = 0, rest_ = 0;
+};
+
+// e^(x - maximum), with what the difference loses to rounding.
+template <typename T>
+T ExpOfDifference(T x, T maximum) {
+  const T difference = x - maximum;
+  if (!(difference > -20000)) return 0;
+  const T part = difference - x;
+  const T lost = (x - (difference - part)) - (maximum + part);
+  return std::exp(difference) * (1 + lost);
+}
+
+template <typename E>
+void ExactSoftmax(const E* x, ExactOf<E>* y, std::int64_t n, std::int64_t stride) {
+  using T = ExactOf<E>;
+  T maximum = -std::numeric_limits<T>::infinity();
+  bool undefined = false;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const T value = Widen(x[i * stride]);
+    undefined = undefined || std::isnan(value);
+    maximum = std::max(maximum, value);
+  }
+  undefined = undefined || std::isinf(maximum);
+  Sum<T> sum;
+  for (std::int64_t i = 0; i < n && !undefined; ++i) {
+    sum.Add(y[i * stride] = ExpOfDifference<T>(Widen(x[i * stride]), maximum));
+  }
+  const T total = sum.high() + sum.low();
+  for (std::int64_t i = 0; i < n; ++i) {
+    y[i * stride] = undefined ? std::numeric_limits<T>::quiet_NaN() : y[i * stride] / total;
+  }
+}
+
+// Whether the contract allows y for `exact`, and y's error.
+template <typename E>
+bool Allowed(E y, ExactOf<E> exact, double& ulp) {
+  const ExactOf<E> value = Widen(y);
+  ulp = 0;
+  if (std::isnan(exact) || std::isnan(value)) return std::isnan(exact) && std::isnan(value);
+  if (std::signbit(value)) return false;
+  if (value == 0 && !std::is_same_v<E, Float16>) {
+    // Below the normal range of what the row is computed in, and where rounding may take a result there.
+    constexpr int kLowest = Element<E>::kLowest;
+    if (exact < std::ldexp(ExactOf<E>{1}, kLowest) + 4 * UnitOf<ComputeOf<E>>(ExactOf<E>{0})) return true;
+  }
+  ulp = static_cast<double>(std::fabs(value - exact) / UnitOf<E>(exact));
+  if constexpr (kIsHalf<E>) {
+    const double margin = 2 * UnitOf<float>(exact);
+    return RoundTo<E>(std::max(0.0, exact - margin)) <= value && value <= RoundTo<E>(exact + margin);
+  } else {
+    return ulp <= Element<E>::kUlp;
+  }
+}
+
+// The same bits, but for those of NaNs.
+template <typename E>
+bool Same(const E* a, const E* b, std::int64_t n) {
+  if (std::memcmp(a, b, static_cast<std::size_t>(n) * sizeof(E)) == 0) return true;
+  return std::equal(a, a + n, b, [](const E& one, const E& other) {
+    return std::memcmp(&one, &other, sizeof(E)) == 0 || (std::isnan(Widen(one)) && std::isnan(Widen(other)));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Surroundings of a call.
+
+// Two threads beside the caller's.
+class TwoHelpers : public Executor {
+ public:
+  TwoHelpers() {
+    for (std::thread& thread : threads_) thread = std::thread([this] { Work(); });
+  }
+  ~TwoHelpers() override {
+    for (std::size_t i = 0; i < std::size(threads_); ++i) Schedule(nullptr);
+    for (std::thread& thread : threads_) thread.join();
+  }
+  int Helpers() const override { return static_cast<int>(std::size(threads_)); }
+  void Schedule(std::function<void()> task) override {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    ready_.notify_one();
+  }
+
+ private:
+  // Until it is handed an empty task.
+  void Work() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      ready_.wait(lock, [this] { return !tasks_.empty(); });
+      const std::function<void()> task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      if (!task) return;
+      task();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable ready_;
+  std::deque<std::function<void()>> tasks_;
+  std::thread threads_[2];
+};
+
+// An array that begins `offset` elements after a 64-byte boundary, between guards.
+template <typename E>
+class GuardedArray {
+ public:
+  // NaN in every type: an input that is read too far poisons the results.
+  static constexpr unsigned char kPoison = 0xff;
+  // A number in every type: what is not written is noticed where NaN is right, too.
+  static constexpr unsigned char kUnwritten = 0xa5;
+
+  E* Prepare(std::int64_t n, int offset, unsigned char fill) {
+    const std::size_t before = kGuard + static_cast<std::size_t>(offset) * sizeof(E);
+    fill_ = fill;
+    size_ = static_cast<std::size_t>(n) * sizeof(E);
+    bytes_.resize(std::max(bytes_.size(), kAlignment + before + size_ + kGuard));
+    const auto misaligned = reinterpret_cast<std::uintptr_t>(bytes_.data()) % kAlignment;
+    begin_ = bytes_.data() + (kAlignment - misaligned) + before;
+    std::memset(begin_ - kGuard, fill, size_ + 2 * kGuard);
+    return reinterpret_cast<E*>(begin_);
+  }
+  E* Prepare(const std::vector<E>& contents, int offset, unsigned char fill) {
+    E* const begin = Prepare(static_cast<std::int64_t>(contents.size()), offset, fill);
+    std::memcpy(begin, contents.data(), size_);
+    return begin;
+  }
+  bool GuardsIntact() const {
+    const auto intact = [this](unsigned char byte) { return byte == fill_; };
+    return std::all_of(begin_ - kGuard, begin_, intact) &&
+           std::all_of(begin_ + size_, begin_ + size_ + kGuard, intact);
+  }
+
+ private:
+  static constexpr std::size_t kAlignment = 64, kGuard = 256;
+
+  std::vector<unsigned char> bytes_;
+  unsigned char* begin_ = nullptr;
+  unsigned char fill_ = 0;
+  std::size_t size_ = 0;
+};
+
+// How a call is made, beside its algorithm.
+struct Setting {
+  bool in_place;
+  bool threads;
+  int x_offset, y_offset;
+};
+
+std::string Describe(const Setting& setting) {
+  return std::string(setting.in_place ? ", in place" : "") + (setting.threads ? ", 3 threads" : "") +
+         ", x at " + std::to_string(setting.x_offset) + ", y at " + std::to_string(setting.y_offset);
+}
+
+std::string Describe(const Layout& layout) {
+  return "[" + std::to_string(layout.outer) + ", " + std::to_string(layout.n) + ", " +
+         std::to_string(layout.inner) + "]";
+}
+
+// Fewer elements than this are never shared out: the runtime's own limits are higher.
+constexpr std::int64_t kSharedElements = kSegment;
+
+// ---------------------------------------------------------------------------------------------------------
+// Softmax.
+
+// A way to the result. All with the same `bits`, but for kOwn, must agree bit by bit.
+enum Bits { kTwoPassBits, kThreePassBits, kOwn };
+
+template <typename E>
+struct Way {
+  std::string name;
+  Bits bits;
+  std::function<void(const KernelTable<E>&, Executor&, const E*, E*, const Layout&)> softmax;
+};
+
+template <typename E>
+Way<E> ByAlgorithm(const NamedAlgorithm& named) {
+  const Algorithm algorithm = named.algorithm;
+  const bool three = algorithm == Algorithm::kThreePassRecompute || algorithm == Algorithm::kThreePassReload;
+  return {std::string(named.name), three ? kThreePassBits : kTwoPassBits,
+          [algorithm](const KernelTable<E>& kernels, Executor& executor, const E* x, E* y,
+                      const Layout& layout) { Softmax(kernels, executor, algorithm, x, y, layout); }};
+}
+
+// Past the caches, which Softmax does for large arrays alone.
+template <typename E>
+Way<E> Streaming(bool maximum_first, bool reload, bool is_short) {
+  const SoftmaxPlan plan{maximum_first, reload, true};
+  return {std::string("streaming") + (maximum_first ? ", three passes" : "") + (reload ? ", reload" : ""),
+          is_short        ? kOwn
+          : maximum_first ? kThreePassBits
+                          : kTwoPassBits,
+          [plan](const KernelTable<E>& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
+            SoftmaxRows(kernels, executor, plan, x, y, layout.outer, layout.n);
+          }};
+}
+
+template <typename E>
+std::vector<Way<E>> WaysFor(const Layout& layout) {
+  std::vector<Way<E>> ways;
+  for (const NamedAlgorithm& named : kAlgorithms) ways.push_back(ByAlgorithm<E>(named));
+  if (layout.inner != 1) return ways;
+  const bool is_short = layout.n <= kShort;
+  for (const bool maximum_first : {false, true}) {
+    for (const bool reload : {false, true}) {
+      ways.push_back(Streaming<E>(maximum_first, reload, is_short));
+    }
+  }
+  return ways;
+}
+
+template <typename E>
+class SoftmaxCheck {
+ public:
+  SoftmaxCheck(const std::vector<const Kernels*>& all, Report& report) : all_(all), report_(report) {}
+
+  // Every way, with every instruction set, on columns of the classes in turn.
+  void Check(const Layout& layout, const std::vector<DataClass>& classes) {
+    layout_ = layout;
+    classes_ = &classes;
+    MakeInput();
+    const std::int64_t size = static_cast<std::int64_t>(x_.size());
+    const int threads = size >= kSharedElements ? 2 : 1;
+    const std::vector<Way<E>> ways = WaysFor<E>(layout);
+    for (const Kernels* kernels : all_) {
+      results_[kTwoPassBits].clear();
+      results_[kThreePassBits].clear();
+      int offset = static_cast<int>(layout.n % 5);
+      for (const Way<E>& way : ways) {
+        for (const bool in_place : {false, true}) {
+          for (int t = 0; t < threads; ++t, ++offset) {
+            CheckOne(*kernels, way, {in_place, t == 1, offset % 7, in_place ? offset % 7 : offset * 3 % 11});
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  void MakeInput() {
+    const std::int64_t matrix = layout_.n * layout_.inner;
+    x_.resize(static_cast<std::size_t>(layout_.outer * matrix));
+    exact_.resize(x_.size());
+    for (std::int64_t column = 0; column < layout_.outer * layout_.inner; ++column) {
+      const std::int64_t first = column / layout_.inner * matrix + column % layout_.inner;
+      Random random(static_cast<std::uint64_t>(column * 1000003 + layout_.n));
+      Fill(ClassOf(column), random, &x_[first], layout_.n, layout_.inner);
+      ExactSoftmax(&x_[first], &exact_[first], layout_.n, layout_.inner);
+    }
+  }
+  const DataClass& ClassOf(std::int64_t column) const {
+    return (*classes_)[static_cast<std::size_t>(column) % classes_->size()];
+  }
+
+  void CheckOne(const Kernels& kernels, const Way<E>& way, const Setting& setting) {
+    InThisThread alone;
+    Executor& executor = setting.threads ? static_cast<Executor&>(helpers_) : alone;
+    const std::int64_t size = static_cast<std::int64_t>(x_.size());
+    using Array = GuardedArray<E>;
+    const E* const x = x_array_.Prepare(x_, setting.x_offset, Array::kPoison);
+    E* const y =
+        setting.in_place ? const_cast<E*>(x) : y_array_.Prepare(size, setting.y_offset, Array::kUnwritten);
+    way.softmax(kernels.Of<E>(), executor, x, y, layout_);
+
+    report_.Of(kernels).checks += size;
+    const auto fail = [&](const std::string& what) {
+      report_.Fail(std::string(kernels.name) + " " + Element<E>::kName + " " + way.name + " " +
+                   Describe(layout_) + Describe(setting) + ": " + what);
+    };
+    if (!x_array_.GuardsIntact()) fail("wrote beyond x");
+    if (!setting.in_place && !y_array_.GuardsIntact()) fail("wrote beyond y");
+    if (!setting.in_place && std::memcmp(x, x_.data(), x_.size() * sizeof(E)) != 0) fail("changed x");
+    CheckResult(kernels, way, y, fail);
+  }
+
+  template <typename FailWith>
+  void CheckResult(const Kernels& kernels, const Way<E>& way, const E* y, const FailWith& fail) {
+    const std::int64_t size = static_cast<std::int64_t>(x_.size());
+    if (way.bits != kOwn && !results_[way.bits].empty()) {
+      if (Same(y, results_[way.bits].data(), size)) return;
+      fail("not the bits of " + std::string(way.bits == kTwoPassBits ? "auto" : "three_pass_recompute"));
+    }
+    double& worst = report_.Of(kernels).worst[Element<E>::kName];
+    for (std::int64_t i = 0; i < size; ++i) {
+      double ulp;
+      if (!Allowed(y[i], exact_[i], ulp)) {
+        fail(DescribeElement(i, y[i], ulp));
+        break;
+      }
+      worst = std::max(worst, ulp);
+    }
+    if (way.bits != kOwn) results_[way.bits].assign(y, y + size);
+  }
+
+  std::string DescribeElement(std::int64_t i, E y, double ulp) const {
+    const std::int64_t matrix = layout_.n * layout_.inner;
+    const std::int64_t column = i / matrix * layout_.inner + i % layout_.inner;
+    char text[200];
+    std::snprintf(text, sizeof text, "element %lld (x %.9g, of \"%s\") is %.17g, not %.17g: %.3f ULP",
+                  static_cast<long long>(i), static_cast<double>(Widen(x_[i])), ClassOf(column).name,
+                  static_cast<double>(Widen(y)), static_cast<double>(exact_[i]), ulp);
+    return text;
+  }
+
+  const std::vector<const Kernels*>& all_;
+  Report& report_;
+  TwoHelpers helpers_;
+  Layout layout_{};
+  const std::vector<DataClass>* classes_ = nullptr;
+  std::vector<E> x_;
+  std::vector<ExactOf<E>> exact_;
+  GuardedArray<E> x_array_, y_array_;
+  std::vector<E> results_[2];
+};
+
+// Enough matrices for every class to appear, and where that is little, two more.
+std::int64_t OuterFor(std::int64_t n, std::int64_t inner) {
+  const std::int64_t all = CeilDiv(kClasses, inner);
+  return n * inner * all < 20000 ? all + 2 : all;
+}
+
+std::vector<Layout> Rows(bool quick) {
+  std::vector<Layout> rows;
+  for (std::int64_t n = 1; n <= (quick ? 36 : 300); ++n) rows.push_back({OuterFor(n, 1), n, 1});
+  if (quick) {
+    for (const std::int64_t n : {63, 64, 127, 128, 129, 200, 257, 515}) rows.push_back({kClasses, n, 1});
+    for (const std::int64_t n : {2048 * 4 + 3, 32771}) rows.push_back({1, n, 1});
+    return rows;
+  }
+  for (const std::int64_t n : {511, 1023, 1024, 1025, 2047, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 16383,
+                               16384, 16385, 32767, 32768, 32769, 70001}) {
+    rows.push_back({kClasses, n, 1});
+  }
+  rows.push_back({1, 70001, 1});
+  rows.push_back({3, 262147, 1});
+  rows.push_back({1500, 100, 1});
+  rows.push_back({700, 129, 1});
+  return rows;
+}
+
+std::vector<Layout> Columns(bool quick) {
+  std::vector<Layout> columns;
+  for (const std::int64_t inner : {2, 3, 7, 16, 100, 1000}) {
+    for (const std::int64_t n : {1, 2, 5, 17, 100, 1000, 5000}) {
+      if (n * inner > (quick ? 2000 : 1000000)) continue;
+      columns.push_back({quick ? CeilDiv(kClasses, 2 * inner) : OuterFor(n, inner), n, inner});
+    }
+  }
+  if (quick) columns.push_back({1, 2100, 5});
+  return columns;
+}
+
+template <typename E>
+void CheckSoftmax(const std::vector<const Kernels*>& all, bool quick, Report& report) {
+  SoftmaxCheck<E> check(all, report);
+  std::vector<Layout> layouts = Rows(quick);
+  const std::vector<Layout> columns = Columns(quick);
+  layouts.insert(layouts.end(), columns.begin(), columns.end());
+  for (const bool extreme : {false, true}) {
+    const std::vector<DataClass> classes = ClassesOf(extreme);
+    for (const Layout& layout : layouts) check.Check(layout, classes);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The Jacobian.
+
+template <typename E>
+struct JacobianInput {
+  std::vector<E> y, t;
+  std::vector<long double> exact;
+  std::vector<double> tolerance;
+};
+
+// What y·(t - <y, t>) may be off by: 4 ULP of the row's largest, half of a 16-bit result's own, and what the
+// dot product, in twice the working precision, leaves where t - <y, t> cancels.
+template <typename E>
+void Solve(std::int64_t rows, std::int64_t n, JacobianInput<E>& input) {
+  using T = ComputeOf<E>;
+  for (std::int64_t first = 0; first < rows * n; first += n) {
+    Sum<long double> dot;
+    double largest_t = 0, largest = 0;
+    for (std::int64_t i = first; i < first + n; ++i) {
+      const double a = static_cast<double>(Widen(input.y[i])), b = static_cast<double>(Widen(input.t[i]));
+      dot.Add(a * b);
+      dot.Add(std::fma(a, b, -(a * b)));
+      largest_t = std::max(largest_t, std::fabs(b));
+    }
+    for (std::int64_t i = first; i < first + n; ++i) {
+      input.exact[i] = Widen(input.y[i]) * ((Widen(input.t[i]) - dot.high()) - dot.low());
+      largest = std::max(largest, static_cast<double>(std::fabs(input.exact[i])));
+    }
+    const double epsilon = std::numeric_limits<T>::epsilon();
+    const double tolerance = 4 * UnitOf<T>(largest) + 64 * epsilon * epsilon * largest_t;
+    for (std::int64_t i = first; i < first + n; ++i) {
+      const double rounding = kIsHalf<E> ? UnitOf<E>(static_cast<double>(input.exact[i])) / 2 : 0;
+      input.tolerance[i] = tolerance + rounding;
+    }
+  }
+}
+
+// Cotangents of three kinds, in turn: of any size; nearly constant, so that t - <y, t> cancels; and large
+// where y is.
+template <typename E>
+JacobianInput<E> MakeJacobianInput(std::int64_t rows, std::int64_t n) {
+  const std::size_t size = static_cast<std::size_t>(rows * n);
+  JacobianInput<E> input{std::vector<E>(size), std::vector<E>(size), std::vector<long double>(size),
+                         std::vector<double>(size)};
+  std::vector<E> x(size);
+  std::vector<ExactOf<E>> y(size);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t first = r * n;
+    Random random(static_cast<std::uint64_t>(first + n));
+    Fill(kOrdinary[r % std::size(kOrdinary)], random, &x[first], n, 1);
+    ExactSoftmax(&x[first], &y[first], n, 1);
+    for (std::int64_t i = first; i < first + n; ++i) {
+      const double probability = static_cast<double>(y[i]);
+      Encode(probability, input.y[i]);
+      const double normal = random.Normal();
+      Encode(r % 3 == 0 ? normal : r % 3 == 1 ? 1 + 1e-6 * normal : 1e4 * probability, input.t[i]);
+    }
+  }
+  Solve(rows, n, input);
+  return input;
+}
+
+template <typename E>
+class JacobianCheck {
+ public:
+  JacobianCheck(const std::vector<const Kernels*>& all, Report& report) : all_(all), report_(report) {}
+
+  void Check(std::int64_t rows, std::int64_t n) {
+    input_ = MakeJacobianInput<E>(rows, n);
+    const bool shared = rows * n >= kSharedElements;
+    for (const Kernels* kernels : all_) {
+      for (const bool threads : {false, true}) {
+        if (threads && !shared) continue;
+        for (const Out out : {kApart, kOverY, kOverT}) CheckOne(*kernels, rows, n, threads, out);
+      }
+    }
+  }
+
+ private:
+  enum Out { kApart, kOverY, kOverT };
+
+  void CheckOne(const Kernels& kernels, std::int64_t rows, std::int64_t n, bool threads, Out where) {
+    InThisThread alone;
+    Executor& executor = threads ? static_cast<Executor&>(helpers_) : alone;
+    const std::int64_t size = rows * n;
+    using Array = GuardedArray<E>;
+    E* const y = y_.Prepare(input_.y, static_cast<int>(n % 3), Array::kPoison);
+    E* const t = t_.Prepare(input_.t, static_cast<int>(n % 5), Array::kPoison);
+    E* const apart = out_.Prepare(size, static_cast<int>(n % 7), Array::kUnwritten);
+    E* const out = where == kApart ? apart : where == kOverY ? y : t;
+    JacobianRows(kernels.Of<E>(), executor, y, t, out, rows, n);
+
+    report_.Of(kernels).checks += size;
+    const auto fail = [&](const std::string& what) {
+      report_.Fail(std::string(kernels.name) + " " + Element<E>::kName + " Jacobian [" +
+                   std::to_string(rows) + ", " + std::to_string(n) + "]" + (threads ? ", 3 threads" : "") +
+                   (where == kApart   ? ""
+                    : where == kOverY ? ", over y"
+                                      : ", over t") +
+                   ": " + what);
+    };
+    if (!y_.GuardsIntact() || !t_.GuardsIntact() || !out_.GuardsIntact()) fail("wrote beyond the arrays");
+    for (std::int64_t i = 0; i < size; ++i) {
+      const double error = std::fabs(static_cast<double>(Widen(out[i]) - input_.exact[i]));
+      if (error <= input_.tolerance[i]) continue;
+      char text[200];
+      std::snprintf(text, sizeof text, "element %lld is %.17g, not %.17g, more than %.3g away",
+                    static_cast<long long>(i), static_cast<double>(Widen(out[i])),
+                    static_cast<double>(input_.exact[i]), input_.tolerance[i]);
+      return fail(text);
+    }
+  }
+
+  const std::vector<const Kernels*>& all_;
+  Report& report_;
+  TwoHelpers helpers_;
+  JacobianInput<E> input_;
+  GuardedArray<E> y_, t_, out_;
+};
+
+template <typename E>
+void CheckJacobian(const std::vector<const Kernels*>& all, bool quick, Report& report) {
+  JacobianCheck<E> check(all, report);
+  const std::int64_t rows = 21;  // of every class with every kind of cotangent
+  for (std::int64_t n = 1; n <= (quick ? 20 : 140); ++n) check.Check(rows, n);
+  if (quick) return;
+  for (const std::int64_t n : {1023, 1024, 1025, 2049, 5000}) check.Check(rows, n);
+  check.Check(3, 70001);
+}
+
+// All 16-bit patterns, converted and converted back: 1·((t - 0) - 0).
+template <typename E>
+void CheckConversions(const std::vector<const Kernels*>& all, Report& report) {
+  constexpr int kPatterns = 1 << 16;
+  std::vector<E> ones(kPatterns), t(kPatterns), out(kPatterns);
+  for (int i = 0; i < kPatterns; ++i) {
+    Encode(1.0, ones[i]);
+    t[i].bits = static_cast<std::uint16_t>(i);
+  }
+  for (const Kernels* kernels : all) {
+    const ScopedFloatMode mode;
+    kernels->Of<E>().jacobian_write(ones.data(), t.data(), out.data(), kPatterns, SplitScalar<float>{0, 0});
+    report.Of(*kernels).checks += kPatterns;
+    for (int i = 0; i < kPatterns; ++i) {
+      const double expected = Widen(t[i]), actual = Widen(out[i]);
+      const bool flushed = actual == 0 && std::fabs(expected) < 0x1p-126;
+      if (expected == actual || flushed || (std::isnan(expected) && std::isnan(actual))) continue;
+      report.Fail(std::string(kernels->name) + " " + Element<E>::kName + " conversion of pattern " +
+                  std::to_string(i) + " gives pattern " + std::to_string(out[i].bits));
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// e^x of every float.
+
+// Patterns that go through a kernel at a time: so few that the e^x of a chunk, as far as exponents are exact,
+// are within 2^32 of each other, since below 2^-127 of its row's largest an element counts as zero.
+constexpr int kChunk = 2048;
+constexpr std::uint32_t kChunks = (std::uint64_t{1} << 32) / kChunk;
+
+// What exp.h says of the error of 1 + s, in units of 2^-23.
+constexpr double kClaimedError = 0.45;
+constexpr double kLn2 = 0x1.62e42fefa39efp-1, kLog2E = 0x1.71547652b82fep0;
+
+// The error of s in e^x = (1 + s)·2^n, in units of 2^-23, for whichever n next to x·log2 e was meant: exp.h
+// takes the nearest, but for ties, or with its table one no further than 19/32 away, which bounds 1 + s.
+// Without branches, for compilers to make vectors of.
+inline double MantissaError(double x, double s) {
+  constexpr double kRounder = 0x1.8p52, kLowest = 0.70, kHighest = 1.52;
+  constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
+  const double n = (x * kLog2E + kRounder) - kRounder;
+  const double r = (x - n * kLn2High) - n * kLn2Low;
+  double e = 1.0 / 6227020800;
+  constexpr double kInverseFactorials[] = {
+      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+      1.0 / 120,       1.0 / 24,       1.0 / 6,       1.0 / 2,      1.0,         1.0};
+  SOFTMAX2P_UNROLL for (int i = 0; i < 13; ++i) e = e * r + kInverseFactorials[i];
+  const double mantissa = 1 + s;
+  const double same = std::fabs(mantissa - e), below = std::fabs(mantissa - 2 * e);
+  const double above = std::fabs(mantissa - 0.5 * e), other = below < above ? below : above;
+  const double error = (same < other ? same : other) * 0x1p23;
+  // Not less and not more, for NaN.
+  return mantissa >= kLowest ? mantissa <= kHighest ? error : HUGE_VAL : HUGE_VAL;
+}
+
+struct LargestError {
+  double error = 0;
+  float x = 0;
+};
+
+class EveryFloat {
+ public:
+  EveryFloat(const Kernels& kernels, Report& report)
+      : kernels_(kernels), table_(kernels.f32), report_(report), limit_(table_.max_exponent * kLn2) {}
+
+  void Check() {
+    std::vector<std::thread> threads(std::max(1u, std::thread::hardware_concurrency()));
+    for (std::thread& thread : threads) thread = std::thread([this] { CheckChunks(); });
+    for (std::thread& thread : threads) thread.join();
+    report_.Of(kernels_).checks += std::int64_t{1} << 32;
+    std::printf("%s: error of 1 + s at most %.5f·2^-23, of e^%a\n", kernels_.name, largest_.error,
+                static_cast<double>(largest_.x));
+    if (largest_.error > kClaimedError) Fail("error of 1 + s above what exp.h says", largest_.x);
+  }
+
+ private:
+  void CheckChunks() {
+    const ScopedFloatMode mode;
+    LargestError largest;
+    for (std::uint32_t chunk; (chunk = next_++) < kChunks;) CheckChunk(chunk * kChunk, largest);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (largest.error > largest_.error) largest_ = largest;
+  }
+
+  void CheckChunk(std::uint32_t first, LargestError& largest) {
+    float x[kChunk], s[kChunk], y[kChunk];
+    for (int i = 0; i < kChunk; ++i) x[i] = BitCast<float>(first + static_cast<std::uint32_t>(i));
+    const ExtendedSum sum = table_.row_sum(x, s, kChunk, KnownMaximum<float>{});
+    CheckMantissas(x, s, largest);
+    CheckFlag(x, sum);
+    for (int i = 0; i < kChunk; ++i) {
+      if (std::isnan(x[i]) && !std::isnan(s[i])) Fail("s is not NaN", x[i]);
+    }
+    // Above 0 the kernel is not meant for this exponent.
+    if (first >> 31 == 0 && !std::isnan(x[kChunk - 1])) return;
+    table_.row_write(x, nullptr, y, kChunk, RowScale<float>{1, 0, 0, false, 0}, false);
+    for (int i = 0; i < kChunk; ++i) {
+      if (std::isnan(x[i]) && !std::isnan(y[i])) Fail("the result is not NaN", x[i]);
+      if (x[i] <= -127.5 * kLn2 && y[i] != 0) Fail("the result is not zero", x[i]);
+    }
+  }
+
+  void CheckMantissas(const float* x, const float* s, LargestError& largest) {
+    // Sizes grow with patterns.
+    const float* const end =
+        std::partition_point(x, x + kChunk, [&](float v) { return std::fabs(v) <= limit_; });
+    double errors[kChunk];
+    const std::int64_t size = end - x;
+    for (std::int64_t i = 0; i < size; ++i) errors[i] = MantissaError(x[i], s[i]);
+    const double* const worst = std::max_element(errors, errors + size);
+    if (size != 0 && *worst > largest.error) largest = {*worst, x[worst - errors]};
+  }
+
+  // Sums beyond the exact range must be known by their exponent, others not be taken for such.
+  void CheckFlag(const float* x, const ExtendedSum& sum) {
+    constexpr double kMargin = 4;
+    const double nearest = std::min(std::fabs(x[0]), std::fabs(x[kChunk - 1]));
+    const double furthest = std::max(std::fabs(x[0]), std::fabs(x[kChunk - 1]));
+    const bool trusted = std::abs(sum.exponent) < table_.max_exponent && !std::isnan(sum.mantissa.high);
+    if (trusted && !(nearest <= limit_ + kMargin)) Fail("a sum beyond the exact range is not marked", x[0]);
+    if (!trusted && furthest <= limit_ - kMargin) Fail("a sum is marked as beyond the exact range", x[0]);
+  }
+
+  void Fail(const std::string& what, float x) {
+    char text[40];
+    std::snprintf(text, sizeof text, ": x = %a (0x%08x)", static_cast<double>(x), BitCast<std::uint32_t>(x));
+    const std::lock_guard<std::mutex> lock(mutex_);
+    report_.Fail(std::string(kernels_.name) + " " + what + text);
+  }
+
+  const Kernels& kernels_;
+  const KernelTable<float>& table_;
+  Report& report_;
+  const double limit_;
+  std::atomic<std::uint32_t> next_{0};
+  std::mutex mutex_;
+  LargestError largest_;
+};
+
+// ---------------------------------------------------------------------------------------------------------
+
+struct Options {
+  bool quick = false, exhaustive = false, list = false;
+  std::vector<const Kernels*> kernels = SupportedKernels();
+  std::string error;
+};
+
+Options Parse(int count, char** arguments) {
+  Options options;
+  for (int i = 1; i < count; ++i) {
+    const std::string_view argument = arguments[i];
+    if (argument == "--quick") {
+      options.quick = true;
+    } else if (argument == "--exhaustive") {
+      options.exhaustive = true;
+    } else if (argument == "--list") {
+      options.list = true;
+    } else if (argument == "--isa" && i + 1 < count) {
+      const KernelChoice choice = FindKernels(arguments[++i], "--isa");
+      options.kernels = {choice.kernels};
+      options.error += choice.error;
+    } else {
+      options.error += "selftest [--quick | --exhaustive | --list] [--isa NAME]";
+    }
+  }
+  return options;
+}
+
+template <typename E>
+void CheckElement(const Options& options, Report& report) {
+  CheckSoftmax<E>(options.kernels, options.quick, report);
+  CheckJacobian<E>(options.kernels, options.quick, report);
+}
+
+int Main(const Options& options) {
+  if (!options.error.empty()) {
+    std::fprintf(stderr, "%s\n", options.error.c_str());
+    return 2;
+  }
+  if (options.list) {
+    for (const Kernels* kernels : options.kernels) std::printf("%s\n", kernels->name);
+    return 0;
+  }
+  Report report;
+  if (options.exhaustive) {
+    for (const Kernels* kernels : options.kernels) EveryFloat(*kernels, report).Check();
+    return report.Finish();
+  }
+  CheckElement<float>(options, report);
+  CheckElement<double>(options, report);
+  CheckElement<BFloat16>(options, report);
+  CheckElement<Float16>(options, report);
+  CheckConversions<BFloat16>(options.kernels, report);
+  CheckConversions<Float16>(options.kernels, report);
+  for (const Kernels* kernels : options.kernels) report.PrintTally(*kernels);
+  return report.Finish();
+}
+
+}  // namespace
+}  // namespace jax_softmax2p
+
+int main(int count, char** arguments) { return jax_softmax2p::Main(jax_softmax2p::Parse(count, arguments)); }
