@@ -163,7 +163,7 @@ class SoftmaxKernels {
   // How a vector is loaded and stored.
   struct Whole {
     template <typename P>
-    SOFTMAX2P_INLINE V Load(const P* p) const {
+    SOFTMAX2P_INLINE V Load(const P* p, T = -kInfinity) const {
       return V::Load(p);
     }
     template <typename P>
@@ -174,8 +174,8 @@ class SoftmaxKernels {
   struct Leading {
     int count;
     template <typename P>
-    SOFTMAX2P_INLINE V Load(const P* p) const {
-      return V::LoadPartial(p, count, -kInfinity);
+    SOFTMAX2P_INLINE V Load(const P* p, T fill = -kInfinity) const {
+      return V::LoadPartial(p, count, fill);
     }
     template <typename P>
     SOFTMAX2P_INLINE void Store(V v, P* p) const {
@@ -256,7 +256,8 @@ class SoftmaxKernels {
     const T* maximum;
     template <typename Access>
     SOFTMAX2P_INLINE Less At(const Access& access, int at) const {
-      return {access.Load(maximum + at)};
+      // -inf less -inf would be NaN, in lanes whose columns are longer than others.
+      return {access.Load(maximum + at, 0)};
     }
     template <typename Access>
     SOFTMAX2P_INLINE Recompute<Less> Source(const Access& access, int at, V exponent) const {

@@ -9,7 +9,7 @@ namespace jax_softmax2p {
 namespace {
 
 template <typename E>
-SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout) {
+SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes) {
   const std::int64_t elements = layout.outer * layout.n * layout.inner;
   const std::int64_t row_bytes = layout.n * static_cast<std::int64_t>(sizeof(E) + sizeof(ComputeOf<E>));
   // x and y leave the caches between one call and the next: y is better written past them. What pass 1 keeps
@@ -19,7 +19,9 @@ SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout) {
   SoftmaxPlan plan{};
   switch (algorithm) {
     case Algorithm::kAuto:
-      plan.reload = near_row || (!far && std::is_same_v<E, ComputeOf<E>>);
+      // Columns are better recomputed: (4096, 1000) along its first axis takes 0.25 ns an element so, on two
+      // threads, and 0.41 with reload (Zen 5, AVX-512).
+      plan.reload = layout.inner < lanes && (near_row || (!far && std::is_same_v<E, ComputeOf<E>>));
       break;
     case Algorithm::kTwoPass:
       break;
@@ -45,7 +47,7 @@ void Softmax(const KernelTable<E>& kernels, Executor& executor, Algorithm algori
   const std::int64_t matrix = layout.n * layout.inner, size = layout.outer * matrix;
   if (size == 0) return;
   AdviseHugePages(y, static_cast<std::size_t>(size) * sizeof(E));
-  const SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout);
+  const SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout, kernels.lanes);
   if (matrix <= kShort) {
     ForWholeRows(executor, layout.outer, matrix, [&](std::int64_t first, std::int64_t end) {
       kernels.short_matrices(x + first * matrix, y + first * matrix, end - first, static_cast<int>(layout.n),

@@ -5,7 +5,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "ffi/runtime/memory.h"
 #include "ffi/runtime/row_work.h"
 #include "ffi/runtime/softmax.h"
 
@@ -155,26 +154,15 @@ class ColumnPanel {
   std::vector<T> maxima_;
 };
 
-// As wide as kPanelWidth, or narrower where that lets a panel stay in the second-level cache between the
-// passes.
-template <typename E>
-int PanelWidthFor(const Layout& layout, const Folding& folding) {
-  if (folding.fold > 1) return static_cast<int>(folding.stride);
-  std::int64_t width = kPanelWidth;
-  const auto bytes = [&] {
-    return layout.n * width * static_cast<std::int64_t>(sizeof(E) + sizeof(ComputeOf<E>));
-  };
-  while (width > 1024 && bytes() > SecondLevelCacheBytes() / 2) width /= 2;
-  return static_cast<int>(std::min(width, layout.inner));
-}
-
 }  // namespace
 
 template <typename E>
 void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x,
                     E* y, const Layout& layout) {
   const Folding folding(layout, kernels.lanes);
-  const int width = PanelWidthFor<E>(layout, folding);
+  // Wide, also where a panel then leaves the second-level cache between the passes: every row of a narrow one
+  // is another page.
+  const int width = static_cast<int>(std::min<std::int64_t>(kPanelWidth, folding.stride));
   const std::int64_t matrix = layout.n * layout.inner;
   const std::int64_t abreast = folding.fold > 1 ? 1 : CeilDiv(layout.inner, width);
   const std::int64_t panels = layout.outer * abreast;
