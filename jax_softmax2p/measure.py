@@ -53,7 +53,7 @@ def _seconds_per_call(function: Callable[[], object], calls: int) -> float:
 
 
 def exact_softmax(x: np.ndarray) -> np.ndarray:
-    """Softmax along the last axis in a wider format: ``np.longdouble`` for float64, float64 for all others."""
+    """Softmax along the last axis in ``np.longdouble`` for float64, in float64 for all others."""
     wide = x.astype(np.longdouble if x.dtype == np.float64 else np.float64)
     e = np.exp(wide - wide.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)

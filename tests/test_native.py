@@ -53,7 +53,8 @@ X = np.zeros((2, 3), np.float32)
     ("arguments", "error", "words"),
     [
         ({"x": [1.0]}, TypeError, "x must be a NumPy array, got list"),
-        ({"x": X.astype(np.float16)}, TypeError, "x must be float32 or float64, got float16"),
+        ({"x": X.astype(np.int32)}, TypeError, "x must be one of float32, .*; got int32"),
+        ({"axis": 2}, ValueError, "axis must be an integer from -2 to 1, got 2"),
         ({"out": X.astype(np.float64)}, ValueError, "out must have shape .* dtype float32"),
         ({"out": np.zeros((3, 2), np.float32)}, ValueError, r"out must have shape \(2, 3\)"),
         ({"x": X.T, "out": X.T.copy()}, ValueError, "x must be C-contiguous"),

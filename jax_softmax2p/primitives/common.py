@@ -43,7 +43,7 @@ def define_lowerings(
     make the lowering fail rather than fall back.
 
     Args:
-      target: the name of the FFI target. It works along the last axis, unless ``axis`` is among its attributes.
+      target: the name of the FFI target. It works along the last axis, unless ``axis`` is an attribute.
       reference: the same in jax.numpy, as reference(*operands, axis).
       attributes: parameters of the primitive that the target takes as attributes; integers as int64.
     """

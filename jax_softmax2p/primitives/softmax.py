@@ -35,6 +35,4 @@ common.define_eager_evaluation(softmax_p, ("axis", "algorithm", "implementation"
 softmax_p.def_abstract_eval(_abstract_eval)
 ad.defjvp2(softmax_p, _jvp)
 batching.primitive_batchers[softmax_p] = _batch
-common.define_lowerings(
-    softmax_p, native.SOFTMAX_TARGET, reference.softmax, attributes=("axis", "algorithm")
-)
+common.define_lowerings(softmax_p, native.SOFTMAX_TARGET, reference.softmax, attributes=("axis", "algorithm"))

@@ -111,7 +111,7 @@ def test_a_dominating_element_gives_exactly_one(dtype, isa):
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("name", cases.CLASSES)
 def test_rows_sum_to_one(name, dtype, isa):
-    """For 16-bit elements the rounding of each is worth half an eps of it, and of the smallest, half their unit."""
+    """For 16-bit elements the rounding of each is worth half an eps of it, or half the smallest unit."""
     y = softmax_into(cases.make(name, 100_003, dtype), isa=isa).astype(np.longdouble)
     limits = jnp.finfo(dtype)
     assert abs(y.sum() - 1) <= 2 * limits.eps + y.size * float(limits.smallest_subnormal) / 2

@@ -8,6 +8,7 @@ import pytest
 import jax_softmax2p
 from jax_softmax2p import native
 
+SHAPES = [(3, 7), (5, 1000), (300, 1500), (40, 33_000), (3, 66_000), (9000, 3), (1000, 100)]
 LANES = 16  # of the widest vector, in float32
 
 
@@ -47,7 +48,7 @@ def test_algorithms_and_in_place_agree(name, dtype, isa, algorithm):
             np.testing.assert_array_equal(in_place, expected)
 
 
-@pytest.mark.parametrize(("rows", "n"), [(3, 7), (5, 1000), (300, 1500), (40, 33_000), (3, 66_000), (9000, 3), (1000, 100)])
+@pytest.mark.parametrize(("rows", "n"), SHAPES)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_batch_does_not_matter(dtype, rows, n, isa):
     x = np.stack([cases.make("normal", n, dtype, seed) for seed in range(rows)])

@@ -9,7 +9,7 @@ import pytest
 import jax_softmax2p
 from jax_softmax2p import native
 
-# Inner sizes below, at and beyond a vector; small matrices; panels that are cut at 256 columns and at 2048 rows.
+# Inner sizes below, at and beyond a vector; small matrices; panels cut at 256 columns and at 2048 rows.
 LAYOUTS = [
     *[(outer, n, inner) for inner in (1, 2, 3, 7, 16, 100) for outer, n in ((37, 5), (3, 40), (2, 300))],
     (2, 17, 1000),
@@ -115,7 +115,9 @@ def test_through_jax(dtype, shape):
     for axis in range(-len(shape), len(shape)):
         expected = np.empty(shape, dtype)
         native.softmax_into(np.asarray(x), expected, axis=axis)
-        np.testing.assert_array_equal(jax.jit(lambda x, axis=axis: jax_softmax2p.softmax(x, axis))(x), expected)
+        np.testing.assert_array_equal(
+            jax.jit(lambda x, axis=axis: jax_softmax2p.softmax(x, axis))(x), expected
+        )
         if axis % len(shape) != 0:
             mapped = jax.vmap(lambda x, axis=axis: jax_softmax2p.softmax(x, axis % len(shape) - 1))(x)
             np.testing.assert_array_equal(mapped, expected)
