@@ -69,7 +69,8 @@ extern "C" float read_all(const float* x, std::size_t n) { return Read(x, n); }
 extern "C" void copy_all(const float* x, float* out, std::size_t n, int threads) {
   const std::size_t stretch = n / kLine / threads * kLine;
   std::vector<std::thread> helpers;
-  for (int i = 0; i + 1 < threads; ++i) helpers.emplace_back(Copy, x + i * stretch, out + i * stretch, stretch);
+  for (int i = 0; i + 1 < threads; ++i)
+    helpers.emplace_back(Copy, x + i * stretch, out + i * stretch, stretch);
   const std::size_t done = (threads - 1) * stretch;
   Copy(x + done, out + done, n - done);
   for (std::thread& helper : helpers) helper.join();
