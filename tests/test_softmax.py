@@ -259,11 +259,10 @@ class TestErrors:
         with pytest.raises(error, match=words):
             softmax(**{"x": jnp.zeros((2, 3), jnp.float32), **arguments})
 
-    @pytest.mark.parametrize("dtype", [*HALVES, jnp.complex64])
-    def test_native_says_why_not(self, dtype):
-        reason = f"implementation='native' cannot run: .*no native kernel for dtype {jnp.dtype(dtype)}"
+    def test_native_says_why_not(self):
+        reason = "implementation='native' cannot run: .*no native kernel for dtype complex64"
         with pytest.raises(ValueError, match=reason):
-            softmax(jnp.zeros(3, dtype), implementation="native")
+            softmax(jnp.zeros(3, jnp.complex64), implementation="native")
 
 
 def test_public_names():
