@@ -843,7 +843,7 @@ constexpr int kChunk = 2048;
 constexpr std::uint32_t kChunks = (std::uint64_t{1} << 32) / kChunk;
 
 // What exp.h says of the error of 1 + s, in units of 2^-23.
-constexpr double kClaimedError = 0.45;
+constexpr double kClaimedError = 0.44;
 constexpr double kLn2 = 0x1.62e42fefa39efp-1, kLog2E = 0x1.71547652b82fep0;
 
 // The error of s in e^x = (1 + s)·2^n, in units of 2^-23, for whichever n next to x·log2 e was meant: exp.h
