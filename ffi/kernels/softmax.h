@@ -93,10 +93,30 @@ class SoftmaxKernels {
       for (int o = 0; o < count; o += V::kLanes) {
         LoadTile(x + (first + o) * m, TileCount(count - o), m, tiles + o * m);
       }
-      ShortColumns(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, inner);
+      ShortTiles(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, inner);
       for (int o = 0; o < count; o += V::kLanes) {
         StoreTile(tiles + o * m, TileCount(count - o), m, y + (first + o) * m, past_caches);
       }
+    }
+  }
+
+  // Whole softmaxes of `width` columns of n <= kShort elements, `stride` apart: without ends to merge and
+  // totals to keep, which are what takes the time there.
+  static void ShortColumns(const E* x, E* y, std::int64_t stride, int n, int width) {
+    const int together = kShort / n < kMostTiles ? kShort / n : kMostTiles;
+    T tiles[kShort * V::kLanes], kept[kShort * V::kLanes];
+    for (int first = 0; first < width; first += together * V::kLanes) {
+      const int rest = width - first, most = together * V::kLanes;
+      const int count = rest < most ? rest : most;
+      ForVectors(count, [&](int v, int at, const auto& access) {
+        T* const tile = tiles + v * n * V::kLanes;
+        for (int i = 0; i < n; ++i) access.Load(x + i * stride + first + at, 0).Store(tile + i * V::kLanes);
+      });
+      ShortTiles(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, 1);
+      ForVectors(count, [&](int v, int at, const auto& access) {
+        const T* const tile = tiles + v * n * V::kLanes;
+        for (int i = 0; i < n; ++i) access.Store(V::Load(tile + i * V::kLanes), y + i * stride + first + at);
+      });
     }
   }
 
@@ -471,7 +491,7 @@ class SoftmaxKernels {
   static SOFTMAX2P_INLINE int TileCount(int rest) { return rest < V::kLanes ? rest : V::kLanes; }
 
   // In place, in tiles one after the other.
-  static SOFTMAX2P_INLINE void ShortColumns(T* tiles, T* kept, int count, int n, int inner) {
+  static SOFTMAX2P_INLINE void ShortTiles(T* tiles, T* kept, int count, int n, int inner) {
     using InTile = SoftmaxKernels<V, T>;
     const int stride = inner * V::kLanes, columns = count * inner;
     const auto at = [&](int column) { return column / inner * n * stride + column % inner * V::kLanes; };

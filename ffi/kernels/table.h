@@ -93,6 +93,9 @@ struct KernelTable {
   // Whole matrices [outer, n, inner] of n·inner <= kShort.
   void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool stream);
 
+  // Whole columns of n <= kShort elements, `width` of them side by side.
+  void (*short_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
+
   // The Jacobian, over contiguous rows.
   DoubleSum (*dot)(const E* y, const E* t, std::int64_t n);
   void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot);

@@ -22,6 +22,7 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.panel_invert = Softmax::PanelInvert;
   table.panel_write = Softmax::PanelWrite;
   table.short_matrices = Softmax::ShortMatrices;
+  table.short_columns = Softmax::ShortColumns;
   table.dot = JacobianRow<V, E>::Dot;
   table.jacobian_write = JacobianRow<V, E>::Write;
   return table;
