@@ -26,8 +26,6 @@ class Contender(abc.ABC):
     name: str
     is_softmax = True
     """Whether the result is a softmax, to be checked; else this is something to compare with."""
-    spins = False
-    """Whether threads of its own go on spinning for a while after a call."""
 
     def bind(self, x: np.ndarray, out: np.ndarray, axis: int) -> Callable[[], Any]:
         """What is called and timed.
@@ -38,7 +36,8 @@ class Contender(abc.ABC):
           axis: the axis whose elements sum to one.
 
         Returns:
-          A function that computes and returns the result: ``out`` or a new array of the library's own.
+          A function that computes, waits for and returns the result: ``out`` or a new array of the library's
+          own.
         """
         return self._bind(x, out, axis)
 
@@ -79,7 +78,6 @@ class Torch(Contender):
     """torch.softmax with as many threads as JAX, in inference mode."""
 
     name = "torch"
-    spins = True
 
     def __init__(self):
         self._torch = importlib.import_module("torch")
@@ -99,7 +97,6 @@ class OnnxRuntime(Contender):
     """onnxruntime's Softmax, as a model of one node, into a preallocated output."""
 
     name = "onnxruntime"
-    spins = True
 
     def __init__(self, threads: int):
         self._runtime = importlib.import_module("onnxruntime")
@@ -201,4 +198,5 @@ def _device_array(x: np.ndarray) -> jax.Array:
 
 
 def _jitted(function: Callable[[jax.Array], jax.Array], x: np.ndarray) -> Callable[[], jax.Array]:
-    return functools.partial(jax.jit(function), _device_array(x))
+    jitted, operand = jax.jit(function), _device_array(x)
+    return lambda: jitted(operand).block_until_ready()

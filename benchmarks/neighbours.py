@@ -2,23 +2,25 @@
 
 import os
 import time
+from collections.abc import Callable
 
 
 class Neighbours:
     """Watches from its construction on."""
 
-    def __init__(self):
-        self._start = _now()
+    def __init__(self, our_seconds: Callable[[], float]):
+        """``our_seconds``: processor time of our own processes beside this one."""
+        self._our_seconds = our_seconds
+        self._start = self._now()
 
     def cores(self) -> float | None:
         """How many cores others have used on average, None where the system does not tell."""
-        busy, own, clock = (end - start for end, start in zip(_now(), self._start, strict=True))
+        busy, own, clock = (end - start for end, start in zip(self._now(), self._start, strict=True))
         return max(0.0, busy - own) / clock if busy > 0 else None
 
-
-def _now() -> tuple[float, float, float]:
-    """Seconds: of work on all cores, of this process's own, and of the clock."""
-    return _busy_seconds(), time.process_time(), time.perf_counter()
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds: of work on all cores, of our own processes, and of the clock."""
+        return _busy_seconds(), time.process_time() + self._our_seconds(), time.perf_counter()
 
 
 def _busy_seconds() -> float:

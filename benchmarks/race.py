@@ -1,31 +1,19 @@
 """A table: contenders that take turns on each of some cases, ratios of their times, and goals for these."""
 
+import contextlib
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import memory
 from benchmarks.cases import Case
 from benchmarks.contenders import Contender
 from benchmarks.neighbours import Neighbours
-from jax_softmax2p import measure
-
-PAUSE = 0.05
-"""Seconds of rest after contenders whose threads spin on: else these slow down whoever's turn comes next.
-
-torch's were seen to spin for 10 ms, onnxruntime's for 30.
-"""
+from benchmarks.workers import Worker
 
 NOTEWORTHY = 0.1
 """Cores that others keep busy."""
-
-CHECKED = 2**16
-"""How many elements of each result are compared."""
 
 TOLERANCES = {"float32": 1e-2, "bfloat16": 0.1}
 """Relative, and wide: torch is off by 3e-4 in one row of 2^26, and jax.nn by 0.03 in bfloat16."""
@@ -112,21 +100,22 @@ def run_table(table: Table, effort: Effort, only: str = "") -> dict[str, Any] | 
     if not cases:
         return None
     print(f"\n{table.title}")
-    contenders = _able(table.contenders)
-    names = {contender.name for contender in contenders}
-    ratios = [ratio for ratio in table.ratios if ratio.needs() <= names]
-    columns = [*(c.name for c in contenders), *(ratio.name for ratio in ratios)]
-    widths = [max(10, len(column)) for column in columns]
-    _print_line("case", columns, widths)
-    rows = []
-    neighbours = Neighbours()
-    for case in cases:
-        seconds = run_case(case, contenders, effort)
-        row = Row(case, seconds, {ratio.name: ratio.of(seconds) for ratio in ratios})
-        times = [_duration(seconds[contender.name]) for contender in contenders]
-        _print_line(case.name, [*times, *(f"{value:.2f}×" for value in row.ratios.values())], widths)
-        rows.append(row)
-    others = neighbours.cores()
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(factory)) for factory in table.contenders]
+        contenders, is_softmax = _able(workers)
+        ratios = [ratio for ratio in table.ratios if ratio.needs() <= contenders.keys()]
+        columns = [*contenders, *(ratio.name for ratio in ratios)]
+        widths = [max(10, len(column)) for column in columns]
+        _print_line("case", columns, widths)
+        rows = []
+        neighbours = Neighbours(lambda: sum(worker.cpu_seconds for worker in workers))
+        for case in cases:
+            seconds = run_case(case, contenders, is_softmax, effort)
+            row = Row(case, seconds, {ratio.name: ratio.of(seconds) for ratio in ratios})
+            times = [_duration(seconds[name]) for name in contenders]
+            _print_line(case.name, [*times, *(f"{value:.2f}×" for value in row.ratios.values())], widths)
+            rows.append(row)
+        others = neighbours.cores()
     if others is not None and others > NOTEWORTHY:
         print(
             f"  other processes kept {others:.2f} cores busy meanwhile: no figure for several threads counts"
@@ -140,45 +129,42 @@ def run_table(table: Table, effort: Effort, only: str = "") -> dict[str, Any] | 
     }
 
 
-def run_case(case: Case, contenders: Sequence[Contender], effort: Effort) -> dict[str, float]:
-    """Checks the contenders' results against the first one's and times them: seconds a call, by name."""
-    x = memory.aligned_empty(case.shape, case.dtype)
-    fill(x)
-    out = memory.aligned_empty(case.shape, case.dtype)
-    calls = {contender.name: contender.bind(x, out, case.axis) for contender in contenders}
-    _check({c.name: calls[c.name] for c in contenders if c.is_softmax}, TOLERANCES[case.dtype])
-    if any(contender.spins for contender in contenders):
-        calls["pause"] = partial(time.sleep, PAUSE)
-    seconds = measure.alternating_medians(calls, rounds=effort.rounds, seconds=effort.seconds)
-    return {contender.name: seconds[contender.name] for contender in contenders}
+def run_case(
+    case: Case, contenders: Mapping[str, Worker], is_softmax: set[str], effort: Effort
+) -> dict[str, float]:
+    """Compares the contenders' results and times them in turn: seconds a call, the median, by name."""
+    results = {name: contender.prepare(case) for name, contender in contenders.items()}
+    _check({name: results[name] for name in results if name in is_softmax}, TOLERANCES[case.dtype])
+    calls = {}
+    for name, contender in contenders.items():
+        once = min(contender.seconds_per_call(1) for _ in range(2))
+        calls[name] = max(1, round(effort.seconds / effort.rounds / max(once, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(effort.rounds):
+        for name, contender in contenders.items():
+            times[name].append(contender.seconds_per_call(calls[name]))
+    return {name: statistics.median(of_one) for name, of_one in times.items()}
 
 
-def fill(x: np.ndarray) -> None:
-    """With standard normal numbers, always the same."""
-    rng = np.random.default_rng(0)
-    if x.dtype == np.float32:
-        rng.standard_normal(dtype=np.float32, out=x)
-    else:
-        x[:] = rng.standard_normal(x.shape, np.float32)
-
-
-def _able(factories: Sequence[Callable[[], Contender]]) -> list[Contender]:
-    """The contenders that can run here; says what is missing for the others."""
-    contenders = []
-    for factory in factories:
+def _able(workers: Sequence[Worker]) -> tuple[dict[str, Worker], set[str]]:
+    """Those that can run here, by name, and which of them compute a softmax; says why others cannot."""
+    able, is_softmax = {}, set()
+    for worker in workers:
         try:
-            contenders.append(factory())
+            name, computes_softmax = worker.introduce()
         except ImportError as error:
             print(f"  left out: {error}")
-    return contenders
+            continue
+        able[name] = worker
+        if computes_softmax:
+            is_softmax.add(name)
+    return able, is_softmax
 
 
-def _check(calls: dict[str, Callable[[], Any]], tolerance: float) -> None:
+def _check(results: Mapping[str, np.ndarray], tolerance: float) -> None:
     """That all results are the same softmax; how exact each is, the tests say."""
     expected = None
-    for name, call in calls.items():
-        # A copy: the next contender may write to the same array.
-        result = np.array(jnp.from_dlpack(call()).ravel()[:CHECKED], np.float32)
+    for name, result in results.items():
         expected = result if expected is None else expected
         np.testing.assert_allclose(result, expected, rtol=tolerance, err_msg=name)
 
