@@ -27,6 +27,9 @@ nb::capsule Capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_c
 nb::dict Registrations() {
   nb::dict targets;
   targets["jax_softmax2p_softmax_v1"] = Capsule(jax_softmax2p_softmax_v1);
+  targets["jax_softmax2p_log_softmax_v1"] = Capsule(jax_softmax2p_log_softmax_v1);
+  targets["jax_softmax2p_log_sum_v1"] = Capsule(jax_softmax2p_log_sum_v1);
+  targets["jax_softmax2p_log_sum_vjp_v1"] = Capsule(jax_softmax2p_log_sum_vjp_v1);
   targets["jax_softmax2p_softmax_jacobian_v1"] = Capsule(jax_softmax2p_softmax_jacobian_v1);
   return targets;
 }
@@ -68,7 +71,7 @@ void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, st
     E* const to = static_cast<E*>(out.data());
     nb::gil_scoped_release release;
     Workers executor(threads);
-    Softmax(kernels.Of<E>(), executor, *chosen, from, to, {outer, n, inner});
+    Softmax(kernels, executor, *chosen, from, to, {outer, n, inner});
   });
 }
 

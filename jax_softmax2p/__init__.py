@@ -8,9 +8,30 @@ from pkgutil import extend_path as _extend_path
 __path__ = _extend_path(__path__, __name__)
 
 from jax_softmax2p import native as native
+from jax_softmax2p.arguments import Band as Band
+from jax_softmax2p.losses import softmax_cross_entropy as softmax_cross_entropy
+from jax_softmax2p.losses import (
+    softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
+)
 from jax_softmax2p.native import export_disabled_checks as export_disabled_checks
+from jax_softmax2p.ops import log_softmax as log_softmax
+from jax_softmax2p.ops import logsumexp as logsumexp
 from jax_softmax2p.ops import softmax as softmax
+from jax_softmax2p.sum_exp import SumExp as SumExp
+from jax_softmax2p.sum_exp import sum_exp as sum_exp
 
 __version__ = _version("jax_softmax2p")
 
-__all__ = ["__version__", "export_disabled_checks", "native", "softmax"]
+__all__ = [
+    "Band",
+    "SumExp",
+    "__version__",
+    "export_disabled_checks",
+    "log_softmax",
+    "logsumexp",
+    "native",
+    "softmax",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
+    "sum_exp",
+]

@@ -19,7 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 SOFTMAX_TARGET = "jax_softmax2p_softmax_v1"
+LOG_SOFTMAX_TARGET = "jax_softmax2p_log_softmax_v1"
+LOG_SUM_TARGET = "jax_softmax2p_log_sum_v1"
+LOG_SUM_VJP_TARGET = "jax_softmax2p_log_sum_vjp_v1"
 SOFTMAX_JACOBIAN_TARGET = "jax_softmax2p_softmax_jacobian_v1"
+
+TARGETS = (
+    SOFTMAX_TARGET,
+    LOG_SOFTMAX_TARGET,
+    LOG_SUM_TARGET,
+    LOG_SUM_VJP_TARGET,
+    SOFTMAX_JACOBIAN_TARGET,
+)
+"""The names of the FFI targets."""
 
 ALGORITHMS = ("auto", "two_pass", "two_pass_reload", "three_pass_recompute", "three_pass_reload")
 """The names that ``algorithm`` may have."""
@@ -175,10 +187,7 @@ def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
       >>> f = jax.jit(jax_softmax2p.softmax)
       >>> exported = jax.export.export(f, disabled_checks=checks)(jax.ShapeDtypeStruct((4,), "f4"))
     """
-    return [
-        jax.export.DisabledSafetyCheck.custom_call(target)
-        for target in (SOFTMAX_TARGET, SOFTMAX_JACOBIAN_TARGET)
-    ]
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in TARGETS]
 
 
 def check_algorithm(algorithm: str) -> None:
@@ -240,7 +249,9 @@ def _try_tiny_call() -> str:
             jax.disable_jit(False),
             jax.transfer_guard("allow"),
         ):
-            y = np.asarray(jax.jit(functools.partial(call, axis=np.int64(-1), algorithm="auto"))(x))
+            none = {"operands": np.int64(0), "before": np.int64(-1), "after": np.int64(-1)}
+            attributes = {"axis": np.int64(-1), "algorithm": "auto", **none}
+            y = np.asarray(jax.jit(functools.partial(call, **attributes))(x))
     except Exception as error:  # Whatever XLA raises is a reason; it has no narrower class of its own.
         return f"a trial call failed: {error}"
     if not np.allclose(y, [0.25, 0.75]):

@@ -1,28 +1,25 @@
-"""The public functions: axes, dtypes, masks and defaults, before the primitives take over."""
-
-import math
-import operator
-from collections.abc import Sequence
+"""softmax, log_softmax and logsumexp as users call them."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives.common import native_refusal
-from jax_softmax2p.primitives.softmax import softmax as bind_softmax
+from jax_softmax2p.arguments import Axis, Band, Where, as_logits
+from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
+from jax_softmax2p.primitives import softmax as softmax_primitive
+from jax_softmax2p.primitives.log_sum import log_sum
+from jax_softmax2p.primitives.logits import mask_of
 
 Array = jax.Array
-Axis = int | Sequence[int] | None
-
-_IMPLEMENTATIONS = (None, "native", "reference")
 
 
 def softmax(
     x: jax.typing.ArrayLike,
     axis: Axis = -1,
-    where: jax.typing.ArrayLike | None = None,
+    where: Where = None,
     *,
+    scale: jax.typing.ArrayLike | None = None,
+    bias: jax.typing.ArrayLike | None = None,
     algorithm: str = "auto",
     implementation: str | None = None,
 ) -> Array:
@@ -35,26 +32,33 @@ def softmax(
     in both modes.
 
     Args:
-      x: array of logits, of any shape. float32 and float64 have native kernels on CPUs; float16,
-        bfloat16 and complex are computed by the reference; float8 in float32. Integers are promoted as
-        by jnp.exp, after their maximum has been subtracted exactly.
+      x: array of logits, of any shape. float32, float64, bfloat16 and float16 have native kernels on CPUs;
+        complex is computed by the reference, float8 in float32. Integers are promoted as by jnp.exp, after
+        their maximum has been subtracted exactly.
       axis: the axis or axes over which the result sums to 1: an integer, several, or None for all.
       where: boolean array that broadcasts to x's shape; positions where it is False take no part and
         give 0, and what x holds there, NaN included, harms nothing, in the gradient too. A row without
-        a True gives zeros.
+        a True gives zeros. Or a :class:`Band`, a mask that needs no array.
+      scale: x is multiplied by it first: a real number, or an array that broadcasts to x's shape and has
+        size 1 along the axis, such as a temperature's inverse for every row.
+      bias: is added to scale·x: a real array that broadcasts to x's shape. With scale and bias the result has
+        the dtype of x * scale + bias, and no array for that is made: scale·x + bias is rounded once, in
+        float32 for 16-bit logits.
       algorithm: "auto", or by name "two_pass" (the second pass recomputes every exponential) or
-        "two_pass_reload" (it loads what the first kept). All give the same bits.
+        "two_pass_reload" (it loads what the first kept), which give the same bits; "three_pass_recompute"
+        and "three_pass_reload" find the maximum first, to compare with.
       implementation: None runs a native kernel where one can run and the jax.numpy reference elsewhere;
         "native" is an error where none can; "reference" is the reference.
 
     Returns:
-      Array of x's shape and (promoted) dtype. float32 results are within 2 ULP of the exact value, and
-      float64 within 4, where a native kernel runs; subnormal results may be flushed to zero.
+      Array of x's shape and (promoted) dtype. float32 results are within 2 ULP of the exact softmax of the
+      logits, and float64 within 4, where a native kernel runs; subnormal results may be flushed to zero.
 
     Raises:
-      TypeError: x is not an array of numbers, or axis no integer.
-      ValueError: axis is out of range or given twice; where is not boolean or does not broadcast to x's
-        shape; algorithm or implementation is unknown; implementation is "native" and cannot run.
+      TypeError: x, scale or bias is not an array of numbers, or axis no integer.
+      ValueError: axis is out of range or given twice; where is not boolean; where, scale or bias does not
+        broadcast to x's shape; scale varies along the axis; where is a Band and axis not the last;
+        algorithm or implementation is unknown; implementation is "native" and cannot run.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,107 +67,161 @@ def softmax(
       >>> y.tolist()
       [0.5, 0.5, 0.0]
 
+      A temperature for every query, learnt as its inverse, as in selective self-attention (Zhang et al.,
+      arXiv 2411.12892):
+
+      >>> scores, inverse = jnp.array([[0.0, 1.0], [0.0, 1.0]]), jnp.array([[0.0], [100.0]])
+      >>> jax_softmax2p.softmax(scores, scale=inverse).tolist()
+      [[0.5, 0.5], [0.0, 1.0]]
+
+      The gates of a mixture of experts, softmax over the k largest of every row and 0 elsewhere (Shazeer
+      et al., arXiv 1701.06538):
+
+      >>> router = jnp.array([[3.0, 1.0, 3.0, 2.0]])
+      >>> kth = jnp.sort(router)[:, -2:-1]
+      >>> jax_softmax2p.softmax(router, where=router >= kth).tolist()
+      [[0.5, 0.0, 0.5, 0.0]]
+
     Source: M. Dukhan and A. Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, Algorithm 3.
     """
     native.check_algorithm(algorithm)
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None, 'native' or 'reference'; got {implementation!r}")
-    x = _as_numeric_array(x)
-    axes = _canonical_axes(axis, x.ndim)
-    mask = None if where is None else _as_mask(where, x.shape)
-    x = _as_inexact(x, axes, mask)
-    dtype = x.dtype
-    if _has_no_infinity(dtype):
-        x = x.astype(jnp.float32)
-    if implementation == "native" and (reason := native.reason_against(x.dtype)):
-        raise ValueError(native_refusal(reason))
-
-    if mask is not None:
-        x = _fill_masked(x, axes, mask)
-    merged, axis_of_merged = _merge_axes(x, axes)
+    logits = as_logits(x, axis, where, scale=scale, bias=bias, implementation=implementation)
     if implementation == "reference":
-        y = reference.softmax(merged, axis_of_merged)
+        return logits.restore(reference.softmax(logits.operands[0], **logits.reference_operands()))
+    return logits.restore(softmax_primitive.softmax(*logits.operands, algorithm=algorithm, **logits.params))
+
+
+def log_softmax(
+    x: jax.typing.ArrayLike,
+    axis: Axis = -1,
+    where: Where = None,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    bias: jax.typing.ArrayLike | None = None,
+    implementation: str | None = None,
+) -> Array:
+    r"""The logarithm of the softmax, as exact where the softmax vanishes.
+
+    .. math:: \mathrm{log\_softmax}(x)_i = x_i - \log \sum_j \exp(x_j)
+
+    A drop-in for :func:`jax.nn.log_softmax`, which it follows on every edge case: a row with a NaN or a +inf,
+    or of nothing but -inf, gives NaN throughout; -inf gives -inf.
+
+    Args:
+      x: as in :func:`softmax`.
+      axis: as in :func:`softmax`.
+      where: as in :func:`softmax`, but masked positions give -inf.
+      scale: as in :func:`softmax`.
+      bias: as in :func:`softmax`.
+      implementation: as in :func:`softmax`.
+
+    Returns:
+      Array of x's shape and (promoted) dtype. float32 and float64 results are within 2 ULP of the exact value
+      or 1 ULP of the row's largest logit, whichever is more, where a native kernel runs.
+
+    Raises:
+      TypeError, ValueError: as :func:`softmax`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_softmax2p
+      >>> jax_softmax2p.log_softmax(jnp.array([0.0, 1000.0])).tolist()
+      [-1000.0, 0.0]
+
+    Source: as :func:`softmax`; the sum is that of pass 1.
+    """
+    logits = as_logits(x, axis, where, scale=scale, bias=bias, implementation=implementation)
+    if implementation == "reference":
+        return logits.restore(reference.log_softmax(logits.operands[0], **logits.reference_operands()))
+    return logits.restore(log_softmax_primitive.log_softmax(*logits.operands, **logits.params))
+
+
+def logsumexp(
+    a: jax.typing.ArrayLike,
+    axis: Axis = None,
+    b: jax.typing.ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    where: Where = None,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    bias: jax.typing.ArrayLike | None = None,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    r"""The logarithm of the sum of exponentials, in one read of the array.
+
+    .. math:: \mathrm{logsumexp}(a) = \log \sum_j b_j \exp(a_j)
+
+    A drop-in for :func:`jax.nn.logsumexp`, which it follows on every edge case: a NaN gives NaN, else a +inf
+    +inf; nothing but -inf, or nothing at all, gives -inf. The gradient is recomputed from a and the result:
+    nothing else of a's size is kept for it.
+
+    Args:
+      a: array of logits, as x of :func:`softmax`.
+      axis: the axis or axes to reduce; None for all.
+      b: factors of the exponentials, which broadcast with a. With them, and for complex a, it is
+        jax.nn.logsumexp that computes.
+      keepdims: whether the axes stay in the result, with size 1.
+      return_sign: whether to return (result, sign), where sign is that of the sum.
+      where: as in :func:`softmax`; what is masked adds nothing.
+      scale: as in :func:`softmax`.
+      bias: as in :func:`softmax`.
+      implementation: as in :func:`softmax`; "native" cannot be combined with b.
+
+    Returns:
+      Array of a's shape without the axes, of its (promoted) dtype; and its like, with signs. Results are within
+      2 ULP of the exact value or 1 ULP of the row's largest logit, whichever is more, where a native kernel
+      runs.
+
+    Raises:
+      TypeError, ValueError: as :func:`softmax`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_softmax2p
+      >>> float(jax_softmax2p.logsumexp(jnp.full(8, 1000.0)) - 1000)
+      2.0794677734375
+
+    Source: pass 1 of Algorithm 3 of arXiv 2001.04438.
+    """
+    if b is not None or jnp.iscomplexobj(a):
+        return _general_logsumexp(a, axis, b, keepdims, return_sign, where, scale, bias, implementation)
+    logits = as_logits(
+        a,
+        axis,
+        where,
+        scale=scale,
+        bias=bias,
+        implementation=implementation,
+        shift_integers=False,
+        name="a",
+    )
+    if implementation == "reference":
+        high, _ = reference.log_sum(logits.operands[0], **logits.reference_operands())
     else:
-        y = bind_softmax(merged, axis=axis_of_merged, algorithm=algorithm, implementation=implementation)
-    y = _split_axes(y, x.shape, axes).astype(dtype)
-    return y if mask is None else jnp.where(mask, y, 0)
+        high, _ = log_sum(*logits.operands, **logits.params)
+    result = logits.restore_reduced(high, keepdims)
+    if not return_sign:
+        return result
+    # Of a sum of exponentials: 1, or 0 where there is none, or NaN.
+    return result, jnp.where(result == -jnp.inf, 0, jnp.where(jnp.isnan(result), result, 1)).astype(
+        result.dtype
+    )
 
 
-def _as_numeric_array(x: jax.typing.ArrayLike) -> Array:
-    if not isinstance(x, (jax.Array, np.ndarray, np.generic, int, float, complex)) and not hasattr(
-        x, "__jax_array__"
-    ):
-        raise TypeError(f"x must be an array or a number, got {type(x).__name__}")
-    array = jnp.asarray(x)
-    if not jnp.issubdtype(array.dtype, jnp.number):
-        raise TypeError(f"x must be an array of numbers, got dtype {array.dtype}")
-    return array
-
-
-def _canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
-    """The axes as negative integers, ascending."""
-    if axis is None:
-        return tuple(range(-ndim, 0))
-    try:
-        given = tuple(map(operator.index, axis)) if isinstance(axis, Sequence) else (operator.index(axis),)
-    except TypeError:
-        raise TypeError(f"axis must be an integer, several, or None; got {axis!r}") from None
-    for a in given:
-        if not -ndim <= a < ndim:
-            raise ValueError(f"axis {a} is out of range for an array of {ndim} dimensions")
-    axes = tuple(sorted(a - ndim if a >= 0 else a for a in given))
-    if len(set(axes)) != len(axes):
-        raise ValueError(f"axis names a dimension twice: {axis!r}")
-    return axes
-
-
-def _as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...]) -> Array:
-    mask = jnp.asarray(where)
-    if mask.dtype != jnp.bool_:
-        raise ValueError(f"where must be boolean, got dtype {mask.dtype}")
-    try:
-        fits = jnp.broadcast_shapes(mask.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(f"where must broadcast to x's shape {shape}, got shape {mask.shape}")
-    return mask
-
-
-def _as_inexact(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:
-    """Integers as floats, less their maximum, which integers subtract exactly and floats may not."""
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return x
-    x_max = jnp.max(x, axes, keepdims=True, where=mask, initial=jnp.iinfo(x.dtype).min)
-    # The difference may exceed the signed range, by wrapping into what is right as unsigned.
-    unsigned = jnp.dtype(f"uint{jnp.iinfo(x.dtype).bits}")
-    return -(x_max - x).astype(unsigned).astype(jax.eval_shape(jnp.exp, x).dtype)
-
-
-def _has_no_infinity(dtype: np.dtype) -> bool:
-    """Some formats of 8 bits and fewer have nothing below every number, to mask with."""
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
-
-
-def _fill_masked(x: Array, axes: tuple[int, ...], mask: Array) -> Array:
-    """-inf where masked; 0 throughout a row without a True, lest it make NaNs on its way to zeros."""
-    mask = jnp.broadcast_to(mask, x.shape)
-    empty = ~jnp.any(mask, axes, keepdims=True)
-    return jnp.where(mask, x, jnp.where(empty, 0, -jnp.inf).astype(x.dtype))
-
-
-def _merge_axes(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
-    """The array with the axes merged into one, and where that is."""
-    if len(axes) == 1:
-        return x, axes[0]
-    moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
-    batch = moved.shape[: x.ndim - len(axes)]
-    return moved.reshape(*batch, math.prod(x.shape[a] for a in axes)), -1
-
-
-def _split_axes(y: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
-    """Undoes _merge_axes."""
-    if len(axes) == 1:
-        return y
-    moved = y.reshape(*y.shape[:-1], *(shape[a] for a in axes))
-    return jnp.moveaxis(moved, range(-len(axes), 0), axes)
+def _general_logsumexp(
+    a, axis, b, keepdims, return_sign, where, scale, bias, implementation
+) -> Array | tuple[Array, Array]:
+    """With factors, or complex."""
+    logits = as_logits(a, axis, where, scale=scale, bias=bias, implementation=None, shift_integers=False)
+    if implementation == "native":
+        raise ValueError(
+            "implementation='native' cannot run: there is no native kernel with b, or for complex"
+        )
+    mask = mask_of(logits.shape, None, logits.params["given"].band) if isinstance(where, Band) else where
+    z = jnp.asarray(a)
+    if scale is not None:
+        z = z * scale
+    if bias is not None:
+        z = z + bias
+    return jax.nn.logsumexp(z, axis, b, keepdims, return_sign, mask)

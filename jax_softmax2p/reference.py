@@ -1,7 +1,8 @@
 """The semantics in plain jax.numpy: what runs where no native kernel does, and what those must match.
 
-The functions take an unmasked array and one axis; ``ops`` does the rest. They compute float16, bfloat16
-and float8 in float32 and round once, as the native kernels do.
+The functions work along one axis; ``ops`` does the rest. They compute float16, bfloat16 and float8 in float32
+and round once, as the native kernels do. Logits are scale·x + bias, all of one rank; what ``where`` masks takes
+no part.
 """
 
 import jax
@@ -10,12 +11,66 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def softmax(x: Array, axis: int) -> Array:
-    """exp(x - max(x)) / sum(exp(x - max(x))) along ``axis``."""
-    x_wide = _widen(x)
-    x_max = jnp.max(x_wide, axis, keepdims=True, initial=-jnp.inf)
-    unnormalized = jnp.exp(x_wide - jax.lax.stop_gradient(x_max))
-    return (unnormalized / jnp.sum(unnormalized, axis, keepdims=True)).astype(x.dtype)
+def softmax(
+    x: Array, axis: int, scale: Array | None = None, bias: Array | None = None, where: Array | None = None
+) -> Array:
+    """exp(z - max(z)) / sum(exp(z - max(z))) along ``axis`` for logits z; 0 where masked."""
+    z = _logits(x, axis, scale, bias, where)
+    unnormalized = jnp.exp(z - jax.lax.stop_gradient(_maximum(z, axis)))
+    y = (unnormalized / jnp.sum(unnormalized, axis, keepdims=True)).astype(x.dtype)
+    return y if where is None else jnp.where(where, y, 0)
+
+
+def log_softmax(
+    x: Array, axis: int, scale: Array | None = None, bias: Array | None = None, where: Array | None = None
+) -> Array:
+    """z - log(sum(exp(z))) along ``axis`` for logits z; -inf where masked."""
+    z = _logits(x, axis, scale, bias, where)
+    shifted = z - jax.lax.stop_gradient(_maximum(z, axis))
+    y = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))).astype(x.dtype)
+    return y if where is None else jnp.where(where, y, -jnp.inf)
+
+
+def log_sum(
+    x: Array, axis: int, scale: Array | None = None, bias: Array | None = None, where: Array | None = None
+) -> tuple[Array, Array]:
+    """log(sum(exp(z))) along ``axis`` for logits z, as a sum of two: its rounding, and what that leaves out."""
+    z = _logits(x, axis, scale, bias, where, empty=-jnp.inf)
+    z_max = jax.lax.stop_gradient(_maximum(z, axis))
+    z_max = jnp.where(jnp.isfinite(z_max), z_max, 0)
+    log = jnp.log(jnp.sum(jnp.exp(z - z_max), axis))
+    z_max = jnp.squeeze(z_max, axis)
+    high = z_max + log
+    low = jnp.where(jnp.isfinite(high), (z_max - high) + log, 0)
+    return high, jax.lax.stop_gradient(low)
+
+
+def log_sum_vjp(
+    x: Array,
+    high: Array,
+    low: Array,
+    factor: Array,
+    labels: Array,
+    axis: int,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    where: Array | None = None,
+) -> Array:
+    """factor·(exp(z - high - low) - one_hot(labels)) along ``axis``; 0 where masked, but for the labels."""
+    z = _logits(x, axis, scale, bias, where)
+    high, low, factor = (jnp.expand_dims(a, axis) for a in (high, low, factor))
+    y = jnp.exp((z - high) - low)
+    if where is not None:
+        y = jnp.where(where, y, 0)
+    if labels.size:
+        y = y - _one_hot(labels, x.shape, axis)
+    return (factor * y).astype(x.dtype)
+
+
+def log_sum_jvp(x: Array, high: Array, low: Array, labels: Array, t: Array, axis: int, **operands) -> Array:
+    """sum(softmax(z)·t) along ``axis``, less t at the labels: what log_sum_vjp transposes."""
+    ones = jnp.ones_like(high)
+    return jnp.sum(log_sum_vjp(_widen(x), high, low, ones, labels, axis, **operands) * _widen(t), axis)
 
 
 def softmax_jacobian(y: Array, t: Array, axis: int) -> Array:
@@ -29,6 +84,37 @@ def softmax_jacobian_derivative(y: Array, t: Array, y_dot: Array, axis: int) -> 
     y_wide, t_wide, y_dot_wide = _widen(y), _widen(t), _widen(y_dot)
     centred = t_wide - _dot(y_wide, t_wide, axis)
     return (y_dot_wide * centred - y_wide * _dot(y_dot_wide, t_wide, axis)).astype(y.dtype)
+
+
+def _logits(
+    x: Array,
+    axis: int,
+    scale: Array | None,
+    bias: Array | None,
+    where: Array | None,
+    empty: float = 0,
+) -> Array:
+    """scale·x + bias; -inf where masked, or ``empty`` throughout a row without a True."""
+    # Masked before it is scaled: 0 times what stands there would be NaN in scale's derivative.
+    z = _widen(x if where is None else jnp.where(where, x, 0))
+    if scale is not None:
+        z = z * scale
+    if bias is not None:
+        z = z + _widen(bias)
+    if where is None:
+        return z
+    masked = jnp.where(jnp.any(where, axis, keepdims=True), -jnp.inf, empty).astype(z.dtype)
+    return jnp.where(where, z, masked)
+
+
+def _maximum(z: Array, axis: int) -> Array:
+    return jnp.max(z, axis, keepdims=True, initial=-jnp.inf)
+
+
+def _one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """Labels below 0 count from the end; those out of range are nowhere."""
+    labels = jnp.expand_dims(jnp.where(labels < 0, labels + shape[axis], labels), axis)
+    return jax.lax.broadcasted_iota(labels.dtype, shape, axis % len(shape)) == labels
 
 
 def _dot(a: Array, b: Array, axis: int) -> Array:

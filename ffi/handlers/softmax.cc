@@ -4,6 +4,7 @@
 
 #include "ffi/handlers/common.h"
 #include "ffi/handlers/handlers.h"
+#include "ffi/handlers/logits.h"
 #include "ffi/runtime/algorithm.h"
 #include "ffi/runtime/dispatch.h"
 
@@ -12,11 +13,16 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error HandleSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y,
-                         std::int64_t axis, std::string_view algorithm) {
+ffi::Error HandleSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
+                         ffi::Result<ffi::AnyBuffer> y, std::int64_t axis, std::string_view algorithm,
+                         std::int64_t given, std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_softmax_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, axis);
   if (layout.has_error()) return layout.error();
+  const LogitsAttributes attributes{given, before, after};
+  if (!attributes.None() && axis != -1) {
+    return ffi::Error::InvalidArgument(std::string(kName) + ": operands and bands need axis -1");
+  }
   const std::optional<Algorithm> chosen = FindAlgorithm(algorithm);
   if (!chosen) {
     return ffi::Error::InvalidArgument(std::string(kName) + ": " + UnknownAlgorithm(algorithm));
@@ -26,8 +32,14 @@ ffi::Error HandleSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi
   XlaExecutor executor(pool);
   return DispatchType(kName, x.element_type(), [&](auto zero) {
     using E = decltype(zero);
-    Softmax(choice.kernels->Of<E>(), executor, *chosen, static_cast<const E*>(x.untyped_data()),
-            static_cast<E*>(y->untyped_data()), *layout);
+    E* const results = static_cast<E*>(y->untyped_data());
+    if (attributes.None()) {
+      Softmax(*choice.kernels, executor, *chosen, static_cast<const E*>(x.untyped_data()), results, *layout);
+      return ffi::Error::Success();
+    }
+    const ffi::ErrorOr<Logits<E>> logits = ReadLogits<E>(kName, x, operands, attributes);
+    if (logits.has_error()) return logits.error();
+    SoftmaxOfLogits(*choice.kernels, executor, *chosen, *logits, results);
     return ffi::Error::Success();
   });
 }
@@ -38,8 +50,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_softmax_v1, HandleSoftmax,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<std::int64_t>("axis")
-                                  .Attr<std::string_view>("algorithm"));
+                                  .Attr<std::string_view>("algorithm")
+                                  .Attr<std::int64_t>("operands")
+                                  .Attr<std::int64_t>("before")
+                                  .Attr<std::int64_t>("after"));
 
 }  // namespace jax_softmax2p

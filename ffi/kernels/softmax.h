@@ -64,13 +64,15 @@ class SoftmaxKernels {
     return SumRow(x, Nothing{}, n, Plain{}, known);
   }
 
-  static void RowWrite(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
+  // x of type In, E or T.
+  template <typename In>
+  static void RowWrite(const In* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
                        bool stream) {
     const V exponent = V::Broadcast(static_cast<T>(scale.exponent));
     const Scaler scaler{V::Broadcast(scale.high), V::Broadcast(scale.low)};
     if (scale.subtract) {
-      WriteRow(Recompute<Less>(exponent, Less{V::Broadcast(scale.maximum)}), x, Nothing{}, y, n, scaler,
-               stream);
+      const LessBoth less{V::Broadcast(scale.maximum), V::Broadcast(scale.rest)};
+      WriteRow(Recompute<LessBoth>(exponent, less), x, Nothing{}, y, n, scaler, stream);
     } else if (kept != nullptr) {
       WriteRow(Reload(exponent), x, kept, y, n, scaler, stream);
     } else {
@@ -78,9 +80,16 @@ class SoftmaxKernels {
     }
   }
 
+  template <typename In>
+  static void RowWriteLog(const In* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream) {
+    const V maximum = V::Broadcast(sum.maximum), high = V::Broadcast(sum.high), low = V::Broadcast(sum.low);
+    WriteRow(LessLogSum{maximum, high, low}, x, Nothing{}, y, n, Itself{}, stream);
+  }
+
   // Whole softmaxes of `outer` small matrices of n·inner <= kShort elements along their first axis, kLanes
   // matrices at a time, one a lane: they are transposed into a tile, and back.
-  static void ShortMatrices(const E* x, E* y, std::int64_t outer, int n, int inner, bool stream) {
+  template <typename In>
+  static void ShortMatrices(const In* x, E* y, std::int64_t outer, int n, int inner, bool stream) {
     const int m = n * inner;
     // A column of a tile is a chain of dependent operations from its first element to its last result. As
     // many tiles as fit are worked on together, so that the CPU has several chains to choose from.
@@ -227,13 +236,18 @@ class SoftmaxKernels {
     SOFTMAX2P_INLINE V operator()(V x) const { return x - maximum; }
   };
 
+  struct LessBoth {
+    V maximum, rest;
+    SOFTMAX2P_INLINE V operator()(V x) const { return (x - maximum) - rest; }
+  };
+
   // Where e^x comes from: computed anew, or the power from x, at three operations, and s from pass 1.
   template <typename Read>
   class Recompute {
    public:
     SOFTMAX2P_INLINE Recompute(V exponent, const Read& read) : exponential_(exponent), read_(read) {}
-    template <int K, typename Access, typename Kept, typename Stride>
-    SOFTMAX2P_INLINE Exponentials<V, K> At(const Access& access, const E* x, Kept, Stride stride) const {
+    template <int K, typename Access, typename In, typename Kept, typename Stride>
+    SOFTMAX2P_INLINE Exponentials<V, K> At(const Access& access, const In* x, Kept, Stride stride) const {
       V v[K];
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) v[k] = read_(access.Load(x + k * stride));
       return exponential_(v);
@@ -246,8 +260,8 @@ class SoftmaxKernels {
   class Reload {
    public:
     explicit SOFTMAX2P_INLINE Reload(V exponent) : exponential_(exponent) {}
-    template <int K, typename Access, typename Stride>
-    SOFTMAX2P_INLINE Exponentials<V, K> At(const Access& access, const E* x, const T* kept,
+    template <int K, typename Access, typename In, typename Stride>
+    SOFTMAX2P_INLINE Exponentials<V, K> At(const Access& access, const In* x, const T* kept,
                                            Stride stride) const {
       Exponentials<V, K> e;
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
@@ -305,8 +319,8 @@ class SoftmaxKernels {
     return Max(Max(ways[0], ways[1]), Max(ways[2], ways[3]));
   }
 
-  template <int K, typename Stride, typename Far>
-  static SOFTMAX2P_INLINE void Prefetch(const E* x, Stride stride, Far ahead) {
+  template <int K, typename In, typename Stride, typename Far>
+  static SOFTMAX2P_INLINE void Prefetch(const In* x, Stride stride, Far ahead) {
     if constexpr (!std::is_same_v<Far, Ahead<0>>) {
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) __builtin_prefetch(x + (k + ahead) * stride);
     }
@@ -422,21 +436,45 @@ class SoftmaxKernels {
     }
   };
 
-  template <int K, typename Access, typename Out, typename Kept, typename Stride, typename Far,
-            typename Source>
+  // No exponential: x less the log of the sum.
+  struct LessLogSum {
+    V maximum, high, low;
+    template <int K>
+    struct Results {
+      V v[K];
+    };
+    template <int K, typename Access, typename In, typename Stride>
+    SOFTMAX2P_INLINE Results<K> At(const Access& access, const In* x, Nothing, Stride stride) const {
+      Results<K> r;
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
+        r.v[k] = ((access.Load(x + k * stride) - maximum) - high) - low;
+      }
+      return r;
+    }
+  };
+  struct Itself {
+    template <typename Results, int K>
+    SOFTMAX2P_INLINE void operator()(const Results& r, V (&y)[K]) const {
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = r.v[k];
+    }
+  };
+
+  template <int K, typename Access, typename Out, typename In, typename Kept, typename Stride, typename Far,
+            typename Source, typename Scaling>
   static SOFTMAX2P_INLINE void WriteSome(const Access& access, const Out& out, const Source& source,
-                                         const E* x, Kept kept, E* y, Stride stride, Far ahead,
-                                         const Scaler& scaler) {
+                                         const In* x, Kept kept, E* y, Stride stride, Far ahead,
+                                         const Scaling& scaler) {
     Prefetch<K>(x, stride, ahead);
     V v[K];
     scaler(source.template At<K>(access, x, kept, stride), v);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) out.Store(v[k], y + k * stride);
   }
 
-  template <typename Access, typename Out, typename Kept, typename Stride, typename Far, typename Source>
-  static SOFTMAX2P_INLINE void Write(const Access& access, const Out& out, const Source& source, const E* x,
+  template <typename Access, typename Out, typename In, typename Kept, typename Stride, typename Far,
+            typename Source, typename Scaling>
+  static SOFTMAX2P_INLINE void Write(const Access& access, const Out& out, const Source& source, const In* x,
                                      Kept kept, E* y, Stride stride, Far ahead, std::int64_t rows,
-                                     const Scaler& scaler) {
+                                     const Scaling& scaler) {
     std::int64_t i = 0;
     for (; i + kWays <= rows; i += kWays) {
       WriteSome<kWays>(access, out, source, x + i * stride, kept + i * stride, y + i * stride, stride, ahead,
@@ -448,9 +486,9 @@ class SoftmaxKernels {
     }
   }
 
-  template <typename Source, typename Kept>
-  static SOFTMAX2P_INLINE void WriteRow(const Source& source, const E* x, Kept kept, E* y, std::int64_t n,
-                                        const Scaler& scaler, bool stream) {
+  template <typename Source, typename In, typename Kept, typename Scaling>
+  static SOFTMAX2P_INLINE void WriteRow(const Source& source, const In* x, Kept kept, E* y, std::int64_t n,
+                                        const Scaling& scaler, bool stream) {
     const auto part = [&](std::int64_t i, int count) {
       const Leading some{count};
       WriteSome<1>(some, some, source, x + i, kept + i, y + i, kAdjacent, Ahead<0>{}, scaler);
@@ -555,8 +593,9 @@ class SoftmaxKernels {
   }
 
   // tile[i * kLanes + l] = x[l * m + i], for l < count.
-  static SOFTMAX2P_INLINE void LoadTile(const E* x, int count, int m, T* tile) {
-    if constexpr (std::is_same_v<E, T>) {
+  template <typename In>
+  static SOFTMAX2P_INLINE void LoadTile(const In* x, int count, int m, T* tile) {
+    if constexpr (std::is_same_v<In, T>) {
       if (count == V::kLanes) return Transpose(x, m, tile);
     }
     T rows[kShort * V::kLanes];

@@ -35,7 +35,7 @@ struct KnownMaximum {
   T value = 0;
 };
 
-// y = (high + low)·2^-exponent·e^x, with x less `maximum` first where `subtract`.
+// y = (high + low)·2^-exponent·e^x, with x less `maximum` and then `rest` first where `subtract`.
 template <typename T>
 struct RowScale {
   T high;
@@ -43,6 +43,7 @@ struct RowScale {
   int exponent;
   bool subtract;
   T maximum;
+  T rest;
 };
 
 // `width` columns of `rows` elements each, column c's at x[c + i * stride], and one element more in the first
@@ -62,6 +63,26 @@ struct PanelTotals {
   T* exponent;
 };
 
+// A stretch of a row, and what is applied to it: `where` and `bias` have an element for each of x's, or are
+// null: nothing is masked, or `shift` is the bias.
+template <typename E>
+struct FuseRun {
+  const E* x;
+  const E* bias;
+  const std::uint8_t* where;
+  ComputeOf<E> scale;
+  ComputeOf<E> shift;
+  ComputeOf<E> fill;
+};
+
+// A row's log-sum, high + low, with z less `maximum` first.
+template <typename T>
+struct RowLogSum {
+  T maximum;
+  T high;
+  T low;
+};
+
 // Kernels for arrays of E, computed in T.
 template <typename E>
 struct KernelTable {
@@ -79,6 +100,15 @@ struct KernelTable {
   ExtendedSum (*row_sum)(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum);
   // `stream` writes past the caches.
   void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale, bool stream);
+  // y = ((x - maximum) - high) - low.
+  void (*row_write_log)(const E* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream);
+
+  // Rows that a scale, a bias or a mask were applied to, as T. kernels.Of<T>() has the rest.
+  void (*fuse)(const FuseRun<E>& run, T* z, std::int64_t n);
+  void (*fused_row_write)(const T* z, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
+                          bool stream);
+  void (*fused_row_write_log)(const T* z, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream);
+  void (*fused_short_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool stream);
 
   // Panels, of kMaxPanelRows at most. `maximum` and `subtract` are null, or have an element a column; both
   // mean what KnownMaximum says.

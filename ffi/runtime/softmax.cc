@@ -1,5 +1,8 @@
 #include "ffi/runtime/softmax.h"
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "ffi/runtime/memory.h"
@@ -39,11 +42,39 @@ SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes) {
   return plan;
 }
 
+// Rows of up to kShort elements, as many at a time as fit into a block.
+template <typename E>
+void ShortRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
+               E* y) {
+  using T = ComputeOf<E>;
+  const std::int64_t n = logits.n, most = kFusedBlock / n;
+  const auto some = [&](std::int64_t first, std::int64_t end) {
+    T z[kFusedBlock];
+    for (std::int64_t r = first; r < end; r += most) {
+      const std::int64_t count = std::min(most, end - r);
+      for (std::int64_t i = 0; i < count; ++i) {
+        const LogitsRow<E> row(kernels, logits, r + i, nullptr);
+        if (row.size() < n) std::fill(z + i * n, z + (i + 1) * n, -std::numeric_limits<T>::infinity());
+        row.Fuse(0, row.size(), z + i * n + row.begin());
+      }
+      kernels.Of<E>().fused_short_matrices(z, y + r * n, count, static_cast<int>(n), 1, plan.stream);
+      for (std::int64_t i = r; logits.Masked() && i < r + count; ++i) {
+        if (std::isnan(WidenScalar(y[i * n]))) {
+          LogitsRow<E>(kernels, logits, i, nullptr).FillMasked(y + i * n, E{});
+        }
+      }
+    }
+    if (plan.stream) FinishStreaming();
+  };
+  ForWholeRows(executor, logits.rows, n, some);
+}
+
 }  // namespace
 
 template <typename E>
-void Softmax(const KernelTable<E>& kernels, Executor& executor, Algorithm algorithm, const E* x, E* y,
+void Softmax(const Kernels& all, Executor& executor, Algorithm algorithm, const E* x, E* y,
              const Layout& layout) {
+  const KernelTable<E>& kernels = all.Of<E>();
   const std::int64_t matrix = layout.n * layout.inner, size = layout.outer * matrix;
   if (size == 0) return;
   AdviseHugePages(y, static_cast<std::size_t>(size) * sizeof(E));
@@ -54,21 +85,40 @@ void Softmax(const KernelTable<E>& kernels, Executor& executor, Algorithm algori
                              static_cast<int>(layout.inner), plan.stream);
       if (plan.stream) FinishStreaming();
     });
-    return;
-  }
-  if (layout.inner == 1) {
-    SoftmaxRows(kernels, executor, plan, x, y, layout.outer, layout.n);
+  } else if (layout.inner == 1) {
+    Logits<E> logits;
+    logits.x = x;
+    logits.rows = layout.outer;
+    logits.n = layout.n;
+    SoftmaxRows(all, executor, plan, logits, y);
   } else {
     SoftmaxColumns(kernels, executor, plan, x, y, layout);
   }
 }
 
-template void Softmax(const KernelTable<float>&, Executor&, Algorithm, const float*, float*, const Layout&);
-template void Softmax(const KernelTable<double>&, Executor&, Algorithm, const double*, double*,
-                      const Layout&);
-template void Softmax(const KernelTable<BFloat16>&, Executor&, Algorithm, const BFloat16*, BFloat16*,
-                      const Layout&);
-template void Softmax(const KernelTable<Float16>&, Executor&, Algorithm, const Float16*, Float16*,
-                      const Layout&);
+template <typename E>
+void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algorithm, Logits<E> logits, E* y) {
+  const Layout layout{logits.rows, logits.n, 1};
+  if (logits.Plain()) return Softmax(kernels, executor, algorithm, logits.x, y, layout);
+  const std::int64_t size = logits.rows * logits.n;
+  if (size == 0) return;
+  Simplify(logits);
+  AdviseHugePages(y, static_cast<std::size_t>(size) * sizeof(E));
+  const SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout, kernels.Of<E>().lanes);
+  if (logits.n <= kShort) {
+    ShortRows(kernels, executor, plan, logits, y);
+  } else {
+    SoftmaxRows(kernels, executor, plan, logits, y);
+  }
+}
+
+template void Softmax(const Kernels&, Executor&, Algorithm, const float*, float*, const Layout&);
+template void SoftmaxOfLogits(const Kernels&, Executor&, Algorithm, Logits<float>, float*);
+template void Softmax(const Kernels&, Executor&, Algorithm, const double*, double*, const Layout&);
+template void SoftmaxOfLogits(const Kernels&, Executor&, Algorithm, Logits<double>, double*);
+template void Softmax(const Kernels&, Executor&, Algorithm, const BFloat16*, BFloat16*, const Layout&);
+template void SoftmaxOfLogits(const Kernels&, Executor&, Algorithm, Logits<BFloat16>, BFloat16*);
+template void Softmax(const Kernels&, Executor&, Algorithm, const Float16*, Float16*, const Layout&);
+template void SoftmaxOfLogits(const Kernels&, Executor&, Algorithm, Logits<Float16>, Float16*);
 
 }  // namespace jax_softmax2p

@@ -5,6 +5,7 @@
 
 #include "ffi/kernels/table.h"
 #include "ffi/runtime/algorithm.h"
+#include "ffi/runtime/logits.h"
 #include "ffi/runtime/parallel.h"
 
 namespace jax_softmax2p {
@@ -26,13 +27,17 @@ struct SoftmaxPlan {
 // y = softmax(x) along n. y may be x, but not overlap it otherwise. Two passes give the same bits with and
 // without reload, and so does auto.
 template <typename E>
-void Softmax(const KernelTable<E>& kernels, Executor& executor, Algorithm algorithm, const E* x, E* y,
+void Softmax(const Kernels& kernels, Executor& executor, Algorithm algorithm, const E* x, E* y,
              const Layout& layout);
 
-// What Softmax calls for rows too long for KernelTable::short_matrices, and for columns.
+// The same along the last axis, with operands applied first. Positions that are masked give 0.
 template <typename E>
-void SoftmaxRows(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x, E* y,
-                 std::int64_t rows, std::int64_t n);
+void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algorithm, Logits<E> logits, E* y);
+
+// What these call for rows too long for KernelTable::short_matrices, and for columns.
+template <typename E>
+void SoftmaxRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
+                 E* y);
 template <typename E>
 void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x,
                     E* y, const Layout& layout);

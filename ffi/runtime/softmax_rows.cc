@@ -1,10 +1,9 @@
-#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <new>
 #include <type_traits>
 
+#include "ffi/runtime/logits.h"
 #include "ffi/runtime/memory.h"
 #include "ffi/runtime/row_work.h"
 #include "ffi/runtime/softmax.h"
@@ -19,13 +18,16 @@ constexpr std::int64_t kInterleavedRow = 1 << 11;
 
 // 1/sum as a T and what that T leaves out.
 template <typename T>
-RowScale<T> ScaleFor(const ExtendedSum& sum) {
-  const double high = 1 / sum.mantissa.high;
-  const double error = (std::fma(-high, sum.mantissa.high, 1.0) - high * sum.mantissa.low) * high;
+RowScale<T> ScaleFor(const RowTotal<T>& total) {
+  const DoubleSum& mantissa = total.sum.mantissa;
+  const double high = 1 / mantissa.high;
+  const double error = (std::fma(-high, mantissa.high, 1.0) - high * mantissa.low) * high;
   RowScale<T> scale{};
   scale.high = static_cast<T>(high);
   scale.low = static_cast<T>((high - static_cast<double>(scale.high)) + error);
-  scale.exponent = sum.exponent;
+  scale.exponent = total.sum.exponent;
+  scale.subtract = total.subtract;
+  scale.maximum = total.maximum;
   return scale;
 }
 
@@ -35,113 +37,100 @@ class Rows {
   using T = ComputeOf<E>;
 
  public:
-  Rows(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, std::int64_t n)
-      : kernels_(kernels), segments_(executor, n), plan_(plan), n_(n) {}
+  Rows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits)
+      : kernels_(kernels), executor_(executor), plan_(plan), logits_(logits) {}
 
-  void Compute(const E* x, E* y, std::int64_t rows) const {
+  void Compute(E* y, std::int64_t first, std::int64_t end) const {
+    const std::int64_t n = logits_.n;
+    const bool interleaved = n <= kInterleavedRow;
+    const std::int64_t turns = interleaved ? 2 : 1;
+    // Where operands are applied block by block, what pass 1 computes is computed again.
+    const bool fused = !logits_.Plain(), whole = !fused || n <= kFusedBlock;
     // y will do for what pass 1 keeps, unless x is still needed there, or it has no room for a T, or must not
     // come into the caches. Without memory for scratch the row is recomputed instead.
-    const bool in_y = std::is_same_v<E, T> && x != y && !plan_.stream;
-    const bool needs_scratch = plan_.reload && !in_y;
-    const bool interleaved = n_ <= kInterleavedRow;
-    const std::unique_ptr<T[]> scratch(needs_scratch ? new (std::nothrow) T[interleaved ? 2 * n_ : n_]
-                                                     : nullptr);
-    const auto kept = [&](std::int64_t r) -> T* {
+    const bool reload = plan_.reload && whole;
+    const bool in_y = std::is_same_v<E, T> && logits_.x != y && !plan_.stream;
+    const std::int64_t for_kept = reload && !in_y ? turns * n : 0, for_fused = fused && whole ? turns * n : 0;
+    const std::unique_ptr<T[]> scratch(
+        for_kept + for_fused == 0 ? nullptr : new (std::nothrow) T[for_kept + for_fused]);
+    const auto row = [&](std::int64_t r) {
+      T* const buffer = for_fused == 0 || scratch == nullptr ? nullptr : scratch.get() + r % turns * n;
+      return LogitsRow<E>(kernels_, logits_, r, buffer);
+    };
+    const auto kept = [&](std::int64_t r, const LogitsRow<E>& of) -> T* {
+      if (!reload) return nullptr;
       if constexpr (std::is_same_v<E, T>) {
-        if (plan_.reload && in_y) return y + r * n_;
+        if (in_y) return y + r * n + of.begin();
       }
-      return scratch == nullptr ? nullptr : scratch.get() + (interleaved ? r % 2 * n_ : 0);
+      return scratch == nullptr ? nullptr : scratch.get() + for_fused + r % turns * n;
     };
     if (!interleaved) {
-      for (std::int64_t r = 0; r < rows; ++r) {
-        Write(x + r * n_, kept(r), y + r * n_, Scale(x + r * n_, kept(r)));
+      for (std::int64_t r = first; r < end; ++r) {
+        const LogitsRow<E> one = row(r);
+        T* const place = kept(r, one);
+        Write(one, place, y + r * n, Scale(one, place));
       }
-    } else {
-      RowScale<T> next = Scale(x, kept(0));
-      for (std::int64_t r = 0; r < rows; ++r) {
-        const RowScale<T> scale = next;
-        if (r + 1 < rows) next = Scale(x + (r + 1) * n_, kept(r + 1));
-        Write(x + r * n_, kept(r), y + r * n_, scale);
+    } else if (first < end) {
+      LogitsRow<E> next = row(first);
+      RowScale<T> next_scale = Scale(next, kept(first, next));
+      for (std::int64_t r = first; r < end; ++r) {
+        const LogitsRow<E> one = next;
+        const RowScale<T> scale = next_scale;
+        if (r + 1 < end) {
+          next = row(r + 1);
+          next_scale = Scale(next, kept(r + 1, next));
+        }
+        Write(one, kept(r, one), y + r * n, scale);
       }
     }
     if (plan_.stream) FinishStreaming();
   }
 
  private:
-  // Pass 1.
-  RowScale<T> Scale(const E* x, T* kept) const {
-    KnownMaximum<T> known;
-    if (plan_.maximum_first) known = {KnownMaximum<T>::kReference, Maximum(x)};
-    const ExtendedSum sum = Sum(x, kept, known);
-    // The guard: whether the row's largest element took the sum out of the range in which kernels are exact.
-    if (std::abs(sum.exponent) < kernels_.max_exponent) return ScaleFor<T>(sum);
-    return ScaleLessMaximum(x);
-  }
-
-  // The third pass that the guard asks for. Only rows whose largest element is beyond the exact range come
-  // here: at that size, by Sterbenz's lemma, x - maximum is exact wherever e^(x - maximum) does not vanish.
-  RowScale<T> ScaleLessMaximum(const E* x) const {
-    const T maximum = Maximum(x);
-    RowScale<T> scale{};
-    if (std::isinf(maximum)) {
-      scale.high = std::numeric_limits<T>::quiet_NaN();
-      return scale;
-    }
-    scale = ScaleFor<T>(Sum(x, nullptr, {KnownMaximum<T>::kSubtract, maximum}));
-    scale.subtract = true;
-    scale.maximum = maximum;
-    return scale;
-  }
-
-  T Maximum(const E* x) const {
-    return segments_.Reduce<T>(
-        [&](std::int64_t begin, std::int64_t size) { return kernels_.row_max(x + begin, size); },
-        [](T& a, T b) { a = std::max(a, b); });
-  }
-
-  ExtendedSum Sum(const E* x, T* kept, const KnownMaximum<T>& known) const {
-    return segments_.Reduce<ExtendedSum>(
-        [&](std::int64_t begin, std::int64_t size) {
-          return kernels_.row_sum(x + begin, kept == nullptr ? nullptr : kept + begin, size, known);
-        },
-        [](ExtendedSum& a, const ExtendedSum& b) { a.Combine(b); });
+  RowScale<T> Scale(const LogitsRow<E>& row, T* kept) const {
+    const int max_exponent = kernels_.Of<E>().max_exponent;
+    return ScaleFor(
+        TotalOf(row, Segments(executor_, row.size()), max_exponent, kept, plan_.maximum_first));
   }
 
   // Pass 2.
-  void Write(const E* x, const T* kept, E* y, const RowScale<T>& scale) const {
+  void Write(const LogitsRow<E>& row, const T* kept, E* y, const RowScale<T>& scale) const {
     // In the caches, what pass 1 did last is nearest: 2^20 float32 on two threads took 0.098 ns an element
     // so, and 0.110 forward. From memory, forward is faster: 0.26 against 0.29, at 2^24 on one (Zen 5).
     const Order order = plan_.stream ? Order::kForward : Order::kBackward;
-    segments_.ForEach(order, [&](std::int64_t begin, std::int64_t size) {
-      kernels_.row_write(x + begin, kept == nullptr ? nullptr : kept + begin, y + begin, size, scale,
-                         plan_.stream);
-      if (plan_.stream && n_ > kSegment) FinishStreaming();
+    E* const results = y + row.begin();
+    Segments(executor_, row.size()).ForEach(order, [&](std::int64_t at, std::int64_t size) {
+      row.Write(at, size, kept == nullptr ? nullptr : kept + at, results + at, scale, plan_.stream);
+      if (plan_.stream && logits_.n > kSegment) FinishStreaming();
     });
+    if (!logits_.Masked()) return;
+    if (std::isnan(scale.high)) {
+      row.FillMasked(y, E{});
+    } else {
+      row.FillOutside(y, E{});
+    }
   }
 
-  const KernelTable<E>& kernels_;
-  Segments segments_;
+  const Kernels& kernels_;
+  Executor& executor_;
   SoftmaxPlan plan_;
-  std::int64_t n_;
+  const Logits<E>& logits_;
 };
 
 }  // namespace
 
 template <typename E>
-void SoftmaxRows(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x, E* y,
-                 std::int64_t rows, std::int64_t n) {
-  ForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
-    Rows<E>(kernels, for_segments, plan, n).Compute(x + first * n, y + first * n, end - first);
-  });
+void SoftmaxRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
+                 E* y) {
+  ForRows(executor, logits.rows, logits.n,
+          [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
+            Rows<E>(kernels, for_segments, plan, logits).Compute(y, first, end);
+          });
 }
 
-template void SoftmaxRows(const KernelTable<float>&, Executor&, const SoftmaxPlan&, const float*, float*,
-                          std::int64_t, std::int64_t);
-template void SoftmaxRows(const KernelTable<double>&, Executor&, const SoftmaxPlan&, const double*, double*,
-                          std::int64_t, std::int64_t);
-template void SoftmaxRows(const KernelTable<BFloat16>&, Executor&, const SoftmaxPlan&, const BFloat16*,
-                          BFloat16*, std::int64_t, std::int64_t);
-template void SoftmaxRows(const KernelTable<Float16>&, Executor&, const SoftmaxPlan&, const Float16*,
-                          Float16*, std::int64_t, std::int64_t);
+template void SoftmaxRows(const Kernels&, Executor&, const SoftmaxPlan&, const Logits<float>&, float*);
+template void SoftmaxRows(const Kernels&, Executor&, const SoftmaxPlan&, const Logits<double>&, double*);
+template void SoftmaxRows(const Kernels&, Executor&, const SoftmaxPlan&, const Logits<BFloat16>&, BFloat16*);
+template void SoftmaxRows(const Kernels&, Executor&, const SoftmaxPlan&, const Logits<Float16>&, Float16*);
 
 }  // namespace jax_softmax2p

@@ -98,6 +98,12 @@ struct F32 {
     }
   }
 
+  static SOFTMAX2P_INLINE F32 Where(const std::uint8_t* where, F32 a, F32 b) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(where));
+    const __m256i masked = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_setzero_si256());
+    return {_mm256_blendv_ps(a.v, b.v, _mm256_castsi256_ps(masked))};
+  }
+
   friend SOFTMAX2P_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -206,6 +212,14 @@ struct F64 {
       _mm_storeu_pd(p + j * stride, _mm256_castpd256_pd128(rows[j]));
       _mm_storeu_pd(p + (2 + j) * stride, _mm256_extractf128_pd(rows[j], 1));
     }
+  }
+
+  static SOFTMAX2P_INLINE F64 Where(const std::uint8_t* where, F64 a, F64 b) {
+    std::int32_t bytes;
+    std::memcpy(&bytes, where, sizeof bytes);
+    const __m256i masked =
+        _mm256_cmpeq_epi64(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes)), _mm256_setzero_si256());
+    return {_mm256_blendv_pd(a.v, b.v, _mm256_castsi256_pd(masked))};
   }
 
   friend SOFTMAX2P_INLINE F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }

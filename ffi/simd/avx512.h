@@ -74,6 +74,11 @@ struct F32 {
     }
   }
 
+  static SOFTMAX2P_INLINE F32 Where(const std::uint8_t* where, F32 a, F32 b) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(where));
+    return {_mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), b.v, a.v)};
+  }
+
   friend SOFTMAX2P_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -171,6 +176,11 @@ struct F64 {
       _mm_storeu_pd(p + (4 + j) * stride, _mm512_extractf64x2_pd(rows[j], 2));
       _mm_storeu_pd(p + (6 + j) * stride, _mm512_extractf64x2_pd(rows[j], 3));
     }
+  }
+
+  static SOFTMAX2P_INLINE F64 Where(const std::uint8_t* where, F64 a, F64 b) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(where));
+    return {_mm512_mask_blend_pd(static_cast<__mmask8>(_mm_test_epi8_mask(bytes, bytes)), b.v, a.v)};
   }
 
   friend SOFTMAX2P_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }

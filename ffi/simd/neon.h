@@ -75,6 +75,11 @@ struct F32 {
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) rows[j].Store(p + j * stride);
   }
 
+  static SOFTMAX2P_INLINE F32 Where(const std::uint8_t* where, F32 a, F32 b) {
+    const std::uint32_t lanes[4] = {where[0], where[1], where[2], where[3]};
+    return {vbslq_f32(vceqq_u32(vld1q_u32(lanes), vdupq_n_u32(0)), b.v, a.v)};
+  }
+
   friend SOFTMAX2P_INLINE F32 operator+(F32 a, F32 b) { return {vaddq_f32(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator-(F32 a, F32 b) { return {vsubq_f32(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator*(F32 a, F32 b) { return {vmulq_f32(a.v, b.v)}; }
@@ -150,6 +155,11 @@ struct F64 {
   static SOFTMAX2P_INLINE void StoreQuads(const F64 (&columns)[2], double* p, std::int64_t stride) {
     vst1q_f64(p, vzip1q_f64(columns[0].v, columns[1].v));
     vst1q_f64(p + stride, vzip2q_f64(columns[0].v, columns[1].v));
+  }
+
+  static SOFTMAX2P_INLINE F64 Where(const std::uint8_t* where, F64 a, F64 b) {
+    const std::uint64_t lanes[2] = {where[0], where[1]};
+    return {vbslq_f64(vceqq_u64(vld1q_u64(lanes), vdupq_n_u64(0)), b.v, a.v)};
   }
 
   friend SOFTMAX2P_INLINE F64 operator+(F64 a, F64 b) { return {vaddq_f64(a.v, b.v)}; }

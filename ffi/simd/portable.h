@@ -12,6 +12,7 @@
 //                        caller ends with FinishStreaming() of runtime/memory.h. A Store where there is none
 //   LoadQuads            kQuad adjacent elements (16 bytes) from each of kLanes rows `stride` apart, as kQuad
 //                        vectors: lane l of columns[c] is p[l * stride + c]. StoreQuads is its inverse
+//   Where(where, a, b)   lane by lane a where where[lane] is not 0, else b
 //   Fma(a, b, c)         a*b + c, Fnma(a, b, c): c - a*b; rounded once, except here, where each step rounds
 //   ProductError(a,b,p)  a*b - p for p = a*b rounded: exact
 //   Max(a, b)            elementwise; b where either is NaN (the order lets a caller choose what NaN does)
@@ -133,6 +134,11 @@ struct Vector {
       columns[c].Store(lanes);
       for (int l = 0; l < kLanes; ++l) p[l * stride + c] = lanes[l];
     }
+  }
+
+  static SOFTMAX2P_INLINE Vector Where(const std::uint8_t* where, Vector a, Vector b) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] = where[i] != 0 ? a.v[i] : b.v[i];
+    return a;
   }
 
   friend SOFTMAX2P_INLINE Vector operator+(Vector a, Vector b) { return {a.v + b.v}; }

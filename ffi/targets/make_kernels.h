@@ -1,6 +1,7 @@
 // Fills an instruction set's table from the kernel templates. Included by one source per instruction set.
 #pragma once
 
+#include "ffi/kernels/fuse.h"
 #include "ffi/kernels/jacobian.h"
 #include "ffi/kernels/softmax.h"
 #include "ffi/kernels/table.h"
@@ -15,13 +16,18 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.lanes = V::kLanes;
   table.row_max = Softmax::RowMaximum;
   table.row_sum = Softmax::RowSum;
-  table.row_write = Softmax::RowWrite;
+  table.row_write = Softmax::template RowWrite<E>;
+  table.row_write_log = Softmax::template RowWriteLog<E>;
+  table.fuse = FuseKernel<V, E>::Fuse;
+  table.fused_row_write = Softmax::template RowWrite<typename V::Scalar>;
+  table.fused_row_write_log = Softmax::template RowWriteLog<typename V::Scalar>;
+  table.fused_short_matrices = Softmax::template ShortMatrices<typename V::Scalar>;
   table.panel_max = Softmax::PanelMaximum;
   table.panel_sum = Softmax::PanelSum;
   table.panel_merge = Softmax::PanelMerge;
   table.panel_invert = Softmax::PanelInvert;
   table.panel_write = Softmax::PanelWrite;
-  table.short_matrices = Softmax::ShortMatrices;
+  table.short_matrices = Softmax::template ShortMatrices<E>;
   table.short_columns = Softmax::ShortColumns;
   table.dot = JacobianRow<V, E>::Dot;
   table.jacobian_write = JacobianRow<V, E>::Write;

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_softmax2p import native
+from jax_softmax2p.primitives.logits import Given, mask_of
 
 
 def define_eager_evaluation(primitive: Primitive, static_argnames: tuple[str, ...]) -> None:
@@ -32,29 +34,49 @@ def define_eager_evaluation(primitive: Primitive, static_argnames: tuple[str, ..
 
 def define_lowerings(
     primitive: Primitive,
-    target: str,
-    reference: Callable[..., jax.Array],
-    attributes: tuple[str, ...] = (),
+    target: str | None,
+    reference: Callable[..., Any],
+    attributes: Callable[..., dict[str, Any]],
+    *,
+    any_axis: Callable[..., bool] = lambda **params: False,
+    own_operands: int = 0,
 ) -> None:
     """Lowers the primitive to an FFI call on CPU where that can run, to the reference elsewhere.
 
-    The primitive has one result; its operands and its result have one shape and one dtype, and it works
-    along its parameter ``axis``, which is negative. Its parameter ``implementation`` may be "native" to
-    make the lowering fail rather than fall back.
+    The primitive works along its parameter ``axis``, which is negative. Its parameter ``implementation`` may
+    be "native" to make the lowering fail rather than fall back. Its operands are x, its own, which lack the
+    axis, and what its parameter ``given``, if it has one, says.
 
     Args:
-      target: the name of the FFI target. It works along the last axis, unless ``axis`` is an attribute.
-      reference: the same in jax.numpy, as reference(*operands, axis).
-      attributes: parameters of the primitive that the target takes as attributes; integers as int64.
+      target: the name of the FFI target, which works along the last axis; None if there is none.
+      reference: the same in jax.numpy: reference(x, *own operands, axis=, scale=, bias=, where=).
+      attributes: the target's attributes, from the primitive's parameters.
+      any_axis: whether the target takes any axis, from the primitive's parameters.
+      own_operands: how many.
     """
-    ffi_call = jax.ffi.ffi_lowering(target)
+    multiple = primitive.multiple_results
+    ffi_call = jax.ffi.ffi_lowering(target) if target else None
+    first_given = 1 + own_operands
 
-    def along_last_axis(*operands, axis: int, **params) -> jax.Array:
-        moved = [jax.numpy.moveaxis(operand, axis, -1) for operand in operands]
-        return jax.numpy.moveaxis(primitive.bind(*moved, axis=-1, **params), -1, axis)
+    def with_names(*operands, axis: int, given: Given | None = None, **_):
+        if given is None:
+            return reference(*operands, axis=axis)
+        named = given.named(operands)
+        if given.band is not None:
+            named["where"] = mask_of(operands[0].shape, named.get("where"), given.band)
+        return reference(*operands[:first_given], axis=axis, **named)
 
-    def lower_to_reference(ctx: Any, *operands, axis: int, **_):
-        rule = mlir.lower_fun(lambda *args: reference(*args, axis), multiple_results=False)
+    def along_last_axis(*operands, axis: int, **params):
+        def moved(i, operand):
+            has_axis = params.get("given") is None or i == 0 or i >= first_given
+            return jnp.moveaxis(operand, axis, -1) if has_axis else operand
+
+        results = primitive.bind(*(moved(i, x) for i, x in enumerate(operands)), axis=-1, **params)
+        keeps_axis = not multiple and results.ndim == operands[0].ndim
+        return jnp.moveaxis(results, -1, axis) if keeps_axis else results
+
+    def lower_to_reference(ctx: Any, *operands, **params):
+        rule = mlir.lower_fun(lambda *args: with_names(*args, **params), multiple_results=multiple)
         return rule(ctx, *operands)
 
     def lower_elsewhere(ctx: Any, *operands, implementation: str | None, **params):
@@ -68,18 +90,56 @@ def define_lowerings(
             if implementation == "native":
                 raise ValueError(native_refusal(reason))
             return lower_to_reference(ctx, *operands, **params)
-        if params["axis"] != -1 and "axis" not in attributes:
-            rule = mlir.lower_fun(along_last_axis, multiple_results=False)
+        if ffi_call is None:
+            return lower_to_reference(ctx, *operands, **params)
+        if params["axis"] != -1 and not any_axis(**params):
+            rule = mlir.lower_fun(along_last_axis, multiple_results=multiple)
             return rule(ctx, *operands, implementation=implementation, **params)
-        return ffi_call(ctx, *operands, **{name: _attribute(params[name]) for name in attributes})
+        return ffi_call(ctx, *operands, **attributes(**params))
 
     mlir.register_lowering(primitive, lower_elsewhere)
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
 
 
-def _attribute(value: Any) -> Any:
-    """What the FFI's attributes want: integers with a width."""
-    return np.int64(value) if isinstance(value, int) else value
+def batch_logits(operands: Any, dims: Any, own_operands: int = 0) -> list[jax.Array]:
+    """The operands of a primitive with their batch dimension at the front.
+
+    Those that are not batched get a dimension of size 1 there if they broadcast; x and the primitive's own, of
+    which there are ``own_operands``, are repeated. As the axis counts from the end, it stays what it is.
+    """
+    size = next(x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None)
+    batched = []
+    for i, (x, dim) in enumerate(zip(operands, dims, strict=True)):
+        if dim is not None:
+            batched.append(jnp.moveaxis(x, dim, 0))
+        elif i <= own_operands:
+            batched.append(jnp.broadcast_to(x, (size, *x.shape)))
+        else:
+            batched.append(jnp.expand_dims(x, 0))
+    return batched
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+    """What arrays of a floating dtype are computed in."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else np.dtype(dtype)
+
+
+def without_axis(x: Any, axis: int, dtype: Any) -> Any:
+    """The abstract value of a reduction of x along an axis."""
+    shape = tuple(size for i, size in enumerate(x.shape) if i != axis % x.ndim)
+    spec = [part for i, part in enumerate(x.sharding.spec) if i != axis % x.ndim]
+    sharding = x.sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    return x.update(shape=shape, dtype=np.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def with_common_varying_axes(*operands: Any) -> list[jax.Array]:
+    """Inside shard_map: operands must vary over the same mesh axes, as jax.numpy's own do."""
+    varying: list[frozenset[str]] = [getattr(jax.typeof(operand), "vma", frozenset()) for operand in operands]
+    union = frozenset[str]().union(*varying)
+    return [
+        jax.lax.pcast(operand, tuple(union - own), to="varying") if union - own else operand
+        for operand, own in zip(operands, varying, strict=True)
+    ]
 
 
 def native_refusal(reason: str) -> str:

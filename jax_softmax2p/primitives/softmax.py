@@ -1,38 +1,56 @@
-"""Softmax along one axis."""
+"""softmax_p: softmax of logits along one axis. Its derivative is the primitive of softmax_jacobian.py."""
+
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import common
+from jax_softmax2p.primitives import common, logits
+from jax_softmax2p.primitives.logits import Given
 from jax_softmax2p.primitives.softmax_jacobian import softmax_jacobian
 
 softmax_p = Primitive("softmax2p")
 
 
-def softmax(x: jax.Array, *, axis: int, algorithm: str, implementation: str | None) -> jax.Array:
-    """Softmax of an inexact array along the negative ``axis``."""
-    return softmax_p.bind(x, axis=axis, algorithm=algorithm, implementation=implementation)
+def softmax(x: jax.Array, *operands: jax.Array, **params: Any) -> jax.Array:
+    """Softmax of logits of an inexact dtype.
+
+    Args:
+      x: and the operands: see ``primitives.logits``.
+      params: axis (negative), given, algorithm, implementation.
+    """
+    return softmax_p.bind(*common.with_common_varying_axes(x, *operands), **params)
 
 
-def _abstract_eval(x, *, axis, algorithm, implementation):
+def _abstract_eval(x, *operands, axis, given, algorithm, implementation):
     return x.update(weak_type=False)
 
 
-def _jvp(x_dot, y, x, *, axis, algorithm, implementation):
-    return softmax_jacobian(y, x_dot, axis=axis, implementation=implementation)
+def _jvp(primals, tangents, *, axis, given: Given, algorithm, implementation):
+    y = softmax(*primals, axis=axis, given=given, algorithm=algorithm, implementation=implementation)
+    t = logits.tangent(primals[0], tangents[0], given.named(primals), given.named(tangents), given)
+    return y, softmax_jacobian(y, t, axis=axis, implementation=implementation)
 
 
 def _batch(operands, dims, **params):
-    (x,), (dim,) = operands, dims
-    # The axis counts from the end: a batch dimension at the front leaves it as it is.
-    return softmax_p.bind(jnp.moveaxis(x, dim, 0), **params), 0
+    return softmax(*common.batch_logits(operands, dims), **params), 0
 
 
-common.define_eager_evaluation(softmax_p, ("axis", "algorithm", "implementation"))
+def _attributes(*, axis, given: Given, algorithm):
+    return {"axis": np.int64(axis), "algorithm": algorithm} | given.attributes()
+
+
+def _takes_any_axis(*, given: Given, **_):
+    return given == Given()
+
+
+common.define_eager_evaluation(softmax_p, ("axis", "given", "algorithm", "implementation"))
 softmax_p.def_abstract_eval(_abstract_eval)
-ad.defjvp2(softmax_p, _jvp)
+ad.primitive_jvps[softmax_p] = _jvp
 batching.primitive_batchers[softmax_p] = _batch
-common.define_lowerings(softmax_p, native.SOFTMAX_TARGET, reference.softmax, attributes=("axis", "algorithm"))
+common.define_lowerings(
+    softmax_p, native.SOFTMAX_TARGET, reference.softmax, _attributes, any_axis=_takes_any_axis
+)

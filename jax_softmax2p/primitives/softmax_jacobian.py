@@ -5,7 +5,6 @@ transpose. Its own JVP in y brings the higher orders.
 """
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
@@ -17,17 +16,9 @@ softmax_jacobian_p = Primitive("softmax2p_jacobian")
 
 def softmax_jacobian(y: jax.Array, t: jax.Array, *, axis: int, implementation: str | None) -> jax.Array:
     """J(y, t) along the negative ``axis``, for y and t of one shape and dtype."""
-    return softmax_jacobian_p.bind(*_with_common_varying_axes(y, t), axis=axis, implementation=implementation)
-
-
-def _with_common_varying_axes(*operands: jax.Array) -> list[jax.Array]:
-    """Inside shard_map: operands must vary over the same mesh axes, as jax.numpy's own do."""
-    varying: list[frozenset[str]] = [getattr(jax.typeof(operand), "vma", frozenset()) for operand in operands]
-    union = frozenset[str]().union(*varying)
-    return [
-        jax.lax.pcast(operand, tuple(union - own), to="varying") if union - own else operand
-        for operand, own in zip(operands, varying, strict=True)
-    ]
+    return softmax_jacobian_p.bind(
+        *common.with_common_varying_axes(y, t), axis=axis, implementation=implementation
+    )
 
 
 def _abstract_eval(y, t, *, axis, implementation):
@@ -52,12 +43,7 @@ def _transpose(cotangent, y, t, *, axis, implementation):
 
 
 def _batch(operands, dims, **params):
-    pairs = list(zip(operands, dims, strict=True))
-    size = next(x.shape[dim] for x, dim in pairs if dim is not None)
-    at_front = [
-        jnp.broadcast_to(x, (size, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in pairs
-    ]
-    return softmax_jacobian(*at_front, **params), 0
+    return softmax_jacobian(*common.batch_logits(operands, dims, own_operands=1), **params), 0
 
 
 common.define_eager_evaluation(softmax_jacobian_p, ("axis", "implementation"))
@@ -65,4 +51,6 @@ softmax_jacobian_p.def_abstract_eval(_abstract_eval)
 ad.defjvp2(softmax_jacobian_p, _jvp_in_y, _jvp_in_t)
 ad.primitive_transposes[softmax_jacobian_p] = _transpose
 batching.primitive_batchers[softmax_jacobian_p] = _batch
-common.define_lowerings(softmax_jacobian_p, native.SOFTMAX_JACOBIAN_TARGET, reference.softmax_jacobian)
+common.define_lowerings(
+    softmax_jacobian_p, native.SOFTMAX_JACOBIAN_TARGET, reference.softmax_jacobian, lambda **_: {}
+)

@@ -1,0 +1,87 @@
+// How the handlers take logits: x, and after it, each where it is given, what is applied to x.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ffi/handlers/common.h"
+#include "ffi/runtime/logits.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_softmax2p {
+
+// The attributes that say what is given. A limit of the band that is negative is none.
+struct LogitsAttributes {
+  static constexpr std::int64_t kScale = 1, kBias = 2, kWhere = 4;
+  std::int64_t operands;
+  std::int64_t before;
+  std::int64_t after;
+
+  bool None() const { return operands == 0 && before < 0 && after < 0; }
+};
+
+// Of an operand that broadcasts against x: x's rank, and every size 1 or x's.
+template <typename T>
+xla::ffi::Error ReadOperand(const char* handler, const char* name, const xla::ffi::AnyBuffer& x,
+                            const xla::ffi::AnyBuffer& operand, xla::ffi::DataType type, Broadcast<T>& to) {
+  const auto dims = x.dimensions(), own = operand.dimensions();
+  const auto error = [&](const char* what) {
+    return xla::ffi::Error::InvalidArgument(std::string(handler) + ": " + name + " must " + what);
+  };
+  if (operand.element_type() != type) return error("have the element type that goes with x's");
+  if (own.size() != dims.size()) return error("have x's rank");
+  std::int64_t stride = 1;
+  std::vector<std::int64_t> strides(dims.size());
+  for (std::size_t d = dims.size(); d-- > 0;) {
+    if (own[d] != 1 && own[d] != dims[d]) return error("broadcast to x");
+    strides[d] = own[d] == 1 ? 0 : stride;
+    stride *= own[d];
+  }
+  to.data = static_cast<const T*>(operand.untyped_data());
+  to.step = strides.back();
+  strides.pop_back();
+  to.strides = std::move(strides);
+  return xla::ffi::Error::Success();
+}
+
+// x, of rank 1 at least, along its last axis, with its operands.
+template <typename E>
+xla::ffi::ErrorOr<Logits<E>> ReadLogits(const char* handler, const xla::ffi::AnyBuffer& x,
+                                        xla::ffi::RemainingArgs operands, const LogitsAttributes& given) {
+  const auto dims = x.dimensions();
+  Logits<E> logits;
+  logits.x = static_cast<const E*>(x.untyped_data());
+  logits.dims.assign(dims.begin(), dims.end() - 1);
+  logits.n = dims.back();
+  logits.rows = 1;
+  for (const std::int64_t size : logits.dims) logits.rows *= size;
+  if (given.before >= 0) logits.band.before = given.before;
+  if (given.after >= 0) logits.band.after = given.after;
+  if (logits.Banded() && logits.dims.empty()) {
+    return xla::ffi::Unexpected(
+        xla::ffi::Error::InvalidArgument(std::string(handler) + ": a band needs rank 2 at least"));
+  }
+  std::size_t next = 0;
+  const auto read = [&](std::int64_t flag, const char* name, xla::ffi::DataType type, auto& to) -> xla::ffi::Error {
+    if ((given.operands & flag) == 0) return xla::ffi::Error::Success();
+    const auto operand = operands.get<xla::ffi::AnyBuffer>(next++);
+    if (operand.has_error()) return operand.error();
+    return ReadOperand(handler, name, x, *operand, type, to);
+  };
+  const xla::ffi::DataType compute = sizeof(ComputeOf<E>) == sizeof(double) ? xla::ffi::DataType::F64 : xla::ffi::DataType::F32;
+  for (const xla::ffi::Error& error :
+       {read(LogitsAttributes::kScale, "scale", compute, logits.scale),
+        read(LogitsAttributes::kBias, "bias", x.element_type(), logits.bias),
+        read(LogitsAttributes::kWhere, "where", xla::ffi::DataType::PRED, logits.where)}) {
+    if (error.failure()) return xla::ffi::Unexpected(error);
+  }
+  if (logits.scale.data != nullptr && logits.scale.step != 0) {
+    return xla::ffi::Unexpected(
+        xla::ffi::Error::InvalidArgument(std::string(handler) + ": scale must have size 1 along the axis"));
+  }
+  return logits;
+}
+
+}  // namespace jax_softmax2p

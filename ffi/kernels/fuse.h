@@ -1,0 +1,51 @@
+// What stands before a softmax in most programs: a scale, a bias and a mask, applied to a stretch of a row.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "ffi/kernels/table.h"
+#include "ffi/simd/inline.h"
+
+namespace jax_softmax2p {
+
+// For elements E, computed in V.
+template <typename V, typename E>
+class FuseKernel {
+  using T = typename V::Scalar;
+
+ public:
+  // z = scale·x + bias, rounded once where V's Fma is, and `fill` where the mask is 0.
+  static void Fuse(const FuseRun<E>& run, T* z, std::int64_t n) {
+    if (run.where == nullptr) {
+      FuseWith<false>(run, z, n);
+    } else {
+      FuseWith<true>(run, z, n);
+    }
+  }
+
+ private:
+  template <bool masked>
+  static SOFTMAX2P_INLINE void FuseWith(const FuseRun<E>& run, T* z, std::int64_t n) {
+    const V scale = V::Broadcast(run.scale), shift = V::Broadcast(run.shift), fill = V::Broadcast(run.fill);
+    std::int64_t i = 0;
+    for (; i + V::kLanes <= n; i += V::kLanes) {
+      V v = V::Load(run.x + i);
+      v = Fma(v, scale, run.bias != nullptr ? V::Load(run.bias + i) : shift);
+      if constexpr (masked) v = V::Where(run.where + i, v, fill);
+      v.Store(z + i);
+    }
+    const int rest = static_cast<int>(n - i);
+    if (rest == 0) return;
+    V v = V::LoadPartial(run.x + i, rest, 0);
+    v = Fma(v, scale, run.bias != nullptr ? V::LoadPartial(run.bias + i, rest, 0) : shift);
+    if constexpr (masked) {
+      std::uint8_t where[V::kLanes] = {};
+      std::memcpy(where, run.where + i, static_cast<std::size_t>(rest));
+      v = V::Where(where, v, fill);
+    }
+    v.StorePartial(z + i, rest);
+  }
+};
+
+}  // namespace jax_softmax2p

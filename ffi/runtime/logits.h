@@ -1,0 +1,287 @@
+// What the kernels take a softmax of: rows of x, with the scale, the bias and the masks that are applied to them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "ffi/kernels/table.h"
+#include "ffi/runtime/row_work.h"
+#include "ffi/simd/portable.h"
+
+namespace jax_softmax2p {
+
+// An operand that broadcasts against x: element i of a row lies at data[(the row's offset) + i * step].
+template <typename T>
+struct Broadcast {
+  const T* data = nullptr;
+  std::vector<std::int64_t> strides;  // one for each of Logits::dims
+  std::int64_t step = 0;
+};
+
+// Of row i of a matrix, the elements from i - before to i + after take part.
+struct Band {
+  static constexpr std::int64_t kUnlimited = std::numeric_limits<std::int64_t>::max();
+  std::int64_t before = kUnlimited;
+  std::int64_t after = kUnlimited;
+};
+
+// scale·x + bias where the masks let it through. x is [dims..., n], C-contiguous.
+template <typename E>
+struct Logits {
+  const E* x = nullptr;
+  std::vector<std::int64_t> dims;
+  std::int64_t rows = 0;
+  std::int64_t n = 0;
+  Broadcast<ComputeOf<E>> scale;
+  Broadcast<E> bias;
+  Broadcast<std::uint8_t> where;
+  Band band;
+
+  bool Banded() const { return band.before != Band::kUnlimited || band.after != Band::kUnlimited; }
+  bool Masked() const { return where.data != nullptr || Banded(); }
+  bool Plain() const { return scale.data == nullptr && bias.data == nullptr && !Masked(); }
+};
+
+// Elements to which the operands are applied at a time, where a row has more: 16 KiB of float32.
+inline constexpr std::int64_t kFusedBlock = 1 << 12;
+
+inline double WidenScalar(float x) { return x; }
+inline double WidenScalar(double x) { return x; }
+template <typename Half>
+double WidenScalar(Half x) {
+  return portable::Widen(x);
+}
+
+// A row as the kernels are to see it: as it is, or with the operands applied, to all of it in a buffer, or to
+// one block after the other.
+template <typename E>
+class LogitsRow {
+  using T = ComputeOf<E>;
+
+ public:
+  // `buffer` has room for kFusedBlock elements, or is null: then blocks are used. It is the row's until the next
+  // one's construction.
+  LogitsRow(const Kernels& kernels, const Logits<E>& logits, std::int64_t row, T* buffer)
+      : kernels_(&kernels), where_(logits.where.data), where_step_(logits.where.step), full_(logits.n) {
+    run_ = {logits.x + row * logits.n, nullptr, nullptr, 1, 0, -std::numeric_limits<T>::infinity()};
+    begin_ = 0;
+    end_ = full_;
+    plain_ = logits.Plain();
+    if (plain_) return;
+    Place(logits, row);
+    if (buffer != nullptr && size() <= kFusedBlock) {
+      Fuse(0, size(), buffer);
+      fused_ = buffer;
+    }
+  }
+
+  // The elements that may take part, by their place in the row; the methods below count from the first.
+  std::int64_t begin() const { return begin_; }
+  std::int64_t size() const { return end_ - begin_; }
+
+  // NaNs passed over.
+  T Maximum(std::int64_t at, std::int64_t size) const {
+    if (plain_) return kernels_->Of<E>().row_max(run_.x + at, size);
+    T maximum = -std::numeric_limits<T>::infinity();
+    ForBlocks(at, size, [&](std::int64_t, const T* z, std::int64_t count) {
+      maximum = std::max(maximum, kernels_->Of<T>().row_max(z, count));
+    });
+    return maximum;
+  }
+
+  ExtendedSum Sum(std::int64_t at, std::int64_t size, T* kept, const KnownMaximum<T>& known) const {
+    if (plain_) return kernels_->Of<E>().row_sum(run_.x + at, kept, size, known);
+    ExtendedSum sum;
+    ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count) {
+      sum.Combine(kernels_->Of<T>().row_sum(z, kept == nullptr ? nullptr : kept + i, count, known));
+    });
+    return sum;
+  }
+
+  // y is where the first of these elements' results go.
+  void Write(std::int64_t at, std::int64_t size, const T* kept, E* y, const RowScale<T>& scale,
+             bool stream) const {
+    const KernelTable<E>& own = kernels_->Of<E>();
+    if (plain_) return own.row_write(run_.x + at, kept, y, size, scale, stream);
+    ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count) {
+      own.fused_row_write(z, kept == nullptr ? nullptr : kept + i, y + i, count, scale, stream);
+    });
+  }
+
+  void WriteLog(std::int64_t at, std::int64_t size, E* y, const RowLogSum<T>& sum, bool stream) const {
+    const KernelTable<E>& own = kernels_->Of<E>();
+    if (plain_) return own.row_write_log(run_.x + at, y, size, sum, stream);
+    ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count) {
+      own.fused_row_write_log(z, y + i, count, sum, stream);
+    });
+  }
+
+  bool HasNan() const {
+    T z[kFusedBlock];
+    for (std::int64_t i = 0; i < size(); i += kFusedBlock) {
+      const std::int64_t count = std::min(kFusedBlock, size() - i);
+      Fuse(i, count, z);
+      if (std::any_of(z, z + count, [](T value) { return std::isnan(value); })) return true;
+    }
+    return false;
+  }
+
+  // Gives y, the whole row, the value where a mask is.
+  void FillMasked(E* y, E value) const {
+    FillOutside(y, value);
+    if (where_ == nullptr) return;
+    for (std::int64_t i = begin_; i < end_; ++i) {
+      if (where_[i * where_step_] == 0) y[i] = value;
+    }
+  }
+  // The same where the band is alone.
+  void FillOutside(E* y, E value) const {
+    std::fill(y, y + begin_, value);
+    std::fill(y + end_, y + full_, value);
+  }
+
+  // As T, with the operands applied.
+  void Fuse(std::int64_t at, std::int64_t count, T* z) const {
+    FuseRun<E> run = run_;
+    run.x += at;
+    if (run.bias != nullptr) run.bias += at;
+    if (run.where != nullptr) run.where += at;
+    kernels_->Of<E>().fuse(run, z, count);
+  }
+
+ private:
+  // Finds the row's part of every operand.
+  void Place(const Logits<E>& logits, std::int64_t row) {
+    std::int64_t scale = 0, bias = 0, where = 0, rest = row;
+    for (std::size_t d = logits.dims.size(); d-- > 0;) {
+      const std::int64_t i = rest % logits.dims[d];
+      rest /= logits.dims[d];
+      if (logits.scale.data != nullptr) scale += i * logits.scale.strides[d];
+      if (logits.bias.data != nullptr) bias += i * logits.bias.strides[d];
+      if (logits.where.data != nullptr) where += i * logits.where.strides[d];
+    }
+    if (logits.Banded()) {
+      const std::int64_t i = row % logits.dims.back();
+      if (logits.band.before < i) begin_ = std::min(full_, i - logits.band.before);
+      if (logits.band.after < full_ - 1 - i) end_ = std::max<std::int64_t>(0, i + logits.band.after + 1);
+      end_ = std::max(begin_, end_);
+    }
+    if (logits.scale.data != nullptr) run_.scale = logits.scale.data[scale];
+    if (logits.bias.data != nullptr) {
+      if (logits.bias.step == 0) {
+        run_.shift = static_cast<T>(WidenScalar(logits.bias.data[bias]));
+      } else {
+        run_.bias = logits.bias.data + bias + begin_;
+      }
+    }
+    run_.x += begin_;
+    if (where_ == nullptr) return;
+    where_ += where;
+    if (where_step_ != 0) {
+      run_.where = where_ + begin_;
+    } else if (*where_ == 0) {
+      end_ = begin_;
+    }
+  }
+
+  template <typename Body>
+  void ForBlocks(std::int64_t at, std::int64_t size, const Body& body) const {
+    if (fused_ != nullptr) return body(0, fused_ + at, size);
+    T z[kFusedBlock];
+    for (std::int64_t i = 0; i < size; i += kFusedBlock) {
+      const std::int64_t count = std::min(kFusedBlock, size - i);
+      Fuse(at + i, count, z);
+      body(i, z, count);
+    }
+  }
+
+  const Kernels* kernels_;
+  FuseRun<E> run_;
+  const std::uint8_t* where_;
+  std::int64_t where_step_;
+  std::int64_t full_;
+  std::int64_t begin_;
+  std::int64_t end_;
+  bool plain_;
+  const T* fused_ = nullptr;
+};
+
+// What pass 1 finds: the sum of e^z, or of e^(z - maximum) where `subtract`.
+template <typename T>
+struct RowTotal {
+  ExtendedSum sum;
+  bool subtract = false;
+  T maximum = 0;
+};
+
+template <typename E>
+ComputeOf<E> MaximumOf(const LogitsRow<E>& row, const Segments& segments) {
+  using T = ComputeOf<E>;
+  return segments.Reduce<T>([&](std::int64_t at, std::int64_t size) { return row.Maximum(at, size); },
+                            [](T& a, T b) { a = std::max(a, b); });
+}
+
+template <typename E>
+ExtendedSum SumOf(const LogitsRow<E>& row, const Segments& segments, ComputeOf<E>* kept,
+                  const KnownMaximum<ComputeOf<E>>& known) {
+  return segments.Reduce<ExtendedSum>(
+      [&](std::int64_t at, std::int64_t size) {
+        return row.Sum(at, size, kept == nullptr ? nullptr : kept + at, known);
+      },
+      [](ExtendedSum& a, const ExtendedSum& b) { a.Combine(b); });
+}
+
+// Pass 1, and the guard: where the row's largest element takes the sum out of the range in which kernels are
+// exact, a third pass subtracts the maximum. At that size, by Sterbenz's lemma, z - maximum is exact wherever
+// e^(z - maximum) does not vanish. A maximum that is infinite is not subtracted: the sum is NaN then.
+template <typename E>
+RowTotal<ComputeOf<E>> TotalOf(const LogitsRow<E>& row, const Segments& segments, int max_exponent,
+                               ComputeOf<E>* kept, bool maximum_first) {
+  using T = ComputeOf<E>;
+  KnownMaximum<T> known;
+  if (maximum_first) known = {KnownMaximum<T>::kReference, MaximumOf(row, segments)};
+  RowTotal<T> total;
+  total.sum = SumOf(row, segments, kept, known);
+  if (std::abs(total.sum.exponent) < max_exponent) return total;
+  total.subtract = true;
+  total.maximum = MaximumOf(row, segments);
+  if (std::isinf(total.maximum)) {
+    total.sum.mantissa.high = std::numeric_limits<double>::quiet_NaN();
+  } else {
+    total.sum = SumOf(row, segments, nullptr, {KnownMaximum<T>::kSubtract, total.maximum});
+  }
+  return total;
+}
+
+// Leaves out of an operand's description what does not matter, and merges dimensions of x that all operands
+// step through alike: fewer divisions to find a row's part.
+template <typename E>
+void Simplify(Logits<E>& logits) {
+  // A band counts rows by the last dimension.
+  const std::size_t fixed = logits.Banded() ? 1 : 0;
+  const auto merges = [](const auto& operand, std::size_t d, std::int64_t size) {
+    return operand.data == nullptr || operand.strides[d - 1] == operand.strides[d] * size;
+  };
+  for (std::size_t d = logits.dims.size() - fixed; d-- > 1;) {
+    const std::int64_t size = logits.dims[d];
+    if (!merges(logits.scale, d, size) || !merges(logits.bias, d, size) || !merges(logits.where, d, size)) {
+      continue;
+    }
+    logits.dims[d - 1] *= size;
+    logits.dims.erase(logits.dims.begin() + static_cast<std::ptrdiff_t>(d));
+    const auto erase = [d](auto& operand) {
+      if (operand.data == nullptr) return;
+      operand.strides[d - 1] = operand.strides[d];
+      operand.strides.erase(operand.strides.begin() + static_cast<std::ptrdiff_t>(d));
+    };
+    erase(logits.scale);
+    erase(logits.bias);
+    erase(logits.where);
+  }
+}
+
+}  // namespace jax_softmax2p

@@ -1,0 +1,274 @@
+"""What users pass, checked and brought into the form that the primitives take."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_softmax2p import native
+from jax_softmax2p.primitives.common import compute_dtype, native_refusal
+from jax_softmax2p.primitives.logits import FLAGS, Given, mask_of
+
+Array = jax.Array
+Axis = int | Sequence[int] | None
+
+_IMPLEMENTATIONS = (None, "native", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """A mask for ``where`` that needs no array: of row i, the elements from i - before to i + after.
+
+    Rows are counted by the last dimension but one, elements by the last, which must be the softmax's axis.
+    ``Band()`` is the causal mask of attention, ``Band(before=w - 1)`` one with a window of w.
+    What is masked is not computed.
+
+    Attributes:
+      before: how many elements before the i-th take part; None for all.
+      after: how many after it; None for all.
+
+    Raises:
+      ValueError: a limit is neither None nor an integer from 0 on.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_softmax2p
+      >>> jax_softmax2p.softmax(jnp.zeros((2, 2)), where=jax_softmax2p.Band()).tolist()
+      [[1.0, 0.0], [0.5, 0.5]]
+    """
+
+    before: int | None = None
+    after: int | None = 0
+
+    def __post_init__(self):
+        for name in ("before", "after"):
+            limit = getattr(self, name)
+            if limit is not None and not (isinstance(limit, int) and limit >= 0):
+                raise ValueError(f"{name} must be None or an integer from 0 on, got {limit!r}")
+
+
+Where = jax.typing.ArrayLike | Band | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Arguments of a softmax of whatever kind, ready for a primitive.
+
+    Attributes:
+      operands: x with the axes merged into one, then scale, bias and where if they are given, of x's rank.
+      params: the primitive's parameters axis, given and implementation.
+      axes: those over which to normalise, negative and ascending, of x as it was passed.
+      shape: of x as it was passed.
+      dtype: of results.
+    """
+
+    operands: tuple[Array, ...]
+    params: dict[str, Any]
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def reference_operands(self) -> dict[str, Any]:
+        """The operands but x by name, and the axis, as functions of ``reference`` take them."""
+        given: Given = self.params["given"]
+        named = given.named(self.operands)
+        if given.band is not None:
+            named["where"] = mask_of(self.shape, named.get("where"), given.band)
+        return named | {"axis": self.params["axis"]}
+
+    def restore(self, y: Array) -> Array:
+        """A result of the merged x's shape, in the shape and dtype that users expect."""
+        if len(self.axes) != 1:
+            moved = y.reshape(*y.shape[:-1], *(self.shape[a] for a in self.axes))
+            y = jnp.moveaxis(moved, range(-len(self.axes), 0), self.axes)
+        return y.astype(self.dtype)
+
+    def restore_reduced(self, y: Array, keepdims: bool) -> Array:
+        """The same for a result without the axes."""
+        y = y.astype(self.dtype)
+        if not keepdims:
+            return y
+        return jnp.expand_dims(y, tuple(a + len(self.shape) for a in self.axes))
+
+
+def as_logits(
+    x: jax.typing.ArrayLike,
+    axis: Axis,
+    where: Where,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    bias: jax.typing.ArrayLike | None = None,
+    implementation: str | None,
+    shift_integers: bool = True,
+    name: str = "x",
+) -> Logits:
+    """Checks the arguments that softmaxes have in common.
+
+    Args:
+      shift_integers: whether the result does not change with a constant added to x; the maximum of integers is
+        subtracted then, which they do exactly and floats may not.
+      name: what the public function calls x.
+
+    Raises:
+      TypeError, ValueError: as the public functions say.
+    """
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None, 'native' or 'reference'; got {implementation!r}")
+    x = as_numeric_array(x, name)
+    axes = canonical_axes(axis, x.ndim)
+    band = _as_band(where, x, axes, name) if isinstance(where, Band) else None
+    mask = None if where is None or isinstance(where, Band) else as_mask(where, x.shape, name)
+    scale, bias, promoted = _as_operands(x, axes, scale, bias, name)
+    plain = scale is None and bias is None
+    x = _as_inexact(x, axes, mask) if shift_integers and plain else x.astype(jax.eval_shape(jnp.exp, x).dtype)
+    dtype = jnp.promote_types(x.dtype, promoted) if promoted is not None else x.dtype
+    wide = jnp.float32 if _has_no_infinity(dtype) else dtype
+    x = x.astype(wide)
+    if implementation == "native" and (reason := native.reason_against(x.dtype)):
+        raise ValueError(native_refusal(reason))
+    named = {
+        "scale": None if scale is None else scale.astype(compute_dtype(wide)),
+        "bias": None if bias is None else bias.astype(wide),
+        "where": mask,
+    }
+    merged, merged_axis = _merge_axes(x, axes)
+    operands = {
+        key: _merge_axes(_all_or_nothing(_with_rank(operand, x.ndim), x.shape, axes), axes)[0]
+        for key, operand in named.items()
+        if operand is not None
+    }
+    given = Given(tuple(key for key in FLAGS if key in operands), band)
+    return Logits(
+        (merged, *(operands[key] for key in given.names)),
+        {"axis": merged_axis, "given": given, "implementation": implementation},
+        axes,
+        x.shape,
+        dtype,
+    )
+
+
+def as_numeric_array(x: jax.typing.ArrayLike, name: str = "x") -> Array:
+    """An array of numbers."""
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic, int, float, complex)) and not hasattr(
+        x, "__jax_array__"
+    ):
+        raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}")
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.number):
+        raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
+    return array
+
+
+def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """The axes as negative integers, ascending."""
+    if axis is None:
+        return tuple(range(-ndim, 0))
+    try:
+        given = tuple(map(operator.index, axis)) if isinstance(axis, Sequence) else (operator.index(axis),)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, several, or None; got {axis!r}") from None
+    for a in given:
+        if not -ndim <= a < ndim:
+            raise ValueError(f"axis {a} is out of range for an array of {ndim} dimensions")
+    axes = tuple(sorted(a - ndim if a >= 0 else a for a in given))
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"axis names a dimension twice: {axis!r}")
+    return axes
+
+
+def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x") -> Array:
+    """A boolean array that broadcasts to the shape."""
+    mask = jnp.asarray(where)
+    if mask.dtype != jnp.bool_:
+        raise ValueError(f"where must be boolean, got dtype {mask.dtype}")
+    _check_broadcasts("where", mask, shape, name)
+    return mask
+
+
+def _as_band(band: Band, x: Array, axes: tuple[int, ...], name: str) -> tuple[int | None, int | None]:
+    if x.ndim < 2:
+        raise ValueError(f"where=Band(...) needs {name} of two dimensions at least, got shape {x.shape}")
+    if axes != (-1,):
+        raise ValueError(f"where=Band(...) needs the last axis, got axes {axes}")
+    return band.before, band.after
+
+
+def _as_operands(
+    x: Array,
+    axes: tuple[int, ...],
+    scale: jax.typing.ArrayLike | None,
+    bias: jax.typing.ArrayLike | None,
+    name: str,
+) -> tuple[Array | None, Array | None, Any]:
+    """Scale and bias as arrays, and to which dtype they promote x; None where it stays."""
+    arrays: dict[str, Array] = {}
+    for key, operand in (("scale", scale), ("bias", bias)):
+        if operand is None:
+            continue
+        array = as_numeric_array(operand, key)
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"{key} must be real, got dtype {array.dtype}")
+        _check_broadcasts(key, array, x.shape, name)
+        arrays[key] = array
+    if "scale" in arrays:
+        sizes = _with_rank(arrays["scale"], x.ndim).shape
+        if any(sizes[a] != 1 for a in axes):
+            raise ValueError(
+                f"scale must have size 1 along axis {axes if len(axes) > 1 else axes[0]}, "
+                f"got shape {arrays['scale'].shape}"
+            )
+    promoted = None
+    if arrays:
+        # A number in Python takes on x's dtype, as in x * scale + bias.
+        promoted = jnp.result_type(x, *(v for v in (scale, bias) if v is not None))
+    return arrays.get("scale"), arrays.get("bias"), promoted
+
+
+def _check_broadcasts(key: str, array: Array, shape: tuple[int, ...], name: str) -> None:
+    try:
+        fits = jnp.broadcast_shapes(array.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{key} must broadcast to {name}'s shape {shape}, got shape {array.shape}")
+
+
+def _with_rank(array: Array, ndim: int) -> Array:
+    return array.reshape((1,) * (ndim - array.ndim) + array.shape)
+
+
+def _all_or_nothing(operand: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """Broadcast along all of the axes, unless it has size 1 along all of them: else they cannot be merged."""
+    if all(operand.shape[a] == 1 for a in axes) or all(operand.shape[a] == shape[a] for a in axes):
+        return operand
+    target = tuple(shape[a] if a in axes else operand.shape[a] for a in range(-len(shape), 0))
+    return jnp.broadcast_to(operand, target)
+
+
+def _as_inexact(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:
+    """Integers as floats, less their maximum, which integers subtract exactly and floats may not."""
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    x_max = jnp.max(x, axes, keepdims=True, where=mask, initial=jnp.iinfo(x.dtype).min)
+    # The difference may exceed the signed range, by wrapping into what is right as unsigned.
+    unsigned = jnp.dtype(f"uint{jnp.iinfo(x.dtype).bits}")
+    return -(x_max - x).astype(unsigned).astype(jax.eval_shape(jnp.exp, x).dtype)
+
+
+def _has_no_infinity(dtype: np.dtype) -> bool:
+    """Some formats of 8 bits and fewer have nothing below every number, to mask with."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+
+
+def _merge_axes(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
+    """The array with the axes merged into one, and where that is."""
+    if len(axes) == 1:
+        return x, axes[0]
+    moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    batch = moved.shape[: x.ndim - len(axes)]
+    return moved.reshape(*batch, math.prod(x.shape[a] for a in axes)), -1

@@ -1,0 +1,181 @@
+"""Cross-entropies of logits, with optax's signatures and results."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_softmax2p import reference
+from jax_softmax2p.arguments import Logits, as_logits, canonical_axes
+from jax_softmax2p.primitives import log_sum as log_sum_primitives
+from jax_softmax2p.primitives.common import compute_dtype
+
+Array = jax.Array
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: jax.typing.ArrayLike | None = None,
+    *,
+    implementation: str | None = None,
+) -> Array:
+    r"""Cross-entropy of softmax(logits) and classes, given by their numbers.
+
+    .. math:: \ell = \log \sum_j \exp(x_j) - x_{label}
+
+    A drop-in for :func:`optax.softmax_cross_entropy_with_integer_labels`. It reads the logits once; its gradient
+    reads them once more and writes the result, and keeps nothing but the log-sum of every row meanwhile.
+
+    Args:
+      logits: floating-point array.
+      labels: array of integers, of the logits' shape without the axis. Those below 0 count from the end, as
+        in NumPy; one out of range makes the loss NaN, and no contribution of its own to the gradient.
+      axis: the axis of the classes, or several, which are flattened in that order.
+      where: boolean array, of the logits' shape or of the labels'; masked logits take no part in the sum, and
+        rows without a True give 0.
+      implementation: as in :func:`softmax`.
+
+    Returns:
+      Array of the labels' shape, of the logits' dtype.
+
+    Raises:
+      TypeError: logits are not floating-point numbers, or labels not integers.
+      ValueError: labels do not have the logits' shape without the axis; or as :func:`softmax`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_softmax2p
+      >>> jax_softmax2p.softmax_cross_entropy_with_integer_labels(jnp.zeros((2, 4)), jnp.array([0, 3])).round(3)
+      Array([1.386, 1.386], dtype=float32)
+
+    Source: pass 1 of Algorithm 3 of arXiv 2001.04438; optax's documentation for the semantics.
+    """
+    logits = _as_floating("logits", logits)
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
+    if where is not None:
+        where = _with_axis(jnp.asarray(where), axis, logits.ndim)
+    if isinstance(axis, tuple):
+        logits, where = _flattened(logits, axis), None if where is None else _flattened(where, axis)
+        axis = -1
+    (axis,) = canonical_axes(axis, logits.ndim)
+    expected = tuple(size for i, size in enumerate(logits.shape) if i != axis + logits.ndim)
+    if labels.shape != expected:
+        raise ValueError(
+            f"labels must have the logits' shape without the axis, {expected}, got {labels.shape}"
+        )
+    prepared = as_logits(logits, axis, where, implementation=implementation, name="logits")
+    loss = _with_labels(prepared, labels).astype(prepared.dtype)
+    return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
+
+
+def softmax_cross_entropy(
+    logits: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    axis: int | tuple[int, ...] | None = -1,
+    where: jax.typing.ArrayLike | None = None,
+    *,
+    implementation: str | None = None,
+) -> Array:
+    r"""Cross-entropy of softmax(logits) and distributions over the classes.
+
+    .. math:: \ell = -\sum_j y_j \log \mathrm{softmax}(x)_j
+
+    A drop-in for :func:`optax.softmax_cross_entropy`, differentiable in both arguments.
+
+    Args:
+      logits: floating-point array.
+      labels: array that broadcasts with the logits, such as probabilities that sum to 1 along the axis.
+      axis: the axis or axes of the classes; None for all.
+      where: boolean array, of the logits' shape or of that without the axis; what is masked takes no part.
+      implementation: as in :func:`softmax`.
+
+    Returns:
+      Array of the logits' shape without the axes.
+
+    Raises:
+      TypeError: logits are not floating-point numbers.
+      ValueError: as :func:`softmax`.
+
+    Example:
+      Distillation with a temperature (Hinton et al., arXiv 1503.02531): soft labels from the teacher's logits,
+      the student's scaled alike.
+
+      >>> import jax.numpy as jnp
+      >>> import jax_softmax2p as s2p
+      >>> teacher, student, temperature = jnp.array([[4.0, 0.0]]), jnp.array([[4.0, 0.0]]), 4.0
+      >>> soft = s2p.softmax(teacher, scale=1 / temperature)
+      >>> (temperature**2 * s2p.softmax_cross_entropy(student / temperature, soft)).round(3).tolist()
+      [9.3229999542236328]
+
+    Source: optax's documentation for the semantics.
+    """
+    logits = _as_floating("logits", logits)
+    labels = jnp.asarray(labels)
+    mask = None if where is None else _with_axis(jnp.asarray(where), axis, logits.ndim)
+    prepared = as_logits(logits, axis, mask, implementation=implementation, name="logits")
+    axes = prepared.axes
+    high, low = (jnp.expand_dims(part, tuple(a + logits.ndim for a in axes)) for part in _log_sum(prepared))
+    wide = compute_dtype(logits.dtype)
+    terms = labels * ((logits.astype(wide) - high) - low)
+    total = -terms.sum(axes, where=mask)
+    return total.astype(jnp.result_type(logits, labels))
+
+
+def _as_floating(name: str, x: jax.typing.ArrayLike) -> Array:
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating-point numbers, got dtype {array.dtype}")
+    return array
+
+
+def _with_axis(where: Array, axis: int | tuple[int, ...] | None, ndim: int) -> Array:
+    """A mask of rows as one of elements."""
+    return where if where.ndim == ndim or axis is None else jnp.expand_dims(where, axis)
+
+
+def _flattened(x: Array, axes: tuple[int, ...]) -> Array:
+    """The axes at the end, in their order, as one."""
+    canonical_axes(axes, x.ndim)
+    moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    return moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
+
+
+def _log_sum(prepared: Logits) -> tuple[Array, Array]:
+    if prepared.params["implementation"] == "reference":
+        return reference.log_sum(prepared.operands[0], **prepared.reference_operands())
+    return log_sum_primitives.log_sum(*prepared.operands, **prepared.params)
+
+
+def _with_labels(prepared: Logits, labels: Array) -> Array:
+    """The log-sum less the label's logit."""
+    x, *operands = prepared.operands
+    if prepared.params["implementation"] == "reference":
+        return _less_label(_log_sum(prepared), x, labels, prepared.params["axis"])
+    return _native_with_labels(tuple(prepared.params.items()), x, labels.astype(jnp.int32), *operands)
+
+
+def _less_label(log: tuple[Array, Array], x: Array, labels: Array, axis: int) -> Array:
+    high, low = log
+    label = jnp.take_along_axis(x, jnp.expand_dims(labels, axis), axis).squeeze(axis)
+    return (high - label.astype(high.dtype)) + low
+
+
+# Its derivative is one primitive, that of the log-sum with labels: left to JAX, the label's part would be
+# scattered into an array of zeros of x's size, and added.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _native_with_labels(params, x: Array, labels: Array, *operands: Array) -> Array:
+    log = log_sum_primitives.log_sum(x, *operands, **dict(params))
+    return _less_label(log, x, labels, dict(params)["axis"])
+
+
+@_native_with_labels.defjvp
+def _native_with_labels_jvp(params, primals, tangents):
+    x, labels, *operands = primals
+    named = dict(params)
+    log = log_sum_primitives.log_sum(x, *operands, **named)
+    loss_dot = log_sum_primitives.log_sum_jvp(x, *log, labels, tangents[0], *operands, **named)
+    return _less_label(log, x, labels, named["axis"]), loss_dot

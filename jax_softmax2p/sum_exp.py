@@ -1,0 +1,147 @@
+"""Sums of exponentials as the paper's pair, which add up whatever their size: for data in parts."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_softmax2p import reference
+from jax_softmax2p.arguments import Axis, Where, as_logits
+from jax_softmax2p.primitives.log_sum import log_sum
+
+Array = jax.Array
+
+_PARTS_OF_LN2 = 7
+_BITS_OF_A_PART = 7
+
+
+class SumExp(NamedTuple):
+    """A sum of exponentials, mantissa·2^exponent: a monoid under :meth:`combine`, and a pytree.
+
+    Attributes:
+      mantissa: array, not negative.
+      exponent: array of the same shape and dtype, of integers. From 2^24 on, that is for logits beyond 1.1e7,
+        not every integer has a float: the logarithm is then right to 2 ULP, and above 2.36e38 it is finfo.max.
+    """
+
+    mantissa: Array
+    exponent: Array
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...] = (), dtype: jax.typing.DTypeLike = jnp.float32) -> "SumExp":
+        """The sum of nothing, which changes nothing that it is combined with."""
+        return cls(jnp.zeros(shape, dtype), jnp.full(shape, jnp.finfo(dtype).min, dtype))
+
+    def combine(self, other: "SumExp") -> "SumExp":
+        """The sum of both, which may broadcast."""
+        exponent = jnp.maximum(self.exponent, other.exponent)
+        own = self.mantissa * _power_of_two(self.exponent - exponent)
+        others = other.mantissa * _power_of_two(other.exponent - exponent)
+        return SumExp(own + others, exponent)
+
+    def reduce(self, axis: int | tuple[int, ...] | None = None) -> "SumExp":
+        """The sum of all along an axis, several, or, with None, all axes."""
+        highest = jnp.max(self.exponent, axis, keepdims=True, initial=jnp.finfo(self.exponent.dtype).min)
+        mantissa = jnp.sum(self.mantissa * _power_of_two(self.exponent - highest), axis)
+        return SumExp(mantissa, jnp.squeeze(highest, axis))
+
+    def log(self) -> Array:
+        """The natural logarithm: -inf of an empty sum."""
+        log = jnp.log(self.mantissa)
+        small = jnp.abs(self.exponent) < 2**17
+        exponent = jnp.where(small, self.exponent, 0)
+        parts = log
+        for part in reversed(_parts_of_ln2()):
+            parts = parts + exponent * part
+        largest = jnp.finfo(self.exponent.dtype).max
+        log2 = jnp.where(small, 0, self.exponent) * np.log(2).astype(self.exponent.dtype)
+        saturated = self.exponent == largest
+        return jnp.where(small, parts, jnp.where(saturated, jnp.maximum(log, largest), log2 + log))
+
+
+def sum_exp(
+    x: jax.typing.ArrayLike,
+    axis: Axis = -1,
+    where: Where = None,
+    *,
+    implementation: str | None = None,
+) -> SumExp:
+    r"""The sum of exponentials as a pair (mantissa, exponent), which never overflows.
+
+    .. math:: \sum_j \exp(x_j) = mantissa · 2^{exponent}
+
+    Args:
+      x: array of logits, as in :func:`softmax`.
+      axis: the axis or axes to reduce; None for all.
+      where: as in :func:`softmax`; what is masked adds nothing.
+      implementation: as in :func:`softmax`.
+
+    Returns:
+      :class:`SumExp` of arrays of x's shape without the axes, float64 for float64 and float32 for others.
+      Split a row as you like: the parts' sums combine to that of the whole, but for rounding.
+
+    Raises:
+      TypeError, ValueError: as :func:`softmax`.
+
+    Example:
+      logsumexp of data that arrives in chunks:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import jax_softmax2p as s2p
+      >>> chunks = jnp.full((3, 4), 1000.0)
+      >>> step = lambda total, chunk: (total.combine(s2p.sum_exp(chunk)), None)
+      >>> total, _ = jax.lax.scan(step, s2p.SumExp.empty(), chunks)
+      >>> float(total.log()) == float(s2p.logsumexp(chunks))
+      True
+
+      The decoupled loss for many positives: each positive against the negatives, not against one another.
+
+      >>> positives, negatives = jnp.array([2.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> pairs = s2p.sum_exp(positives[:, None]).combine(s2p.sum_exp(negatives))
+      >>> (pairs.log() - positives).round(3).tolist()
+      [0.40799999237060547, 1.5509999990463257]
+
+    Source: arXiv 2001.04438, section 4.
+    """
+    logits = as_logits(x, axis, where, implementation=implementation, shift_integers=False)
+    if implementation == "reference":
+        high, low = reference.log_sum(logits.operands[0], **logits.reference_operands())
+    else:
+        high, low = log_sum(*logits.operands, **logits.params)
+    return _from_log(high, low)
+
+
+def _from_log(high: Array, low: Array) -> SumExp:
+    limits = jnp.finfo(high.dtype)
+    rounded = jnp.round(jax.lax.stop_gradient(high) * np.log2(np.e).astype(high.dtype))
+    exponent = jnp.clip(rounded, limits.min, limits.max)
+    # Beyond, the exponent's rounding is all that there is, and high - exponent·ln 2 has no digit right.
+    small = jnp.abs(exponent) < 2**17
+    rest = jnp.where(small, high, high - jax.lax.stop_gradient(high))
+    for part in _parts_of_ln2():
+        rest = rest - jnp.where(small, exponent, 0) * part
+    finite = jnp.isfinite(high)
+    mantissa = jnp.where(finite, jnp.exp(jnp.where(finite, rest + low, 0)), jnp.exp(high))
+    return SumExp(mantissa, exponent)
+
+
+@functools.cache
+def _parts_of_ln2() -> tuple[float, ...]:
+    """ln 2 as a sum of numbers of so few digits that their products with exponents below 2^17 are exact."""
+    parts, rest = [], float(np.log(2))
+    for i in range(1, _PARTS_OF_LN2 + 1):
+        unit = 2.0 ** (-i * _BITS_OF_A_PART)
+        part = np.floor(rest / unit) * unit if i < _PARTS_OF_LN2 else rest
+        parts.append(float(part))
+        rest -= part
+    return tuple(parts)
+
+
+def _power_of_two(exponent: Array) -> Array:
+    """2^exponent for integers from 0 down; 0 below the normal range. Exact, which XLA's exp2 is not."""
+    bias, digits = {4: (127, 23), 8: (1023, 52)}[exponent.dtype.itemsize]
+    integer = {4: jnp.int32, 8: jnp.int64}[exponent.dtype.itemsize]
+    biased = jnp.maximum(exponent, -bias).astype(integer) + bias
+    return jax.lax.bitcast_convert_type(biased << digits, exponent.dtype)
