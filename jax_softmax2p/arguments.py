@@ -110,8 +110,8 @@ def as_logits(
     """Checks the arguments that softmaxes have in common.
 
     Args:
-      shift_integers: whether the result does not change with a constant added to x; the maximum of integers is
-        subtracted then, which they do exactly and floats may not.
+      shift_integers: whether the result does not change with a constant added to x; the maximum of integers
+        is subtracted then, which they do exactly and floats may not.
       name: what the public function calls x.
 
     Raises:

@@ -25,8 +25,8 @@ def softmax_cross_entropy_with_integer_labels(
 
     .. math:: \ell = \log \sum_j \exp(x_j) - x_{label}
 
-    A drop-in for :func:`optax.softmax_cross_entropy_with_integer_labels`. It reads the logits once; its gradient
-    reads them once more and writes the result, and keeps nothing but the log-sum of every row meanwhile.
+    A drop-in for :func:`optax.softmax_cross_entropy_with_integer_labels`. It reads the logits once; its
+    gradient reads them once more and writes the result, and keeps but the log-sum of every row meanwhile.
 
     Args:
       logits: floating-point array.
@@ -47,7 +47,8 @@ def softmax_cross_entropy_with_integer_labels(
     Example:
       >>> import jax.numpy as jnp
       >>> import jax_softmax2p
-      >>> jax_softmax2p.softmax_cross_entropy_with_integer_labels(jnp.zeros((2, 4)), jnp.array([0, 3])).round(3)
+      >>> logits, labels = jnp.zeros((2, 4)), jnp.array([0, 3])
+      >>> jax_softmax2p.softmax_cross_entropy_with_integer_labels(logits, labels).round(3)
       Array([1.386, 1.386], dtype=float32)
 
     Source: pass 1 of Algorithm 3 of arXiv 2001.04438; optax's documentation for the semantics.
@@ -101,8 +102,8 @@ def softmax_cross_entropy(
       ValueError: as :func:`softmax`.
 
     Example:
-      Distillation with a temperature (Hinton et al., arXiv 1503.02531): soft labels from the teacher's logits,
-      the student's scaled alike.
+      Distillation with a temperature (Hinton et al., arXiv 1503.02531): soft labels from the teacher's
+      logits, the student's scaled alike.
 
       >>> import jax.numpy as jnp
       >>> import jax_softmax2p as s2p

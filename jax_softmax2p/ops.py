@@ -169,9 +169,9 @@ def logsumexp(
       implementation: as in :func:`softmax`; "native" cannot be combined with b.
 
     Returns:
-      Array of a's shape without the axes, of its (promoted) dtype; and its like, with signs. Results are within
-      2 ULP of the exact value or 1 ULP of the row's largest logit, whichever is more, where a native kernel
-      runs.
+      Array of a's shape without the axes, of its (promoted) dtype; and its like, with signs. Results are
+      within 2 ULP of the exact value or 1 ULP of the row's largest logit, whichever is more, where a native
+      kernel runs.
 
     Raises:
       TypeError, ValueError: as :func:`softmax`.

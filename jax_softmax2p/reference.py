@@ -1,8 +1,8 @@
 """The semantics in plain jax.numpy: what runs where no native kernel does, and what those must match.
 
 The functions work along one axis; ``ops`` does the rest. They compute float16, bfloat16 and float8 in float32
-and round once, as the native kernels do. Logits are scale·x + bias, all of one rank; what ``where`` masks takes
-no part.
+and round once, as the native kernels do. Logits are scale·x + bias, all of one rank; what
+``where`` masks takes no part.
 """
 
 import jax
@@ -34,7 +34,7 @@ def log_softmax(
 def log_sum(
     x: Array, axis: int, scale: Array | None = None, bias: Array | None = None, where: Array | None = None
 ) -> tuple[Array, Array]:
-    """log(sum(exp(z))) along ``axis`` for logits z, as a sum of two: its rounding, and what that leaves out."""
+    """log(sum(exp(z))) along ``axis`` for logits z, as a sum of two: its rounding, and what that leaves."""
     z = _logits(x, axis, scale, bias, where, empty=-jnp.inf)
     z_max = jax.lax.stop_gradient(_maximum(z, axis))
     z_max = jnp.where(jnp.isfinite(z_max), z_max, 0)
@@ -67,10 +67,26 @@ def log_sum_vjp(
     return (factor * y).astype(x.dtype)
 
 
-def log_sum_jvp(x: Array, high: Array, low: Array, labels: Array, t: Array, axis: int, **operands) -> Array:
+def log_sum_jvp(
+    x: Array,
+    high: Array,
+    low: Array,
+    labels: Array,
+    t: Array,
+    axis: int,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    where: Array | None = None,
+) -> Array:
     """sum(softmax(z)·t) along ``axis``, less t at the labels: what log_sum_vjp transposes."""
-    ones = jnp.ones_like(high)
-    return jnp.sum(log_sum_vjp(_widen(x), high, low, ones, labels, axis, **operands) * _widen(t), axis)
+    p = jnp.exp(
+        (_logits(x, axis, scale, bias, where) - jnp.expand_dims(high, axis)) - jnp.expand_dims(low, axis)
+    )
+    t = _widen(t)
+    result = jnp.sum(p * t, axis, where=where)
+    if labels.size:
+        result = result - jnp.sum(jnp.where(_one_hot(labels, x.shape, axis), t, 0), axis)
+    return result
 
 
 def softmax_jacobian(y: Array, t: Array, axis: int) -> Array:

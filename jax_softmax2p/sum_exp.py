@@ -22,8 +22,8 @@ class SumExp(NamedTuple):
 
     Attributes:
       mantissa: array, not negative.
-      exponent: array of the same shape and dtype, of integers. From 2^24 on, that is for logits beyond 1.1e7,
-        not every integer has a float: the logarithm is then right to 2 ULP, and above 2.36e38 it is finfo.max.
+      exponent: array of the same shape and dtype, of integers. Those from 2^17 on, for logits beyond
+        90,000, are rounded: the logarithm is then right to 2 ULP, and above 2.36e38 it is finfo.max.
     """
 
     mantissa: Array

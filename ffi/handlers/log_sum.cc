@@ -30,8 +30,8 @@ ffi::DataType ComputeTypeOf(const ffi::AnyBuffer& x) {
 }
 
 ffi::Error HandleLogSum(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
-                        ffi::Result<ffi::AnyBuffer> high, ffi::Result<ffi::AnyBuffer> low,
-                        std::int64_t given, std::int64_t before, std::int64_t after) {
+                        ffi::Result<ffi::AnyBuffer> high, ffi::Result<ffi::AnyBuffer> low, std::int64_t given,
+                        std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_log_sum_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x}, -1);
   if (layout.has_error()) return layout.error();
@@ -80,9 +80,9 @@ ffi::Error HandleLogSumVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, -1);
   if (layout.has_error()) return layout.error();
   const ffi::DataType compute = ComputeTypeOf(x);
-  for (const ffi::Error& error : {CheckOnePerRow(kName, "high", x, high, compute),
-                                  CheckOnePerRow(kName, "low", x, low, compute),
-                                  CheckOnePerRow(kName, "factor", x, factor, compute)}) {
+  for (const ffi::Error& error :
+       {CheckOnePerRow(kName, "high", x, high, compute), CheckOnePerRow(kName, "low", x, low, compute),
+        CheckOnePerRow(kName, "factor", x, factor, compute)}) {
     if (error.failure()) return error;
   }
   const bool labelled = labels.element_count() != 0;

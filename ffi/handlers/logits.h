@@ -64,13 +64,15 @@ xla::ffi::ErrorOr<Logits<E>> ReadLogits(const char* handler, const xla::ffi::Any
         xla::ffi::Error::InvalidArgument(std::string(handler) + ": a band needs rank 2 at least"));
   }
   std::size_t next = 0;
-  const auto read = [&](std::int64_t flag, const char* name, xla::ffi::DataType type, auto& to) -> xla::ffi::Error {
+  const auto read = [&](std::int64_t flag, const char* name, xla::ffi::DataType type,
+                        auto& to) -> xla::ffi::Error {
     if ((given.operands & flag) == 0) return xla::ffi::Error::Success();
     const auto operand = operands.get<xla::ffi::AnyBuffer>(next++);
     if (operand.has_error()) return operand.error();
     return ReadOperand(handler, name, x, *operand, type, to);
   };
-  const xla::ffi::DataType compute = sizeof(ComputeOf<E>) == sizeof(double) ? xla::ffi::DataType::F64 : xla::ffi::DataType::F32;
+  const xla::ffi::DataType compute =
+      sizeof(ComputeOf<E>) == sizeof(double) ? xla::ffi::DataType::F64 : xla::ffi::DataType::F32;
   for (const xla::ffi::Error& error :
        {read(LogitsAttributes::kScale, "scale", compute, logits.scale),
         read(LogitsAttributes::kBias, "bias", x.element_type(), logits.bias),

@@ -5,10 +5,10 @@
 // things differ from the paper, all for accuracy or speed:
 //
 // * The mantissa is kept as s = mantissa - 1, before the 1 would round it. The error of 1 + s in float32 is
-//   at most 0.44·2^-23, the sum of its steps' own roundings, against 0.5·2^-23 more had the 1 been added. That
-//   holds for every float with |n| <= Reduction<V>::kMaxExponent, NaN gives NaN, and sums of others are marked:
-//   `tests/selftest/run` checks it for all 2^32 patterns. Found there: 0.432 for AVX-512, 0.370 for AVX2, 0.407
-//   for portable. For float64 the tests bound what follows from it.
+//   at most 0.44·2^-23, the sum of its steps' own roundings, against 0.5·2^-23 more had the 1 been added.
+//   That holds for every float with |n| <= Reduction<V>::kMaxExponent, NaN gives NaN, and sums of others are
+//   marked: `tests/selftest/run` checks it for all 2^32 patterns. Found there: 0.432 for AVX-512, 0.370 for
+//   AVX2, 0.407 for portable. For float64 the tests bound what follows from it.
 // * n is handed on as the ready power of two 2^(n - reference), read out of the low bits of the sum that
 //   rounds x·log2 e. The reference is an even integer just below the largest n, so the power never overflows.
 // * x is clamped from below, where 2^(n - reference) is zero: -inf, finfo.min and the usual masks would

@@ -16,6 +16,7 @@
 
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/lane_sum.h"
+#include "ffi/kernels/log.h"
 #include "ffi/kernels/table.h"
 #include "ffi/simd/inline.h"
 
@@ -106,6 +107,60 @@ class SoftmaxKernels {
       for (int o = 0; o < count; o += V::kLanes) {
         StoreTile(tiles + o * m, TileCount(count - o), m, y + (first + o) * m, past_caches);
       }
+    }
+  }
+
+  // The logs of the sums of e^x of `outer` rows of n <= kShort elements, as sums of two, kLanes rows at a
+  // time; NaN where the guard wants the row to take another way.
+  template <typename In>
+  static void ShortLogSums(const In* x, std::int64_t outer, int n, T* high, T* low) {
+    using InTile = SoftmaxKernels<V, T>;
+    T tile[kShort * V::kLanes];
+    for (std::int64_t first = 0; first < outer; first += V::kLanes) {
+      const int count = TileCount(outer - first);
+      LoadTile(x + first * n, count, n, tile);
+      LaneSum<V> sum(InTile::Maximum(Whole{}, tile, kAdjacent, n));
+      InTile::Add(Whole{}, tile, typename InTile::Nothing{}, kAdjacent, Ahead<0>{}, n,
+                  typename InTile::Plain{}, sum);
+      const LaneTotal<V> total = sum.Total();
+      T sums[V::kLanes], rests[V::kLanes], exponents[V::kLanes], logs[V::kLanes], log_rests[V::kLanes];
+      total.high.Store(sums);
+      total.low.Store(rests);
+      total.exponent.Store(exponents);
+      for (int l = 0; l < V::kLanes; ++l) LogOfSum(sums[l], rests[l], exponents[l], logs[l], log_rests[l]);
+      for (int l = 0; l < count; ++l) {
+        const T size = exponents[l] < 0 ? -exponents[l] : exponents[l];
+        const bool exact = size < ReductionFor<V>::kMaxExponent - 1;
+        high[first + l] = exact ? logs[l] + (sums[l] - sums[l]) : kInfinity - kInfinity;
+        low[first + l] = log_rests[l];
+      }
+    }
+  }
+
+  // y = factor·e^((x - high) - low), or, where factor is null, y = (x - high) - low, of such rows, with one
+  // of each a row.
+  template <typename In>
+  static void ShortLess(const In* x, E* y, std::int64_t outer, int n, const T* high, const T* low,
+                        const T* factor) {
+    T tile[kShort * V::kLanes];
+    for (std::int64_t first = 0; first < outer; first += V::kLanes) {
+      const int count = TileCount(outer - first);
+      const Leading some{count};
+      const auto load = [&](const T* p) { return count == V::kLanes ? V::Load(p) : some.Load(p, 0); };
+      LoadTile(x + first * n, count, n, tile);
+      const LessBoth less{load(high + first), load(low + first)};
+      if (factor == nullptr) {
+        for (int i = 0; i < n; ++i) less(V::Load(tile + i * V::kLanes)).Store(tile + i * V::kLanes);
+      } else {
+        using InTile = SoftmaxKernels<V, T>;
+        const typename InTile::LessBoth less_in_tile{less.maximum, less.rest};
+        InTile::Write(
+            Whole{}, Whole{},
+            typename InTile::template Recompute<typename InTile::LessBoth>(V::Broadcast(0), less_in_tile),
+            tile, typename InTile::Nothing{}, tile, kAdjacent, Ahead<0>{}, n,
+            typename InTile::Scaler{load(factor + first), V::Broadcast(0)});
+      }
+      StoreTile(tile, count, n, y + first * n, false);
     }
   }
 

@@ -123,6 +123,14 @@ struct KernelTable {
   // Whole matrices [outer, n, inner] of n·inner <= kShort.
   void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool stream);
 
+  // Rows of n <= kShort, of which E or T: their log-sums, high + low, NaN where the guard must help; and
+  // factor·e^((x - high) - low), or, with null for factor, (x - high) - low.
+  void (*short_log_sums)(const E* x, std::int64_t rows, int n, T* high, T* low);
+  void (*short_less)(const E* x, E* y, std::int64_t rows, int n, const T* high, const T* low,
+                     const T* factor);
+  void (*fused_short_less)(const T* z, E* y, std::int64_t rows, int n, const T* high, const T* low,
+                           const T* factor);
+
   // Whole columns of n <= kShort elements, `width` of them side by side.
   void (*short_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
 

@@ -1,4 +1,5 @@
-// What the kernels take a softmax of: rows of x, with the scale, the bias and the masks that are applied to them.
+// What the kernels take a softmax of: rows of x, with the scale, the bias and the masks that are applied to
+// them.
 #pragma once
 
 #include <algorithm>
@@ -63,8 +64,8 @@ class LogitsRow {
   using T = ComputeOf<E>;
 
  public:
-  // `buffer` has room for kFusedBlock elements, or is null: then blocks are used. It is the row's until the next
-  // one's construction.
+  // `buffer` has room for kFusedBlock elements, or is null: then blocks are used. It is the row's until the
+  // next one's construction.
   LogitsRow(const Kernels& kernels, const Logits<E>& logits, std::int64_t row, T* buffer)
       : kernels_(&kernels), where_(logits.where.data), where_step_(logits.where.step), full_(logits.n) {
     run_ = {logits.x + row * logits.n, nullptr, nullptr, 1, 0, -std::numeric_limits<T>::infinity()};
@@ -255,6 +256,26 @@ RowTotal<ComputeOf<E>> TotalOf(const LogitsRow<E>& row, const Segments& segments
     total.sum = SumOf(row, segments, nullptr, {KnownMaximum<T>::kSubtract, total.maximum});
   }
   return total;
+}
+
+// Calls body(first row, number of rows, z) for a few rows of up to kShort elements at a time, z null where no
+// operand is to be applied, else the logits.
+template <typename E, typename Body>
+void ForShortRows(const Kernels& kernels, Executor& executor, const Logits<E>& logits, const Body& body) {
+  using T = ComputeOf<E>;
+  const std::int64_t n = logits.n, most = kFusedBlock / n;
+  ForWholeRows(executor, logits.rows, n, [&](std::int64_t first, std::int64_t end) {
+    T z[kFusedBlock];
+    for (std::int64_t r = first; r < end; r += most) {
+      const std::int64_t count = std::min(most, end - r);
+      for (std::int64_t i = 0; i < count && !logits.Plain(); ++i) {
+        const LogitsRow<E> row(kernels, logits, r + i, nullptr);
+        if (row.size() < n) std::fill(z + i * n, z + (i + 1) * n, -std::numeric_limits<T>::infinity());
+        row.Fuse(0, row.size(), z + i * n + row.begin());
+      }
+      body(r, count, logits.Plain() ? nullptr : z);
+    }
+  });
 }
 
 // Leaves out of an operand's description what does not matter, and merges dimensions of x that all operands

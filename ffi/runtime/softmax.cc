@@ -1,8 +1,6 @@
 #include "ffi/runtime/softmax.h"
 
-#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <type_traits>
 
 #include "ffi/runtime/memory.h"
@@ -42,31 +40,20 @@ SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes) {
   return plan;
 }
 
-// Rows of up to kShort elements, as many at a time as fit into a block.
 template <typename E>
 void ShortRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
                E* y) {
   using T = ComputeOf<E>;
-  const std::int64_t n = logits.n, most = kFusedBlock / n;
-  const auto some = [&](std::int64_t first, std::int64_t end) {
-    T z[kFusedBlock];
-    for (std::int64_t r = first; r < end; r += most) {
-      const std::int64_t count = std::min(most, end - r);
-      for (std::int64_t i = 0; i < count; ++i) {
-        const LogitsRow<E> row(kernels, logits, r + i, nullptr);
-        if (row.size() < n) std::fill(z + i * n, z + (i + 1) * n, -std::numeric_limits<T>::infinity());
-        row.Fuse(0, row.size(), z + i * n + row.begin());
-      }
-      kernels.Of<E>().fused_short_matrices(z, y + r * n, count, static_cast<int>(n), 1, plan.stream);
-      for (std::int64_t i = r; logits.Masked() && i < r + count; ++i) {
-        if (std::isnan(WidenScalar(y[i * n]))) {
-          LogitsRow<E>(kernels, logits, i, nullptr).FillMasked(y + i * n, E{});
-        }
+  const std::int64_t n = logits.n;
+  ForShortRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
+    kernels.Of<E>().fused_short_matrices(z, y + first * n, count, static_cast<int>(n), 1, plan.stream);
+    for (std::int64_t r = first; logits.Masked() && r < first + count; ++r) {
+      if (std::isnan(WidenScalar(y[r * n]))) {
+        LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});
       }
     }
     if (plan.stream) FinishStreaming();
-  };
-  ForWholeRows(executor, logits.rows, n, some);
+  });
 }
 
 }  // namespace
@@ -97,14 +84,17 @@ void Softmax(const Kernels& all, Executor& executor, Algorithm algorithm, const 
 }
 
 template <typename E>
-void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algorithm, Logits<E> logits, E* y) {
+void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algorithm, Logits<E> logits,
+                     E* y) {
   const Layout layout{logits.rows, logits.n, 1};
   if (logits.Plain()) return Softmax(kernels, executor, algorithm, logits.x, y, layout);
   const std::int64_t size = logits.rows * logits.n;
   if (size == 0) return;
   Simplify(logits);
   AdviseHugePages(y, static_cast<std::size_t>(size) * sizeof(E));
-  const SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout, kernels.Of<E>().lanes);
+  SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout, kernels.Of<E>().lanes);
+  // Lines that are half result and half zeros would go to memory twice.
+  if (logits.Banded()) plan.stream = false;
   if (logits.n <= kShort) {
     ShortRows(kernels, executor, plan, logits, y);
   } else {

@@ -89,8 +89,7 @@ class Rows {
  private:
   RowScale<T> Scale(const LogitsRow<E>& row, T* kept) const {
     const int max_exponent = kernels_.Of<E>().max_exponent;
-    return ScaleFor(
-        TotalOf(row, Segments(executor_, row.size()), max_exponent, kept, plan_.maximum_first));
+    return ScaleFor(TotalOf(row, Segments(executor_, row.size()), max_exponent, kept, plan_.maximum_first));
   }
 
   // Pass 2.
@@ -122,10 +121,9 @@ class Rows {
 template <typename E>
 void SoftmaxRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
                  E* y) {
-  ForRows(executor, logits.rows, logits.n,
-          [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
-            Rows<E>(kernels, for_segments, plan, logits).Compute(y, first, end);
-          });
+  ForRows(executor, logits.rows, logits.n, [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
+    Rows<E>(kernels, for_segments, plan, logits).Compute(y, first, end);
+  });
 }
 
 template void SoftmaxRows(const Kernels&, Executor&, const SoftmaxPlan&, const Logits<float>&, float*);

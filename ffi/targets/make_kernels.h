@@ -28,6 +28,9 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.panel_invert = Softmax::PanelInvert;
   table.panel_write = Softmax::PanelWrite;
   table.short_matrices = Softmax::template ShortMatrices<E>;
+  table.short_log_sums = Softmax::template ShortLogSums<E>;
+  table.short_less = Softmax::template ShortLess<E>;
+  table.fused_short_less = Softmax::template ShortLess<typename V::Scalar>;
   table.short_columns = Softmax::ShortColumns;
   table.dot = JacobianRow<V, E>::Dot;
   table.jacobian_write = JacobianRow<V, E>::Write;

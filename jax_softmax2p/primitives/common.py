@@ -104,8 +104,8 @@ def define_lowerings(
 def batch_logits(operands: Any, dims: Any, own_operands: int = 0) -> list[jax.Array]:
     """The operands of a primitive with their batch dimension at the front.
 
-    Those that are not batched get a dimension of size 1 there if they broadcast; x and the primitive's own, of
-    which there are ``own_operands``, are repeated. As the axis counts from the end, it stays what it is.
+    Those that are not batched get a dimension of size 1 there if they broadcast; x and the primitive's own,
+    of which there are ``own_operands``, are repeated. As the axis counts from the end, it stays what it is.
     """
     size = next(x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None)
     batched = []

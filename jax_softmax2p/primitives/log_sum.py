@@ -1,7 +1,7 @@
-"""log_sum_p: log(sum(exp(logits))) along one axis, and the two primitives that its derivative is made of.
+"""log_sum_p: log(sum(exp(logits))) along one axis, and the two primitives of which its derivative is made.
 
-It has two results, the log-sum as high + low: high is its rounding. A derivative is recomputed from x and this
-pair, so nothing of x's size is kept for it, and e^(z - high - low) is as exact as a softmax: with high alone,
+It has two results, the log-sum as high + low: high is its rounding. A derivative is recomputed from x and
+this pair, so nothing of x's size is kept for it, and e^(z - high - low) is as exact as a softmax: with high alone,
 a log-sum of 100 would cost 32 ULP.
 
 log_sum_jvp_p and log_sum_vjp_p are linear, in t and in factor, and each other's transposes:
@@ -44,14 +44,16 @@ def log_sum(x: jax.Array, *operands: jax.Array, **params: Any) -> tuple[jax.Arra
 
 def log_sum_jvp(x, high, low, labels, t, *operands, **params: Any) -> jax.Array:
     """The derivative of the log-sum along t, a tangent of the logits, of x's shape."""
-    operands = common.with_common_varying_axes(x, high, low, labels, t, *operands)
-    return log_sum_jvp_p.bind(*operands, **params)
+    return log_sum_jvp_p.bind(
+        *common.with_common_varying_axes(x, high, low, labels, t, *operands), **params
+    )
 
 
 def log_sum_vjp(x, high, low, factor, labels, *operands, **params: Any) -> jax.Array:
     """The transpose of :func:`log_sum_jvp`, applied to factor."""
-    operands = common.with_common_varying_axes(x, high, low, factor, labels, *operands)
-    return log_sum_vjp_p.bind(*operands, **params)
+    return log_sum_vjp_p.bind(
+        *common.with_common_varying_axes(x, high, low, factor, labels, *operands), **params
+    )
 
 
 def no_labels() -> jax.Array:
@@ -69,7 +71,7 @@ def _log_sum_jvp_rule(primals, tangents, *, given: Given, **params):
     high, low = log_sum(*primals, given=given, **params)
     t = logits.tangent(x, tangents[0], given.named(primals), given.named(tangents), given)
     high_dot = log_sum_jvp(x, high, low, no_labels(), t, *operands, given=given, **params)
-    return (high, low), (high_dot, ad.Zero.from_primal_value(low))
+    return (high, low), (high_dot, ad.Zero(jax.typeof(low).to_tangent_aval()))
 
 
 def _log_sum_batch(operands, dims, **params):
