@@ -93,6 +93,47 @@ def make(name, n, dtype, seed=0):
         return CLASSES[name](rng, n).astype(dtype)
 
 
+def exact_logsumexp(z):
+    """log(sum(exp(z))) along the last axis, in np.longdouble, for rows without NaN and +inf."""
+    largest, rest = _largest_and_rest(z)
+    return largest[..., 0] + rest[..., 0]
+
+
+def exact_log_softmax(z):
+    """z - log(sum(exp(z))) along the last axis, in np.longdouble, for rows without NaN and +inf."""
+    largest, rest = _largest_and_rest(z)
+    return (z.astype(np.longdouble) - largest) - rest
+
+
+def _largest_and_rest(z):
+    """The row's maximum and by how much its log-sum is greater: however little that is, exact."""
+    z = z.astype(np.longdouble)
+    at = z.argmax(-1)[..., None]
+    largest = np.take_along_axis(z, at, -1)
+    finite = np.where(np.isinf(largest), 0, largest)
+    others = np.exp(z - finite)
+    np.put_along_axis(others, at, 0, -1)
+    return largest, np.log1p(others.sum(-1, keepdims=True))
+
+
+def log_error(actual, exact, largest, least=0.0):
+    """The largest error in units of what logarithms are allowed, so that 1 is the bound.
+
+    2 ULP of the exact value, 1 of the row's largest logit, or ``least``, whichever is most.
+    """
+    with np.errstate(invalid="ignore"):
+        error = np.abs(actual.astype(np.longdouble) - exact)
+    allowed = np.maximum(np.maximum(2 * _ulp(exact, actual.dtype), _ulp(largest, actual.dtype)), least)
+    return float(np.where(actual == exact.astype(actual.dtype), 0, error / allowed).max(initial=0))
+
+
+def _ulp(exact, dtype):
+    limits = jnp.finfo(dtype)
+    rounded = np.abs(exact.astype(dtype).astype(np.longdouble))
+    _, exponent = np.frexp(np.maximum(np.where(np.isinf(rounded), 0, rounded), float(limits.tiny)))
+    return np.ldexp(np.longdouble(1), exponent - 1 - limits.nmant)
+
+
 def at_offset(x, elements):
     """A copy of the array whose data begin ``elements`` elements after a 64-byte boundary."""
     size = x.dtype.itemsize

@@ -15,28 +15,27 @@ class FuseKernel {
   using T = typename V::Scalar;
 
  public:
-  // z = scale·x + bias, rounded once where V's Fma is, and `fill` where the mask is 0.
-  static void Fuse(const FuseRun<E>& run, T* z, std::int64_t n) {
-    if (run.where == nullptr) {
-      FuseWith<false>(run, z, n);
-    } else {
-      FuseWith<true>(run, z, n);
-    }
+  // z = scale·x + bias, rounded once where V's Fma is, and `fill` where the mask is 0. Returns the largest,
+  // NaNs passed over.
+  static T Fuse(const FuseRun<E>& run, T* z, std::int64_t n) {
+    return run.where == nullptr ? FuseWith<false>(run, z, n) : FuseWith<true>(run, z, n);
   }
 
  private:
   template <bool masked>
-  static SOFTMAX2P_INLINE void FuseWith(const FuseRun<E>& run, T* z, std::int64_t n) {
+  static SOFTMAX2P_INLINE T FuseWith(const FuseRun<E>& run, T* z, std::int64_t n) {
     const V scale = V::Broadcast(run.scale), shift = V::Broadcast(run.shift), fill = V::Broadcast(run.fill);
+    V maximum = V::Broadcast(static_cast<T>(-__builtin_huge_val()));
     std::int64_t i = 0;
     for (; i + V::kLanes <= n; i += V::kLanes) {
       V v = V::Load(run.x + i);
       v = Fma(v, scale, run.bias != nullptr ? V::Load(run.bias + i) : shift);
       if constexpr (masked) v = V::Where(run.where + i, v, fill);
       v.Store(z + i);
+      maximum = Max(v, maximum);
     }
     const int rest = static_cast<int>(n - i);
-    if (rest == 0) return;
+    if (rest == 0) return maximum.ReduceMax();
     V v = V::LoadPartial(run.x + i, rest, 0);
     v = Fma(v, scale, run.bias != nullptr ? V::LoadPartial(run.bias + i, rest, 0) : shift);
     if constexpr (masked) {
@@ -45,6 +44,8 @@ class FuseKernel {
       v = V::Where(where, v, fill);
     }
     v.StorePartial(z + i, rest);
+    const V last = V::LoadPartial(z + i, rest, static_cast<T>(-__builtin_huge_val()));
+    return Max(last, maximum).ReduceMax();
   }
 };
 

@@ -103,8 +103,9 @@ struct KernelTable {
   // y = ((x - maximum) - high) - low.
   void (*row_write_log)(const E* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream);
 
-  // Rows that a scale, a bias or a mask were applied to, as T. kernels.Of<T>() has the rest.
-  void (*fuse)(const FuseRun<E>& run, T* z, std::int64_t n);
+  // Rows that a scale, a bias or a mask were applied to, as T: kernels.Of<T>() has the rest. Returns the
+  // largest.
+  T (*fuse)(const FuseRun<E>& run, T* z, std::int64_t n);
   void (*fused_row_write)(const T* z, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
                           bool stream);
   void (*fused_row_write_log)(const T* z, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream);

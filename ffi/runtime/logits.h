@@ -75,7 +75,7 @@ class LogitsRow {
     if (plain_) return;
     Place(logits, row);
     if (buffer != nullptr && size() <= kFusedBlock) {
-      Fuse(0, size(), buffer);
+      maximum_ = Fuse(0, size(), buffer);
       fused_ = buffer;
     }
   }
@@ -88,8 +88,8 @@ class LogitsRow {
   T Maximum(std::int64_t at, std::int64_t size) const {
     if (plain_) return kernels_->Of<E>().row_max(run_.x + at, size);
     T maximum = -std::numeric_limits<T>::infinity();
-    ForBlocks(at, size, [&](std::int64_t, const T* z, std::int64_t count) {
-      maximum = std::max(maximum, kernels_->Of<T>().row_max(z, count));
+    ForBlocks(at, size, [&](std::int64_t, const T*, std::int64_t, T of_block) {
+      maximum = std::max(maximum, of_block);
     });
     return maximum;
   }
@@ -97,8 +97,12 @@ class LogitsRow {
   ExtendedSum Sum(std::int64_t at, std::int64_t size, T* kept, const KnownMaximum<T>& known) const {
     if (plain_) return kernels_->Of<E>().row_sum(run_.x + at, kept, size, known);
     ExtendedSum sum;
-    ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count) {
-      sum.Combine(kernels_->Of<T>().row_sum(z, kept == nullptr ? nullptr : kept + i, count, known));
+    ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T of_block) {
+      // Known from applying the operands, it need not be looked for.
+      const bool subtracts = known.use == KnownMaximum<T>::kSubtract;
+      const KnownMaximum<T> here{subtracts ? known.use : KnownMaximum<T>::kReference,
+                                 subtracts ? known.value : of_block};
+      sum.Combine(kernels_->Of<T>().row_sum(z, kept == nullptr ? nullptr : kept + i, count, here));
     });
     return sum;
   }
@@ -108,7 +112,7 @@ class LogitsRow {
              bool stream) const {
     const KernelTable<E>& own = kernels_->Of<E>();
     if (plain_) return own.row_write(run_.x + at, kept, y, size, scale, stream);
-    ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count) {
+    ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T) {
       own.fused_row_write(z, kept == nullptr ? nullptr : kept + i, y + i, count, scale, stream);
     });
   }
@@ -116,7 +120,7 @@ class LogitsRow {
   void WriteLog(std::int64_t at, std::int64_t size, E* y, const RowLogSum<T>& sum, bool stream) const {
     const KernelTable<E>& own = kernels_->Of<E>();
     if (plain_) return own.row_write_log(run_.x + at, y, size, sum, stream);
-    ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count) {
+    ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T) {
       own.fused_row_write_log(z, y + i, count, sum, stream);
     });
   }
@@ -145,13 +149,13 @@ class LogitsRow {
     std::fill(y + end_, y + full_, value);
   }
 
-  // As T, with the operands applied.
-  void Fuse(std::int64_t at, std::int64_t count, T* z) const {
+  // As T, with the operands applied. Returns the largest, NaNs passed over.
+  T Fuse(std::int64_t at, std::int64_t count, T* z) const {
     FuseRun<E> run = run_;
     run.x += at;
     if (run.bias != nullptr) run.bias += at;
     if (run.where != nullptr) run.where += at;
-    kernels_->Of<E>().fuse(run, z, count);
+    return kernels_->Of<E>().fuse(run, z, count);
   }
 
  private:
@@ -189,14 +193,15 @@ class LogitsRow {
     }
   }
 
+  // Calls body(place among the `size` from `at`, logits, their number, the largest of them or more).
   template <typename Body>
   void ForBlocks(std::int64_t at, std::int64_t size, const Body& body) const {
-    if (fused_ != nullptr) return body(0, fused_ + at, size);
+    if (fused_ != nullptr) return body(0, fused_ + at, size, maximum_);
     T z[kFusedBlock];
     for (std::int64_t i = 0; i < size; i += kFusedBlock) {
       const std::int64_t count = std::min(kFusedBlock, size - i);
-      Fuse(at + i, count, z);
-      body(i, z, count);
+      const T of_block = Fuse(at + i, count, z);
+      body(i, z, count, of_block);
     }
   }
 
@@ -209,6 +214,7 @@ class LogitsRow {
   std::int64_t end_;
   bool plain_;
   const T* fused_ = nullptr;
+  T maximum_ = 0;
 };
 
 // What pass 1 finds: the sum of e^z, or of e^(z - maximum) where `subtract`.

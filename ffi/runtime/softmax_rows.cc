@@ -1,6 +1,7 @@
 #include <cmath>
 #include <memory>
 #include <new>
+#include <optional>
 #include <type_traits>
 
 #include "ffi/runtime/logits.h"
@@ -53,9 +54,10 @@ class Rows {
     const std::int64_t for_kept = reload && !in_y ? turns * n : 0, for_fused = fused && whole ? turns * n : 0;
     const std::unique_ptr<T[]> scratch(
         for_kept + for_fused == 0 ? nullptr : new (std::nothrow) T[for_kept + for_fused]);
-    const auto row = [&](std::int64_t r) {
+    std::optional<LogitsRow<E>> two[2];
+    const auto row = [&](std::int64_t r) -> const LogitsRow<E>& {
       T* const buffer = for_fused == 0 || scratch == nullptr ? nullptr : scratch.get() + r % turns * n;
-      return LogitsRow<E>(kernels_, logits_, r, buffer);
+      return two[r % turns].emplace(kernels_, logits_, r, buffer);
     };
     const auto kept = [&](std::int64_t r, const LogitsRow<E>& of) -> T* {
       if (!reload) return nullptr;
@@ -66,20 +68,20 @@ class Rows {
     };
     if (!interleaved) {
       for (std::int64_t r = first; r < end; ++r) {
-        const LogitsRow<E> one = row(r);
+        const LogitsRow<E>& one = row(r);
         T* const place = kept(r, one);
         Write(one, place, y + r * n, Scale(one, place));
       }
     } else if (first < end) {
-      LogitsRow<E> next = row(first);
-      RowScale<T> next_scale = Scale(next, kept(first, next));
+      const auto scale_of = [&](std::int64_t r) {
+        const LogitsRow<E>& one = row(r);
+        return Scale(one, kept(r, one));
+      };
+      RowScale<T> next = scale_of(first);
       for (std::int64_t r = first; r < end; ++r) {
-        const LogitsRow<E> one = next;
-        const RowScale<T> scale = next_scale;
-        if (r + 1 < end) {
-          next = row(r + 1);
-          next_scale = Scale(next, kept(r + 1, next));
-        }
+        const RowScale<T> scale = next;
+        if (r + 1 < end) next = scale_of(r + 1);
+        const LogitsRow<E>& one = *two[r % turns];
         Write(one, kept(r, one), y + r * n, scale);
       }
     }

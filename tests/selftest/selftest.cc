@@ -488,7 +488,7 @@ template <typename E>
 struct Way {
   std::string name;
   Bits bits;
-  std::function<void(const KernelTable<E>&, Executor&, const E*, E*, const Layout&)> softmax;
+  std::function<void(const Kernels&, Executor&, const E*, E*, const Layout&)> softmax;
 };
 
 template <typename E>
@@ -496,8 +496,9 @@ Way<E> ByAlgorithm(const NamedAlgorithm& named) {
   const Algorithm algorithm = named.algorithm;
   const bool three = algorithm == Algorithm::kThreePassRecompute || algorithm == Algorithm::kThreePassReload;
   return {std::string(named.name), three ? kThreePassBits : kTwoPassBits,
-          [algorithm](const KernelTable<E>& kernels, Executor& executor, const E* x, E* y,
-                      const Layout& layout) { Softmax(kernels, executor, algorithm, x, y, layout); }};
+          [algorithm](const Kernels& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
+            Softmax(kernels, executor, algorithm, x, y, layout);
+          }};
 }
 
 // Past the caches, which Softmax does for large arrays alone.
@@ -508,8 +509,12 @@ Way<E> Streaming(bool maximum_first, bool reload, bool is_short) {
           is_short        ? kOwn
           : maximum_first ? kThreePassBits
                           : kTwoPassBits,
-          [plan](const KernelTable<E>& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
-            SoftmaxRows(kernels, executor, plan, x, y, layout.outer, layout.n);
+          [plan](const Kernels& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
+            Logits<E> logits;
+            logits.x = x;
+            logits.rows = layout.outer;
+            logits.n = layout.n;
+            SoftmaxRows(kernels, executor, plan, logits, y);
           }};
 }
 
@@ -578,7 +583,7 @@ class SoftmaxCheck {
     const E* const x = x_array_.Prepare(x_, setting.x_offset, Array::kPoison);
     E* const y =
         setting.in_place ? const_cast<E*>(x) : y_array_.Prepare(size, setting.y_offset, Array::kUnwritten);
-    way.softmax(kernels.Of<E>(), executor, x, y, layout_);
+    way.softmax(kernels, executor, x, y, layout_);
 
     report_.Of(kernels).checks += size;
     const auto fail = [&](const std::string& what) {

@@ -1,0 +1,45 @@
+"""The examples in the docstrings, run as users would: with JAX's default of 32 bits."""
+
+import doctest
+
+import jax
+import pytest
+
+from jax_softmax2p import arguments, losses, native, ops, sum_exp
+
+# The package's attribute is the function, which hides its module.
+MODULES = [arguments, losses, native, ops, __import__("sys").modules[sum_exp.__module__]]
+
+EXAMPLES = {
+    f"{test.name}": test
+    for module in MODULES
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module)
+    if test.examples
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name):
+    report = []
+    with jax.enable_x64(False):
+        failed, tried = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(
+            EXAMPLES[name], out=report.append, clear_globs=False
+        )
+    assert tried
+    assert not failed, "".join(report)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "arguments.Band",
+        "losses.softmax_cross_entropy",
+        "losses.softmax_cross_entropy_with_integer_labels",
+        "ops.log_softmax",
+        "ops.logsumexp",
+        "ops.softmax",
+        "sum_exp.sum_exp",
+    ],
+)
+def test_every_public_function_has_an_example(function):
+    assert f"jax_softmax2p.{function}" in EXAMPLES

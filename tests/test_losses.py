@@ -1,0 +1,267 @@
+"""The cross-entropies: optax's semantics, values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_softmax2p import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
+
+NAN, INF = float("nan"), float("inf")
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def check(ours, theirs, *operands, dtype=np.float64, argnums=0):
+    """Values, and gradients of a weighted sum, equal those of optax in float64."""
+
+    def both(loss, operands):
+        def weighted(*operands):
+            losses = loss(*operands)
+            return jnp.sum(jnp.cos(jnp.arange(losses.size)).reshape(losses.shape) * losses), losses
+
+        return jax.jit(jax.grad(weighted, argnums, has_aux=True))(*operands)
+
+    def cast(v, dtype):
+        return v.astype(dtype) if np.issubdtype(v.dtype, np.floating) else v
+
+    rounded = [cast(v, dtype) for v in operands]
+    actual = both(ours, rounded)
+    expected = both(theirs, [cast(v, np.float64) for v in rounded])
+    tolerance = 32 * np.finfo(dtype).eps
+
+    def compare(actual, expected):
+        assert actual.dtype == dtype
+        np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+    jax.tree.map(compare, actual, expected)
+
+
+@pytest.fixture
+def integer_loss(implementation):
+    return functools.partial(softmax_cross_entropy_with_integer_labels, implementation=implementation)
+
+
+@pytest.fixture
+def soft_loss(implementation):
+    return functools.partial(softmax_cross_entropy, implementation=implementation)
+
+
+class TestIntegerLabels:
+    @pytest.mark.parametrize("n", [1, 10, 129, 5000])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_lengths(self, n, dtype, integer_loss):
+        labels = np.array([0, n - 1, n // 2])
+        check(
+            integer_loss,
+            optax.softmax_cross_entropy_with_integer_labels,
+            3 * normal(3, n),
+            labels,
+            dtype=dtype,
+        )
+
+    @pytest.mark.parametrize("axis", [0, (1,), (0, 2), (2, -3), (0, 1, 2)])
+    def test_axes(self, axis, integer_loss):
+        """Of several axes, classes are counted in the order in which they are given."""
+        x = 3 * normal(3, 4, 5)
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        classes = np.prod([x.shape[a] for a in axes])
+        batch = [size for i, size in enumerate(x.shape) if i not in [a % 3 for a in axes]]
+        labels = np.random.default_rng(0).integers(classes, size=batch)
+        check(
+            functools.partial(integer_loss, axis=axis),
+            functools.partial(optax.softmax_cross_entropy_with_integer_labels, axis=axis),
+            x,
+            labels,
+        )
+
+    @pytest.mark.parametrize("n", [5, 200])
+    def test_labels_below_zero_and_out_of_range(self, n, integer_loss):
+        """Those below 0 count from the end; beyond, the loss is NaN and the gradient the softmax alone."""
+        labels = np.array([-1, -n, -n - 1, n, n - 1, n + 7, 2**31 - 1, -(2**31)])
+        theirs = optax.softmax_cross_entropy_with_integer_labels
+        check(integer_loss, theirs, normal(8, n), labels)
+        outside = np.isin(np.arange(8), (2, 3, 5, 6, 7))
+        losses = np.asarray(integer_loss(normal(8, n), labels))
+        np.testing.assert_array_equal(np.isnan(losses), outside)
+
+    @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
+    def test_dtypes_of_labels(self, dtype, integer_loss):
+        """More classes than the labels' dtype has numbers."""
+        labels = np.array([0, 127, 100, 3], dtype)
+        check(integer_loss, optax.softmax_cross_entropy_with_integer_labels, normal(4, 300), labels)
+        if np.issubdtype(dtype, np.signedinteger):
+            losses = integer_loss(normal(4, 300), np.full(4, -1, dtype))
+            np.testing.assert_allclose(losses, integer_loss(normal(4, 300), np.full(4, 299)), rtol=1e-14)
+
+    @pytest.mark.parametrize("shape", [(4, 6), (4, 1), (1, 6), (4,)])
+    def test_masks(self, shape, integer_loss):
+        """Of the logits' shape, or of the labels'. Labels are not masked, rows without a True give 0."""
+        where = np.random.default_rng(3).random(shape) < 0.5
+        labels = np.array([0, 5, 2, 1])
+        if shape[0] == 4:
+            where[1] = False
+        check(
+            functools.partial(integer_loss, where=where),
+            functools.partial(optax.softmax_cross_entropy_with_integer_labels, where=where),
+            normal(4, 6),
+            labels,
+        )
+
+    @pytest.mark.parametrize(
+        ("axis", "shape"), [((0, 2), (3, 4, 5)), ((1, 2), (3,)), ((2,), (3, 4)), (1, (3, 5))]
+    )
+    def test_masks_along_any_axis(self, axis, shape, integer_loss):
+        where = np.random.default_rng(3).random(shape) < 0.7
+        x = normal(3, 4, 5)
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        batch = [size for i, size in enumerate(x.shape) if i not in axes]
+        check(
+            functools.partial(integer_loss, axis=axis, where=where),
+            functools.partial(optax.softmax_cross_entropy_with_integer_labels, axis=axis, where=where),
+            x,
+            np.random.default_rng(0).integers(4, size=batch),
+        )
+
+    def test_special_rows(self, integer_loss):
+        x = np.array([[0, NAN, 1], [0, INF, 1], [-INF, 0, 1], [-INF, 0, 1], [-INF, -INF, -INF]])
+        labels = np.array([0, 0, 0, 1, 1])
+        expected = optax.softmax_cross_entropy_with_integer_labels(x, labels)
+        np.testing.assert_allclose(integer_loss(x, labels), expected, rtol=1e-14)
+        g = jax.grad(lambda x: integer_loss(x, labels).sum())(x)
+        # Classes that are impossible change nothing.
+        np.testing.assert_allclose(g[3], [0, np.exp(0) / (1 + np.e) - 1, np.e / (1 + np.e)], rtol=1e-14)
+
+    @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
+    def test_empty_batches(self, shape, integer_loss):
+        losses = integer_loss(np.zeros(shape, np.float32), np.zeros(shape[:-1], int))
+        assert (losses.shape, losses.dtype) == (shape[:-1], np.float32)
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+    def test_half_precision(self, dtype):
+        x, labels = (3 * normal(4, 50)).astype(dtype), np.arange(4)
+        loss = softmax_cross_entropy_with_integer_labels
+        expected = optax.softmax_cross_entropy_with_integer_labels(x.astype(np.float64), labels)
+        assert loss(x, labels).dtype == dtype
+        np.testing.assert_allclose(loss(x, labels).astype(float), expected, rtol=jnp.finfo(dtype).eps)
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_no_loss_is_negative(self, dtype, integer_loss):
+        """As in optax: users take its square root and its logarithm."""
+        x = normal(40, 7).astype(dtype)
+        x[:, 3] += np.linspace(10, 300, 40)
+        assert (np.asarray(integer_loss(x, np.full(40, 3))) >= 0).all()
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"logits": np.ones((2, 3), int)}, TypeError, "logits must be floating-point .* got dtype int64"),
+            ({"labels": np.ones(2)}, TypeError, "labels must be integers, got dtype float64"),
+            ({"labels": np.ones(2, bool)}, TypeError, "labels must be integers, got dtype bool"),
+            ({"labels": np.ones(3, int)}, ValueError, r"labels must have .* \(2,\), got \(3,\)"),
+            ({"labels": np.ones((2, 3), int)}, ValueError, r"labels must have .* \(2,\), got \(2, 3\)"),
+            ({"labels": np.int64(1)}, ValueError, r"labels must have .* \(2,\), got \(\)"),
+            ({"axis": 2}, ValueError, "axis 2 is out of range for an array of 2 dim"),
+            ({"axis": (0, 0)}, ValueError, "axis names a dimension twice"),
+            ({"where": np.ones((2, 3), int)}, ValueError, "where must be boolean, got dtype int64"),
+            (
+                {"where": np.ones((4, 3), bool)},
+                ValueError,
+                r"where must broadcast to logits'.* shape .*\(4, 3\)",
+            ),
+            ({"implementation": "cuda"}, ValueError, "implementation must be None, 'native' .*'cuda'"),
+        ],
+    )
+    def test_errors(self, arguments, error, words):
+        good = {"logits": np.ones((2, 3), np.float32), "labels": np.ones(2, int)}
+        with pytest.raises(error, match=words):
+            softmax_cross_entropy_with_integer_labels(**{**good, **arguments})
+
+
+class TestSoftLabels:
+    @pytest.mark.parametrize("n", [1, 10, 129, 5000])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_lengths(self, n, dtype, soft_loss):
+        labels = np.random.default_rng(0).dirichlet(np.ones(n), 3)
+        check(soft_loss, optax.softmax_cross_entropy, 3 * normal(3, n), labels, dtype=dtype, argnums=(0, 1))
+
+    @pytest.mark.parametrize("axis", [1, (0, -1), None])
+    def test_axes(self, axis, soft_loss):
+        check(
+            functools.partial(soft_loss, axis=axis),
+            functools.partial(optax.softmax_cross_entropy, axis=axis),
+            3 * normal(3, 4, 5),
+            np.abs(normal(3, 4, 5, seed=1)),
+            argnums=(0, 1),
+        )
+
+    @pytest.mark.parametrize("shape", [(6,), (1, 6), (4, 1), (2, 4, 6)])
+    def test_labels_broadcast(self, shape, soft_loss):
+        check(soft_loss, optax.softmax_cross_entropy, normal(4, 6), normal(*shape, seed=1), argnums=(0, 1))
+
+    @pytest.mark.parametrize("shape", [(4, 6), (1, 6), (4, 1), (4,)])
+    def test_masks(self, shape, soft_loss):
+        where = np.random.default_rng(3).random(shape) < 0.6
+        where.flat[0] = True
+        check(
+            functools.partial(soft_loss, where=where),
+            functools.partial(optax.softmax_cross_entropy, where=where),
+            normal(4, 6),
+            np.abs(normal(4, 6, seed=1)),
+        )
+
+    @pytest.mark.parametrize(
+        ("axis", "shape"), [(0, (4, 5)), ((0, 2), (4,)), (1, (3, 4, 5)), (None, (3, 4, 5))]
+    )
+    def test_masks_along_any_axis(self, axis, shape, soft_loss):
+        where = np.random.default_rng(3).random(shape) < 0.7
+        check(
+            functools.partial(soft_loss, axis=axis, where=where),
+            functools.partial(optax.softmax_cross_entropy, axis=axis, where=where),
+            normal(3, 4, 5),
+            np.abs(normal(3, 4, 5, seed=1)),
+        )
+
+    def test_integer_and_one_hot_labels(self, soft_loss):
+        """As integers and as floats."""
+        x, labels = normal(4, 6).astype(np.float32), np.eye(6, dtype=int)[[0, 5, 2, 1]]
+        expected = optax.softmax_cross_entropy_with_integer_labels(x, np.array([0, 5, 2, 1]))
+        np.testing.assert_allclose(soft_loss(x, labels), expected, rtol=1e-6)
+        np.testing.assert_allclose(soft_loss(x, labels.astype(np.float32)), expected, rtol=1e-6)
+
+    def test_special_rows(self, soft_loss):
+        x = np.array([[0, NAN, 1], [0, INF, 1], [-INF, 0, 1], [-INF, -INF, -INF]])
+        labels = np.array([[0.2, 0.5, 0.3]])
+        np.testing.assert_allclose(soft_loss(x, labels), optax.softmax_cross_entropy(x, labels), rtol=1e-14)
+
+    @pytest.mark.parametrize("x_dtype", [jnp.bfloat16, np.float32])
+    @pytest.mark.parametrize("labels_dtype", [jnp.bfloat16, np.float32, np.float64, np.int32])
+    def test_dtypes(self, x_dtype, labels_dtype):
+        shapes = jax.ShapeDtypeStruct((4, 6), x_dtype), jax.ShapeDtypeStruct((4, 6), labels_dtype)
+        expected = jax.eval_shape(optax.softmax_cross_entropy, *shapes)
+        actual = jax.eval_shape(softmax_cross_entropy, *shapes)
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"logits": np.ones((2, 3), int)}, TypeError, "logits must be floating-point .* got dtype int64"),
+            ({"axis": 2}, ValueError, "axis 2 is out of range for an array of 2 dim"),
+            ({"where": np.ones((2, 3), int)}, ValueError, "where must be boolean, got dtype int64"),
+            (
+                {"where": np.ones((4, 3), bool)},
+                ValueError,
+                r"where must broadcast to logits'.* shape .*\(4, 3\)",
+            ),
+            ({"implementation": "cuda"}, ValueError, "implementation must be None, 'native' .*'cuda'"),
+        ],
+    )
+    def test_errors(self, arguments, error, words):
+        good = {"logits": np.ones((2, 3), np.float32), "labels": np.ones((2, 3), np.float32)}
+        with pytest.raises(error, match=words):
+            softmax_cross_entropy(**{**good, **arguments})
