@@ -88,7 +88,9 @@ def softmax(
     logits = as_logits(x, axis, where, scale=scale, bias=bias, implementation=implementation)
     if implementation == "reference":
         return logits.restore(reference.softmax(logits.operands[0], **logits.reference_operands()))
-    return logits.restore(softmax_primitive.softmax(*logits.operands, algorithm=algorithm, **logits.params))
+    return logits.restore(
+        softmax_primitive.softmax(*logits.operands, algorithm=algorithm, in_place=False, **logits.params)
+    )
 
 
 def log_softmax(

@@ -40,6 +40,7 @@ def define_lowerings(
     *,
     any_axis: Callable[..., bool] = lambda **params: False,
     own_operands: int = 0,
+    reusable: int = 0,
 ) -> None:
     """Lowers the primitive to an FFI call on CPU where that can run, to the reference elsewhere.
 
@@ -53,9 +54,12 @@ def define_lowerings(
       attributes: the target's attributes, from the primitive's parameters.
       any_axis: whether the target takes any axis, from the primitive's parameters.
       own_operands: how many.
+      reusable: the operand whose memory the result takes where the primitive's parameter ``in_place``, if it
+        has one, is true. An operand that is needed afterwards XLA copies first.
     """
     multiple = primitive.multiple_results
     ffi_call = jax.ffi.ffi_lowering(target) if target else None
+    ffi_call_in_place = jax.ffi.ffi_lowering(target, operand_output_aliases={reusable: 0}) if target else None
     first_given = 1 + own_operands
 
     def with_names(*operands, axis: int, given: Given | None = None, **_):
@@ -95,7 +99,8 @@ def define_lowerings(
         if params["axis"] != -1 and not any_axis(**params):
             rule = mlir.lower_fun(along_last_axis, multiple_results=multiple)
             return rule(ctx, *operands, implementation=implementation, **params)
-        return ffi_call(ctx, *operands, **attributes(**params))
+        call = ffi_call_in_place if params.get("in_place") else ffi_call
+        return call(ctx, *operands, **attributes(**params))
 
     mlir.register_lowering(primitive, lower_elsewhere)
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")

@@ -1,8 +1,8 @@
 """log_sum_p: log(sum(exp(logits))) along one axis, and the two primitives of which its derivative is made.
 
 It has two results, the log-sum as high + low: high is its rounding. A derivative is recomputed from x and
-this pair, so nothing of x's size is kept for it, and e^(z - high - low) is as exact as a softmax: with high alone,
-a log-sum of 100 would cost 32 ULP.
+this pair, so nothing of x's size is kept for it, and e^(z - high - low) is as exact as a softmax: with high
+alone, a log-sum of 100 would cost 32 ULP.
 
 log_sum_jvp_p and log_sum_vjp_p are linear, in t and in factor, and each other's transposes:
 
@@ -44,9 +44,7 @@ def log_sum(x: jax.Array, *operands: jax.Array, **params: Any) -> tuple[jax.Arra
 
 def log_sum_jvp(x, high, low, labels, t, *operands, **params: Any) -> jax.Array:
     """The derivative of the log-sum along t, a tangent of the logits, of x's shape."""
-    return log_sum_jvp_p.bind(
-        *common.with_common_varying_axes(x, high, low, labels, t, *operands), **params
-    )
+    return log_sum_jvp_p.bind(*common.with_common_varying_axes(x, high, low, labels, t, *operands), **params)
 
 
 def log_sum_vjp(x, high, low, factor, labels, *operands, **params: Any) -> jax.Array:

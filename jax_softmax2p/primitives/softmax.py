@@ -20,26 +20,27 @@ def softmax(x: jax.Array, *operands: jax.Array, **params: Any) -> jax.Array:
 
     Args:
       x: and the operands: see ``primitives.logits``.
-      params: axis (negative), given, algorithm, implementation.
+      params: axis (negative), given, algorithm, implementation, and in_place: that x, and the tangent or
+        cotangent of the result, are not needed afterwards, so that results may take their memory.
     """
     return softmax_p.bind(*common.with_common_varying_axes(x, *operands), **params)
 
 
-def _abstract_eval(x, *operands, axis, given, algorithm, implementation):
+def _abstract_eval(x, *operands, **params):
     return x.update(weak_type=False)
 
 
-def _jvp(primals, tangents, *, axis, given: Given, algorithm, implementation):
-    y = softmax(*primals, axis=axis, given=given, algorithm=algorithm, implementation=implementation)
+def _jvp(primals, tangents, *, given: Given, algorithm, **params):
+    y = softmax(*primals, given=given, algorithm=algorithm, **params)
     t = logits.tangent(primals[0], tangents[0], given.named(primals), given.named(tangents), given)
-    return y, softmax_jacobian(y, t, axis=axis, implementation=implementation)
+    return y, softmax_jacobian(y, t, **params)
 
 
 def _batch(operands, dims, **params):
     return softmax(*common.batch_logits(operands, dims), **params), 0
 
 
-def _attributes(*, axis, given: Given, algorithm):
+def _attributes(*, axis, given: Given, algorithm, **_):
     return {"axis": np.int64(axis), "algorithm": algorithm} | given.attributes()
 
 
@@ -47,7 +48,7 @@ def _takes_any_axis(*, given: Given, **_):
     return given == Given()
 
 
-common.define_eager_evaluation(softmax_p, ("axis", "given", "algorithm", "implementation"))
+common.define_eager_evaluation(softmax_p, ("axis", "given", "algorithm", "implementation", "in_place"))
 softmax_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[softmax_p] = _jvp
 batching.primitive_batchers[softmax_p] = _batch

@@ -4,6 +4,8 @@ J is symmetric, so one primitive is both softmax's JVP and its VJP: as a functio
 transpose. Its own JVP in y brings the higher orders.
 """
 
+from typing import Any
+
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
@@ -14,43 +16,48 @@ from jax_softmax2p.primitives import common
 softmax_jacobian_p = Primitive("softmax2p_jacobian")
 
 
-def softmax_jacobian(y: jax.Array, t: jax.Array, *, axis: int, implementation: str | None) -> jax.Array:
-    """J(y, t) along the negative ``axis``, for y and t of one shape and dtype."""
-    return softmax_jacobian_p.bind(
-        *common.with_common_varying_axes(y, t), axis=axis, implementation=implementation
-    )
+def softmax_jacobian(y: jax.Array, t: jax.Array, **params: Any) -> jax.Array:
+    """J(y, t), for y and t of one shape and dtype.
+
+    Args:
+      y: a softmax.
+      t: its tangent or cotangent.
+      params: axis (negative), implementation, and in_place: that t is not needed afterwards, so that the
+        result may take its memory.
+    """
+    return softmax_jacobian_p.bind(*common.with_common_varying_axes(y, t), **params)
 
 
-def _abstract_eval(y, t, *, axis, implementation):
+def _abstract_eval(y, t, **params):
     if y.shape != t.shape or y.dtype != t.dtype:
         raise TypeError(f"y and t must agree, got {y.str_short()} and {t.str_short()}")
     return t.update(weak_type=False)
 
 
-def _jvp_in_y(y_dot, _, y, t, *, axis, implementation):
+def _jvp_in_y(y_dot, _, y, t, *, axis, **params):
     return reference.softmax_jacobian_derivative(y, t, y_dot, axis)
 
 
-def _jvp_in_t(t_dot, _, y, t, *, axis, implementation):
-    return softmax_jacobian(y, t_dot, axis=axis, implementation=implementation)
+def _jvp_in_t(t_dot, _, y, t, **params):
+    return softmax_jacobian(y, t_dot, **params)
 
 
-def _transpose(cotangent, y, t, *, axis, implementation):
+def _transpose(cotangent, y, t, **params):
     assert not ad.is_undefined_primal(y), "linear in t alone"
     if isinstance(cotangent, ad.Zero):
         return [None, ad.Zero(t.aval)]
-    return [None, softmax_jacobian(y, cotangent, axis=axis, implementation=implementation)]
+    return [None, softmax_jacobian(y, cotangent, **params)]
 
 
 def _batch(operands, dims, **params):
     return softmax_jacobian(*common.batch_logits(operands, dims, own_operands=1), **params), 0
 
 
-common.define_eager_evaluation(softmax_jacobian_p, ("axis", "implementation"))
+common.define_eager_evaluation(softmax_jacobian_p, ("axis", "implementation", "in_place"))
 softmax_jacobian_p.def_abstract_eval(_abstract_eval)
 ad.defjvp2(softmax_jacobian_p, _jvp_in_y, _jvp_in_t)
 ad.primitive_transposes[softmax_jacobian_p] = _transpose
 batching.primitive_batchers[softmax_jacobian_p] = _batch
 common.define_lowerings(
-    softmax_jacobian_p, native.SOFTMAX_JACOBIAN_TARGET, reference.softmax_jacobian, lambda **_: {}
+    softmax_jacobian_p, native.SOFTMAX_JACOBIAN_TARGET, reference.softmax_jacobian, lambda **_: {}, reusable=1
 )
