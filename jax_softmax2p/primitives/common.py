@@ -58,8 +58,11 @@ def define_lowerings(
         has one, is true. An operand that is needed afterwards XLA copies first.
     """
     multiple = primitive.multiple_results
-    ffi_call = jax.ffi.ffi_lowering(target) if target else None
-    ffi_call_in_place = jax.ffi.ffi_lowering(target, operand_output_aliases={reusable: 0}) if target else None
+    ffi_calls = {
+        in_place: jax.ffi.ffi_lowering(target, operand_output_aliases={reusable: 0} if in_place else None)
+        for in_place in (False, True)
+        if target
+    }
     first_given = 1 + own_operands
 
     def with_names(*operands, axis: int, given: Given | None = None, **_):
@@ -94,13 +97,12 @@ def define_lowerings(
             if implementation == "native":
                 raise ValueError(native_refusal(reason))
             return lower_to_reference(ctx, *operands, **params)
-        if ffi_call is None:
+        if not ffi_calls:
             return lower_to_reference(ctx, *operands, **params)
         if params["axis"] != -1 and not any_axis(**params):
             rule = mlir.lower_fun(along_last_axis, multiple_results=multiple)
             return rule(ctx, *operands, implementation=implementation, **params)
-        call = ffi_call_in_place if params.get("in_place") else ffi_call
-        return call(ctx, *operands, **attributes(**params))
+        return ffi_calls[params.get("in_place", False)](ctx, *operands, **attributes(**params))
 
     mlir.register_lowering(primitive, lower_elsewhere)
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
