@@ -29,6 +29,8 @@ nb::dict Registrations() {
   targets["jax_softmax2p_softmax_v1"] = Capsule(jax_softmax2p_softmax_v1);
   targets["jax_softmax2p_log_softmax_v1"] = Capsule(jax_softmax2p_log_softmax_v1);
   targets["jax_softmax2p_log_sum_v1"] = Capsule(jax_softmax2p_log_sum_v1);
+  targets["jax_softmax2p_log_softmax_vjp_v1"] = Capsule(jax_softmax2p_log_softmax_vjp_v1);
+  targets["jax_softmax2p_log_sum_jvp_v1"] = Capsule(jax_softmax2p_log_sum_jvp_v1);
   targets["jax_softmax2p_log_sum_vjp_v1"] = Capsule(jax_softmax2p_log_sum_vjp_v1);
   targets["jax_softmax2p_softmax_jacobian_v1"] = Capsule(jax_softmax2p_softmax_jacobian_v1);
   return targets;
@@ -76,7 +78,8 @@ void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, st
 }
 
 void JacobianInto(const Input& y, const Input& t, const Output& out, const std::string& dtype,
-                  std::int64_t rows, std::int64_t n, const std::string& isa, int threads) {
+                  std::int64_t outer, std::int64_t n, std::int64_t inner, const std::string& isa,
+                  int threads) {
   const Kernels& kernels = Require(FindKernels(isa, "isa"));
   DispatchType(dtype, [&](auto zero) {
     using E = decltype(zero);
@@ -84,7 +87,7 @@ void JacobianInto(const Input& y, const Input& t, const Output& out, const std::
     E* const to = static_cast<E*>(out.data());
     nb::gil_scoped_release release;
     Workers executor(threads);
-    JacobianRows(kernels.Of<E>(), executor, from_y, from_t, to, rows, n);
+    Jacobian(kernels.Of<E>(), executor, from_y, from_t, to, {outer, n, inner});
   });
 }
 
@@ -103,8 +106,8 @@ NB_MODULE(_native, module) {
              nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"), nb::arg("algorithm"),
              nb::arg("isa"), nb::arg("threads"));
   module.def("softmax_jacobian_into", JacobianInto, nb::arg("y").noconvert(), nb::arg("t").noconvert(),
-             nb::arg("out").noconvert(), nb::arg("dtype"), nb::arg("rows"), nb::arg("n"), nb::arg("isa"),
-             nb::arg("threads"));
+             nb::arg("out").noconvert(), nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
+             nb::arg("isa"), nb::arg("threads"));
 }
 
 }  // namespace

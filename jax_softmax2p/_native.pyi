@@ -10,5 +10,25 @@ def registrations() -> dict[str, Any]: ...
 def algorithms() -> Sequence[str]: ...
 def supported_isas() -> Sequence[str]: ...
 def active_isa() -> str: ...
-def softmax_into(x: np.ndarray, out: np.ndarray, algorithm: str, isa: str, threads: int) -> None: ...
-def softmax_jacobian_into(y: np.ndarray, t: np.ndarray, out: np.ndarray, isa: str, threads: int) -> None: ...
+def softmax_into(
+    x: np.ndarray,
+    out: np.ndarray,
+    dtype: str,
+    outer: int,
+    n: int,
+    inner: int,
+    algorithm: str,
+    isa: str,
+    threads: int,
+) -> None: ...
+def softmax_jacobian_into(
+    y: np.ndarray,
+    t: np.ndarray,
+    out: np.ndarray,
+    dtype: str,
+    outer: int,
+    n: int,
+    inner: int,
+    isa: str,
+    threads: int,
+) -> None: ...

@@ -125,8 +125,10 @@ def as_logits(
     mask = None if where is None or isinstance(where, Band) else as_mask(where, x.shape, name)
     scale, bias, promoted = _as_operands(x, axes, scale, bias, name)
     plain = scale is None and bias is None
-    x = _as_inexact(x, axes, mask) if shift_integers and plain else x.astype(jax.eval_shape(jnp.exp, x).dtype)
-    dtype = jnp.promote_types(x.dtype, promoted) if promoted is not None else x.dtype
+    if shift_integers and plain:
+        x = _as_inexact(x, axes, mask)
+    # That of the formula, jnp.exp(x * scale + bias).
+    dtype = jax.eval_shape(jnp.exp, jax.ShapeDtypeStruct((), promoted or x.dtype)).dtype
     wide = jnp.float32 if _has_no_infinity(dtype) else dtype
     x = x.astype(wide)
     if implementation == "native" and (reason := native.reason_against(x.dtype)):

@@ -20,14 +20,18 @@ import numpy as np
 
 SOFTMAX_TARGET = "jax_softmax2p_softmax_v1"
 LOG_SOFTMAX_TARGET = "jax_softmax2p_log_softmax_v1"
+LOG_SOFTMAX_VJP_TARGET = "jax_softmax2p_log_softmax_vjp_v1"
 LOG_SUM_TARGET = "jax_softmax2p_log_sum_v1"
+LOG_SUM_JVP_TARGET = "jax_softmax2p_log_sum_jvp_v1"
 LOG_SUM_VJP_TARGET = "jax_softmax2p_log_sum_vjp_v1"
 SOFTMAX_JACOBIAN_TARGET = "jax_softmax2p_softmax_jacobian_v1"
 
 TARGETS = (
     SOFTMAX_TARGET,
     LOG_SOFTMAX_TARGET,
+    LOG_SOFTMAX_VJP_TARGET,
     LOG_SUM_TARGET,
+    LOG_SUM_JVP_TARGET,
     LOG_SUM_VJP_TARGET,
     SOFTMAX_JACOBIAN_TARGET,
 )
@@ -137,14 +141,11 @@ def softmax_into(
     library = _library_or_raise()
     _check_arrays(x=x, out=out)
     check_algorithm(algorithm)
-    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis must be an integer from {-x.ndim} to {x.ndim - 1}, got {axis!r}")
-    layout = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis:][1:])
     library.softmax_into(
         _as_integers(x),
         _as_integers(out),
         _DTYPE_NAMES[x.dtype],
-        *layout,
+        *_layout(x, axis),
         algorithm,
         _checked_isa(isa),
         _checked_threads(threads),
@@ -152,14 +153,21 @@ def softmax_into(
 
 
 def softmax_jacobian_into(
-    y: np.ndarray, t: np.ndarray, out: np.ndarray, *, isa: str | None = None, threads: int = 1
+    y: np.ndarray,
+    t: np.ndarray,
+    out: np.ndarray,
+    *,
+    axis: int = -1,
+    isa: str | None = None,
+    threads: int = 1,
 ) -> None:
-    """Runs the kernel of J(y, t) = y·(t - <y, t>) over the last axis of NumPy arrays.
+    """Runs the kernel of J(y, t) = y·(t - <y, t>) over an axis of NumPy arrays.
 
     Args:
-      y: C-contiguous array of one of :data:`DTYPES`, of shape (..., n), a softmax.
+      y: C-contiguous array of one of :data:`DTYPES`, a softmax along the axis.
       t: array like ``y``, a tangent or cotangent.
       out: writable array like ``y``, for the result; may be ``y`` or ``t`` itself.
+      axis: as in :func:`softmax_into`.
       isa: as in :func:`softmax_into`.
       threads: as in :func:`softmax_into`.
 
@@ -169,9 +177,8 @@ def softmax_jacobian_into(
     library = _library_or_raise()
     _check_arrays(y=y, t=t, out=out)
     arrays = (_as_integers(y), _as_integers(t), _as_integers(out))
-    rows = math.prod(y.shape[:-1])
     library.softmax_jacobian_into(
-        *arrays, _DTYPE_NAMES[y.dtype], rows, y.shape[-1], _checked_isa(isa), _checked_threads(threads)
+        *arrays, _DTYPE_NAMES[y.dtype], *_layout(y, axis), _checked_isa(isa), _checked_threads(threads)
     )
 
 
@@ -257,6 +264,13 @@ def _try_tiny_call() -> str:
     if not np.allclose(y, [0.25, 0.75]):
         return f"a trial call gave {y} for softmax(log([1, 3]))"
     return ""
+
+
+def _layout(x: np.ndarray, axis: int) -> tuple[int, int, int]:
+    """The sizes of what lies outside, along and inside of an axis."""
+    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis must be an integer from {-x.ndim} to {x.ndim - 1}, got {axis!r}")
+    return math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis:][1:])
 
 
 def _as_integers(array: np.ndarray) -> np.ndarray:

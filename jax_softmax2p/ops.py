@@ -118,8 +118,9 @@ def log_softmax(
       implementation: as in :func:`softmax`.
 
     Returns:
-      Array of x's shape and (promoted) dtype. float32 and float64 results are within 2 ULP of the exact value
-      or 1 ULP of the row's largest logit, whichever is more, where a native kernel runs.
+      Array of x's shape and (promoted) dtype, never above 0. float32 and float64 results are within 2 ULP of
+      the exact value, 1 ULP of the row's largest logit, or 2^-50, whichever is most, where a native kernel
+      runs.
 
     Raises:
       TypeError, ValueError: as :func:`softmax`.
@@ -134,8 +135,10 @@ def log_softmax(
     """
     logits = as_logits(x, axis, where, scale=scale, bias=bias, implementation=implementation)
     if implementation == "reference":
-        return logits.restore(reference.log_softmax(logits.operands[0], **logits.reference_operands()))
-    return logits.restore(log_softmax_primitive.log_softmax(*logits.operands, **logits.params))
+        y, *_ = reference.log_softmax(logits.operands[0], **logits.reference_operands())
+    else:
+        y, *_ = log_softmax_primitive.log_softmax(*logits.operands, **logits.params)
+    return logits.restore(y)
 
 
 def logsumexp(

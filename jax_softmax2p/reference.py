@@ -23,12 +23,30 @@ def softmax(
 
 def log_softmax(
     x: Array, axis: int, scale: Array | None = None, bias: Array | None = None, where: Array | None = None
-) -> Array:
-    """z - log(sum(exp(z))) along ``axis`` for logits z; -inf where masked."""
+) -> tuple[Array, Array, Array]:
+    """z - log(sum(exp(z))) along ``axis`` for logits z, -inf where masked; and the log-sum as two."""
     z = _logits(x, axis, scale, bias, where)
     shifted = z - jax.lax.stop_gradient(_maximum(z, axis))
     y = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))).astype(x.dtype)
-    return y if where is None else jnp.where(where, y, -jnp.inf)
+    y = y if where is None else jnp.where(where, y, -jnp.inf)
+    return y, *log_sum(x, axis, scale, bias, where)
+
+
+def log_softmax_vjp(
+    x: Array,
+    high: Array,
+    low: Array,
+    labels: Array,
+    t: Array,
+    axis: int,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    where: Array | None = None,
+) -> Array:
+    """t - softmax(z)·sum(t) along ``axis``; 0 where masked."""
+    p = _probabilities(x, high, low, axis, scale, bias, where)
+    y = (_widen(t) - p * jnp.sum(_widen(t), axis, keepdims=True, where=where)).astype(t.dtype)
+    return y if where is None else jnp.where(where, y, 0)
 
 
 def log_sum(
@@ -49,17 +67,16 @@ def log_sum_vjp(
     x: Array,
     high: Array,
     low: Array,
-    factor: Array,
     labels: Array,
+    factor: Array,
     axis: int,
     scale: Array | None = None,
     bias: Array | None = None,
     where: Array | None = None,
 ) -> Array:
     """factor·(exp(z - high - low) - one_hot(labels)) along ``axis``; 0 where masked, but for the labels."""
-    z = _logits(x, axis, scale, bias, where)
-    high, low, factor = (jnp.expand_dims(a, axis) for a in (high, low, factor))
-    y = jnp.exp((z - high) - low)
+    y = _probabilities(x, high, low, axis, scale, bias, where)
+    factor = jnp.expand_dims(factor, axis)
     if where is not None:
         y = jnp.where(where, y, 0)
     if labels.size:
@@ -79,9 +96,7 @@ def log_sum_jvp(
     where: Array | None = None,
 ) -> Array:
     """sum(softmax(z)·t) along ``axis``, less t at the labels: what log_sum_vjp transposes."""
-    p = jnp.exp(
-        (_logits(x, axis, scale, bias, where) - jnp.expand_dims(high, axis)) - jnp.expand_dims(low, axis)
-    )
+    p = _probabilities(x, high, low, axis, scale, bias, where)
     t = _widen(t)
     result = jnp.sum(p * t, axis, where=where)
     if labels.size:
@@ -121,6 +136,19 @@ def _logits(
         return z
     masked = jnp.where(jnp.any(where, axis, keepdims=True), -jnp.inf, empty).astype(z.dtype)
     return jnp.where(where, z, masked)
+
+
+def _probabilities(
+    x: Array,
+    high: Array,
+    low: Array,
+    axis: int,
+    scale: Array | None,
+    bias: Array | None,
+    where: Array | None,
+) -> Array:
+    z = _logits(x, axis, scale, bias, where)
+    return jnp.exp((z - jnp.expand_dims(high, axis)) - jnp.expand_dims(low, axis))
 
 
 def _maximum(z: Array, axis: int) -> Array:

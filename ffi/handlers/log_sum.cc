@@ -12,101 +12,163 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Whether a buffer has an element of the compute type of x, or what `type` says, for every row of x.
-ffi::Error CheckOnePerRow(const char* handler, const char* name, const ffi::AnyBuffer& x,
-                          const ffi::AnyBuffer& buffer, ffi::DataType type) {
-  std::int64_t rows = 1;
-  const auto dims = x.dimensions();
-  for (std::size_t d = 0; d + 1 < dims.size(); ++d) rows *= dims[d];
-  if (static_cast<std::int64_t>(buffer.element_count()) == rows && buffer.element_type() == type) {
-    return ffi::Error::Success();
+// A buffer with an element for every row of x, of the type that x is computed in, or of `type`.
+struct OnePerRow {
+  const char* name;
+  ffi::AnyBuffer buffer;
+  ffi::DataType type = ffi::DataType::INVALID;
+};
+
+ffi::Error Check(const char* handler, const ffi::AnyBuffer& x, const Layout& layout,
+                 std::initializer_list<OnePerRow> all) {
+  const ffi::DataType compute =
+      x.element_type() == ffi::DataType::F64 ? ffi::DataType::F64 : ffi::DataType::F32;
+  for (const OnePerRow& one : all) {
+    const ffi::DataType type = one.type == ffi::DataType::INVALID ? compute : one.type;
+    if (static_cast<std::int64_t>(one.buffer.element_count()) != layout.outer * layout.inner ||
+        one.buffer.element_type() != type) {
+      return ffi::Error::InvalidArgument(std::string(handler) + ": " + one.name +
+                                         " must have one element a row, of the type that goes with x's");
+    }
   }
-  return ffi::Error::InvalidArgument(std::string(handler) + ": " + name +
-                                     " must have one element a row, of the type that goes with x's");
+  return ffi::Error::Success();
 }
 
-ffi::DataType ComputeTypeOf(const ffi::AnyBuffer& x) {
-  return x.element_type() == ffi::DataType::F64 ? ffi::DataType::F64 : ffi::DataType::F32;
+template <typename T>
+T* Data(ffi::AnyBuffer buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+
+// Calls body(E{}, kernels, executor, logits) for logits that have been checked.
+template <typename Body>
+ffi::Error WithLogits(const char* handler, ffi::ThreadPool pool, const ffi::AnyBuffer& x,
+                      const Layout& layout, ffi::RemainingArgs operands, const LogitsAttributes& given,
+                      const Body& body) {
+  const KernelChoice& choice = ActiveKernels();
+  if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
+  XlaExecutor executor(pool);
+  return DispatchType(handler, x.element_type(), [&](auto zero) {
+    using E = decltype(zero);
+    ffi::ErrorOr<Logits<E>> logits = ReadLogits<E>(handler, x, layout, operands, given);
+    if (logits.has_error()) return logits.error();
+    body(zero, *choice.kernels, executor, *std::move(logits));
+    return ffi::Error::Success();
+  });
 }
 
 ffi::Error HandleLogSum(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
-                        ffi::Result<ffi::AnyBuffer> high, ffi::Result<ffi::AnyBuffer> low, std::int64_t given,
-                        std::int64_t before, std::int64_t after) {
+                        ffi::Result<ffi::AnyBuffer> high, ffi::Result<ffi::AnyBuffer> low, std::int64_t axis,
+                        std::int64_t given, std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_log_sum_v1";
-  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x}, -1);
+  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x}, axis);
   if (layout.has_error()) return layout.error();
-  for (const ffi::Error& error : {CheckOnePerRow(kName, "high", x, *high, ComputeTypeOf(x)),
-                                  CheckOnePerRow(kName, "low", x, *low, ComputeTypeOf(x))}) {
-    if (error.failure()) return error;
-  }
-  const KernelChoice& choice = ActiveKernels();
-  if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
-  XlaExecutor executor(pool);
-  return DispatchType(kName, x.element_type(), [&](auto zero) {
-    using E = decltype(zero);
-    using T = ComputeOf<E>;
-    const ffi::ErrorOr<Logits<E>> logits = ReadLogits<E>(kName, x, operands, {given, before, after});
-    if (logits.has_error()) return logits.error();
-    LogSum(*choice.kernels, executor, *logits, static_cast<T*>(high->untyped_data()),
-           static_cast<T*>(low->untyped_data()));
-    return ffi::Error::Success();
-  });
+  const ffi::Error error = Check(kName, x, *layout, {{"high", *high}, {"low", *low}});
+  if (error.failure()) return error;
+  return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
+                    [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
+                      using T = ComputeOf<decltype(zero)>;
+                      LogSum(kernels, executor, std::move(logits), Data<T>(*high), Data<T>(*low));
+                    });
 }
 
 ffi::Error HandleLogSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
-                            ffi::Result<ffi::AnyBuffer> y, std::int64_t given, std::int64_t before,
-                            std::int64_t after) {
+                            ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> high,
+                            ffi::Result<ffi::AnyBuffer> low, std::int64_t axis, std::int64_t given,
+                            std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_log_softmax_v1";
-  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, -1);
+  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, axis);
   if (layout.has_error()) return layout.error();
-  const KernelChoice& choice = ActiveKernels();
-  if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
-  XlaExecutor executor(pool);
-  return DispatchType(kName, x.element_type(), [&](auto zero) {
-    using E = decltype(zero);
-    const ffi::ErrorOr<Logits<E>> logits = ReadLogits<E>(kName, x, operands, {given, before, after});
-    if (logits.has_error()) return logits.error();
-    LogSoftmax(*choice.kernels, executor, *logits, static_cast<E*>(y->untyped_data()));
-    return ffi::Error::Success();
-  });
+  const ffi::Error error = Check(kName, x, *layout, {{"high", *high}, {"low", *low}});
+  if (error.failure()) return error;
+  return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
+                    [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
+                      using E = decltype(zero);
+                      using T = ComputeOf<E>;
+                      LogSoftmax(kernels, executor, std::move(logits), Data<E>(*y), Data<T>(*high),
+                                 Data<T>(*low));
+                    });
 }
 
 // `labels` has no elements where there are none.
-ffi::Error HandleLogSumVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer high, ffi::AnyBuffer low,
-                           ffi::AnyBuffer factor, ffi::AnyBuffer labels, ffi::RemainingArgs operands,
-                           ffi::Result<ffi::AnyBuffer> y, std::int64_t given, std::int64_t before,
-                           std::int64_t after) {
-  constexpr const char* kName = "jax_softmax2p_log_sum_vjp_v1";
-  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, -1);
+template <typename E>
+LogSums<E> ReadLogSums(ffi::AnyBuffer high, ffi::AnyBuffer low, ffi::AnyBuffer labels) {
+  using T = ComputeOf<E>;
+  return {Data<T>(high), Data<T>(low), labels.element_count() == 0 ? nullptr : Data<std::int32_t>(labels)};
+}
+
+ffi::Error CheckLogSums(const char* handler, const ffi::AnyBuffer& x, const Layout& layout,
+                        const ffi::AnyBuffer& high, const ffi::AnyBuffer& low, const ffi::AnyBuffer& labels) {
+  const ffi::Error error = Check(handler, x, layout, {{"high", high}, {"low", low}});
+  if (error.failure() || labels.element_count() == 0) return error;
+  return Check(handler, x, layout, {{"labels", labels, ffi::DataType::S32}});
+}
+
+ffi::Error HandleLogSumJvp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer high, ffi::AnyBuffer low,
+                           ffi::AnyBuffer labels, ffi::AnyBuffer t, ffi::RemainingArgs operands,
+                           ffi::Result<ffi::AnyBuffer> out, std::int64_t axis, std::int64_t given,
+                           std::int64_t before, std::int64_t after) {
+  constexpr const char* kName = "jax_softmax2p_log_sum_jvp_v1";
+  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, t}, axis);
   if (layout.has_error()) return layout.error();
-  const ffi::DataType compute = ComputeTypeOf(x);
+  for (const ffi::Error& error : {CheckLogSums(kName, x, *layout, high, low, labels),
+                                  Check(kName, x, *layout, {{"the result", *out}})}) {
+    if (error.failure()) return error;
+  }
+  return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
+                    [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
+                      using E = decltype(zero);
+                      LogSumJvp(kernels, executor, std::move(logits), ReadLogSums<E>(high, low, labels),
+                                Data<const E>(t), Data<ComputeOf<E>>(*out));
+                    });
+}
+
+ffi::Error HandleLogSumVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer high, ffi::AnyBuffer low,
+                           ffi::AnyBuffer labels, ffi::AnyBuffer factor, ffi::RemainingArgs operands,
+                           ffi::Result<ffi::AnyBuffer> y, std::int64_t axis, std::int64_t given,
+                           std::int64_t before, std::int64_t after) {
+  constexpr const char* kName = "jax_softmax2p_log_sum_vjp_v1";
+  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, axis);
+  if (layout.has_error()) return layout.error();
   for (const ffi::Error& error :
-       {CheckOnePerRow(kName, "high", x, high, compute), CheckOnePerRow(kName, "low", x, low, compute),
-        CheckOnePerRow(kName, "factor", x, factor, compute)}) {
+       {CheckLogSums(kName, x, *layout, high, low, labels), Check(kName, x, *layout, {{"factor", factor}})}) {
     if (error.failure()) return error;
   }
-  const bool labelled = labels.element_count() != 0;
-  if (labelled) {
-    const ffi::Error error = CheckOnePerRow(kName, "labels", x, labels, ffi::DataType::S32);
-    if (error.failure()) return error;
+  return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
+                    [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
+                      using E = decltype(zero);
+                      LogSumVjp(kernels, executor, std::move(logits), ReadLogSums<E>(high, low, labels),
+                                Data<const ComputeOf<E>>(factor), Data<E>(*y));
+                    });
+}
+
+ffi::Error HandleLogSoftmaxVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer high,
+                               ffi::AnyBuffer low, ffi::AnyBuffer labels, ffi::AnyBuffer t,
+                               ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out,
+                               std::int64_t axis, std::int64_t given, std::int64_t before,
+                               std::int64_t after) {
+  constexpr const char* kName = "jax_softmax2p_log_softmax_vjp_v1";
+  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, t, *out}, axis);
+  if (layout.has_error()) return layout.error();
+  if (labels.element_count() != 0) {
+    return ffi::Error::InvalidArgument(std::string(kName) + ": there must be no labels");
   }
-  const KernelChoice& choice = ActiveKernels();
-  if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
-  XlaExecutor executor(pool);
-  return DispatchType(kName, x.element_type(), [&](auto zero) {
-    using E = decltype(zero);
-    using T = ComputeOf<E>;
-    const ffi::ErrorOr<Logits<E>> logits = ReadLogits<E>(kName, x, operands, {given, before, after});
-    if (logits.has_error()) return logits.error();
-    LogSumVjp(*choice.kernels, executor, *logits, static_cast<const T*>(high.untyped_data()),
-              static_cast<const T*>(low.untyped_data()), static_cast<const T*>(factor.untyped_data()),
-              labelled ? static_cast<const std::int32_t*>(labels.untyped_data()) : nullptr,
-              static_cast<E*>(y->untyped_data()));
-    return ffi::Error::Success();
-  });
+  const ffi::Error error = CheckLogSums(kName, x, *layout, high, low, labels);
+  if (error.failure()) return error;
+  return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
+                    [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
+                      using E = decltype(zero);
+                      LogSoftmaxVjp(kernels, executor, std::move(logits), ReadLogSums<E>(high, low, labels),
+                                    Data<const E>(t), Data<E>(*out));
+                    });
 }
 
 }  // namespace
+
+#define SOFTMAX2P_ATTRIBUTES          \
+  .Attr<std::int64_t>("axis")         \
+      .Attr<std::int64_t>("operands") \
+      .Attr<std::int64_t>("before")   \
+      .Attr<std::int64_t>("after")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_v1, HandleLogSum,
                               ffi::Ffi::Bind()
@@ -114,10 +176,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_v1, HandleLogSum,
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<std::int64_t>("operands")
-                                  .Attr<std::int64_t>("before")
-                                  .Attr<std::int64_t>("after"));
+                                  .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_softmax_v1, HandleLogSoftmax,
                               ffi::Ffi::Bind()
@@ -125,9 +184,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_softmax_v1, HandleLogSoftmax,
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<std::int64_t>("operands")
-                                  .Attr<std::int64_t>("before")
-                                  .Attr<std::int64_t>("after"));
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_jvp_v1, HandleLogSumJvp,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_vjp_v1, HandleLogSumVjp,
                               ffi::Ffi::Bind()
@@ -138,9 +207,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_vjp_v1, HandleLogSumVjp,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<std::int64_t>("operands")
-                                  .Attr<std::int64_t>("before")
-                                  .Attr<std::int64_t>("after"));
+                                  .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_softmax_vjp_v1, HandleLogSoftmaxVjp,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
 
 }  // namespace jax_softmax2p

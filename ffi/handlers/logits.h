@@ -12,9 +12,11 @@
 
 namespace jax_softmax2p {
 
-// The attributes that say what is given. A limit of the band that is negative is none.
+// The attributes that say along which axis, counted from the end, and what is given. A limit of the band that
+// is negative is none.
 struct LogitsAttributes {
   static constexpr std::int64_t kScale = 1, kBias = 2, kWhere = 4;
+  std::int64_t axis;
   std::int64_t operands;
   std::int64_t before;
   std::int64_t after;
@@ -25,7 +27,8 @@ struct LogitsAttributes {
 // Of an operand that broadcasts against x: x's rank, and every size 1 or x's.
 template <typename T>
 xla::ffi::Error ReadOperand(const char* handler, const char* name, const xla::ffi::AnyBuffer& x,
-                            const xla::ffi::AnyBuffer& operand, xla::ffi::DataType type, Broadcast<T>& to) {
+                            const xla::ffi::AnyBuffer& operand, std::int64_t axis, xla::ffi::DataType type,
+                            Broadcast<T>& to) {
   const auto dims = x.dimensions(), own = operand.dimensions();
   const auto error = [&](const char* what) {
     return xla::ffi::Error::InvalidArgument(std::string(handler) + ": " + name + " must " + what);
@@ -40,28 +43,31 @@ xla::ffi::Error ReadOperand(const char* handler, const char* name, const xla::ff
     stride *= own[d];
   }
   to.data = static_cast<const T*>(operand.untyped_data());
-  to.step = strides.back();
-  strides.pop_back();
+  const auto at = strides.end() + axis;
+  to.step = *at;
+  strides.erase(at);
   to.strides = std::move(strides);
   return xla::ffi::Error::Success();
 }
 
-// x, of rank 1 at least, along its last axis, with its operands.
+// x, whose layout along the axis is `layout`, with its operands.
 template <typename E>
 xla::ffi::ErrorOr<Logits<E>> ReadLogits(const char* handler, const xla::ffi::AnyBuffer& x,
-                                        xla::ffi::RemainingArgs operands, const LogitsAttributes& given) {
+                                        const Layout& layout, xla::ffi::RemainingArgs operands,
+                                        const LogitsAttributes& given) {
   const auto dims = x.dimensions();
   Logits<E> logits;
   logits.x = static_cast<const E*>(x.untyped_data());
-  logits.dims.assign(dims.begin(), dims.end() - 1);
-  logits.n = dims.back();
-  logits.rows = 1;
-  for (const std::int64_t size : logits.dims) logits.rows *= size;
+  logits.dims.assign(dims.begin(), dims.end());
+  logits.dims.erase(logits.dims.end() + given.axis);
+  logits.n = layout.n;
+  logits.inner = layout.inner;
+  logits.rows = layout.outer * layout.inner;
   if (given.before >= 0) logits.band.before = given.before;
   if (given.after >= 0) logits.band.after = given.after;
-  if (logits.Banded() && logits.dims.empty()) {
-    return xla::ffi::Unexpected(
-        xla::ffi::Error::InvalidArgument(std::string(handler) + ": a band needs rank 2 at least"));
+  if (logits.Banded() && (logits.dims.empty() || given.axis != -1)) {
+    return xla::ffi::Unexpected(xla::ffi::Error::InvalidArgument(
+        std::string(handler) + ": a band needs rank 2 at least, and axis -1"));
   }
   std::size_t next = 0;
   const auto read = [&](std::int64_t flag, const char* name, xla::ffi::DataType type,
@@ -69,7 +75,7 @@ xla::ffi::ErrorOr<Logits<E>> ReadLogits(const char* handler, const xla::ffi::Any
     if ((given.operands & flag) == 0) return xla::ffi::Error::Success();
     const auto operand = operands.get<xla::ffi::AnyBuffer>(next++);
     if (operand.has_error()) return operand.error();
-    return ReadOperand(handler, name, x, *operand, type, to);
+    return ReadOperand(handler, name, x, *operand, given.axis, type, to);
   };
   const xla::ffi::DataType compute =
       sizeof(ComputeOf<E>) == sizeof(double) ? xla::ffi::DataType::F64 : xla::ffi::DataType::F32;

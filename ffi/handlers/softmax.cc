@@ -19,10 +19,7 @@ ffi::Error HandleSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingA
   constexpr const char* kName = "jax_softmax2p_softmax_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, axis);
   if (layout.has_error()) return layout.error();
-  const LogitsAttributes attributes{given, before, after};
-  if (!attributes.None() && axis != -1) {
-    return ffi::Error::InvalidArgument(std::string(kName) + ": operands and bands need axis -1");
-  }
+  const LogitsAttributes attributes{axis, given, before, after};
   const std::optional<Algorithm> chosen = FindAlgorithm(algorithm);
   if (!chosen) {
     return ffi::Error::InvalidArgument(std::string(kName) + ": " + UnknownAlgorithm(algorithm));
@@ -37,7 +34,7 @@ ffi::Error HandleSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingA
       Softmax(*choice.kernels, executor, *chosen, static_cast<const E*>(x.untyped_data()), results, *layout);
       return ffi::Error::Success();
     }
-    const ffi::ErrorOr<Logits<E>> logits = ReadLogits<E>(kName, x, operands, attributes);
+    const ffi::ErrorOr<Logits<E>> logits = ReadLogits<E>(kName, x, *layout, operands, attributes);
     if (logits.has_error()) return logits.error();
     SoftmaxOfLogits(*choice.kernels, executor, *chosen, *logits, results);
     return ffi::Error::Success();

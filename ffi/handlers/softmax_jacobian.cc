@@ -9,18 +9,17 @@ namespace {
 namespace ffi = xla::ffi;
 
 ffi::Error SoftmaxJacobian(ffi::ThreadPool pool, ffi::AnyBuffer y, ffi::AnyBuffer t,
-                           ffi::Result<ffi::AnyBuffer> out) {
+                           ffi::Result<ffi::AnyBuffer> out, std::int64_t axis) {
   constexpr const char* kName = "jax_softmax2p_softmax_jacobian_v1";
-  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {y, t, *out}, -1);
+  const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {y, t, *out}, axis);
   if (layout.has_error()) return layout.error();
   const KernelChoice& choice = ActiveKernels();
   if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
   XlaExecutor executor(pool);
   return DispatchType(kName, y.element_type(), [&](auto zero) {
     using E = decltype(zero);
-    JacobianRows(choice.kernels->Of<E>(), executor, static_cast<const E*>(y.untyped_data()),
-                 static_cast<const E*>(t.untyped_data()), static_cast<E*>(out->untyped_data()), layout->outer,
-                 layout->n);
+    Jacobian(choice.kernels->Of<E>(), executor, static_cast<const E*>(y.untyped_data()),
+             static_cast<const E*>(t.untyped_data()), static_cast<E*>(out->untyped_data()), *layout);
     return ffi::Error::Success();
   });
 }
@@ -32,6 +31,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_softmax_jacobian_v1, SoftmaxJacobian
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<std::int64_t>("axis"));
 
 }  // namespace jax_softmax2p

@@ -1,4 +1,5 @@
-// The Jacobian of softmax applied to a tangent or cotangent: J(y, t) = y·(t - <y, t>), over contiguous rows.
+// Derivatives over contiguous rows: the Jacobian of softmax applied to a tangent or cotangent, J(y, t) =
+// y·(t - <y, t>), and the sums of which those of its logarithm are made.
 #pragma once
 
 #include <cstdint>
@@ -17,14 +18,23 @@ class JacobianRow {
   static constexpr int kBlock = 1024;
 
  public:
-  // <y, t> in twice the working precision (Ogita, Rump & Oishi, "Accurate sum and dot product", SIAM J.
-  // Sci. Comput. 26(6), 2005, Algorithm 5.3): t - <y, t> cancels where t is nearly constant.
-  static DoubleSum Dot(const E* y, const E* t, std::int64_t n) {
-    DoubleSum total;
-    for (std::int64_t i = 0; i < n; i += kBlock) {
-      DotBlock(y + i, t + i, n - i < kBlock ? static_cast<int>(n - i) : kBlock, total);
-    }
-    return total;
+  // <y, t>, with y of type In, E or T, in twice the working precision (Ogita, Rump & Oishi, "Accurate sum and
+  // dot product", SIAM J. Sci. Comput. 26(6), 2005, Algorithm 5.3): t - <y, t> cancels where t is nearly
+  // constant.
+  template <typename In>
+  static DoubleSum Dot(const In* y, const E* t, std::int64_t n) {
+    return SumBlocks(Products<In>{y, t}, n);
+  }
+
+  // <1, t> likewise.
+  static DoubleSum Total(const E* t, std::int64_t n) { return SumBlocks(Terms{t}, n); }
+
+  static void Less(const E* t, const T* p, E* out, std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + V::kLanes <= n; i += V::kLanes) (V::Load(t + i) - V::Load(p + i)).Store(out + i);
+    if (i == n) return;
+    const int rest = static_cast<int>(n - i);
+    (V::LoadPartial(t + i, rest, 0) - V::LoadPartial(p + i, rest, 0)).StorePartial(out + i, rest);
   }
 
   static void Write(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot) {
@@ -41,18 +51,51 @@ class JacobianRow {
   }
 
  private:
-  static SOFTMAX2P_INLINE void DotBlock(const E* y, const E* t, int n, DoubleSum& total) {
+  // What is summed: terms, of element i and those after it, and the errors of their rounding.
+  struct Rounded {
+    V term, error;
+  };
+  template <typename In>
+  struct Products {
+    const In* y;
+    const E* t;
+    SOFTMAX2P_INLINE Rounded At(std::int64_t i) const { return Of(V::Load(y + i), V::Load(t + i)); }
+    SOFTMAX2P_INLINE Rounded At(std::int64_t i, int count) const {
+      return Of(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0));
+    }
+    static SOFTMAX2P_INLINE Rounded Of(V a, V b) {
+      const V product = a * b;
+      return {product, ProductError(a, b, product)};
+    }
+  };
+  struct Terms {
+    const E* t;
+    SOFTMAX2P_INLINE Rounded At(std::int64_t i) const { return {V::Load(t + i), V::Broadcast(0)}; }
+    SOFTMAX2P_INLINE Rounded At(std::int64_t i, int count) const {
+      return {V::LoadPartial(t + i, count, 0), V::Broadcast(0)};
+    }
+  };
+
+  template <typename Source>
+  static SOFTMAX2P_INLINE DoubleSum SumBlocks(const Source& source, std::int64_t n) {
+    DoubleSum total;
+    for (std::int64_t i = 0; i < n; i += kBlock) SumBlock(source, i, n - i < kBlock ? n : i + kBlock, total);
+    return total;
+  }
+
+  template <typename Source>
+  static SOFTMAX2P_INLINE void SumBlock(const Source& source, std::int64_t i, std::int64_t n,
+                                        DoubleSum& total) {
     Accumulator even, odd;
-    int i = 0;
     for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
-      even.Add(V::Load(y + i), V::Load(t + i));
-      odd.Add(V::Load(y + i + V::kLanes), V::Load(t + i + V::kLanes));
+      even.Add(source.At(i));
+      odd.Add(source.At(i + V::kLanes));
     }
     if (i + V::kLanes <= n) {
-      even.Add(V::Load(y + i), V::Load(t + i));
+      even.Add(source.At(i));
       i += V::kLanes;
     }
-    if (i < n) odd.Add(V::LoadPartial(y + i, n - i, 0), V::LoadPartial(t + i, n - i, 0));
+    if (i < n) odd.Add(source.At(i, static_cast<int>(n - i)));
     even.AddTo(total);
     odd.AddTo(total);
   }
@@ -61,12 +104,11 @@ class JacobianRow {
     V sum = V::Broadcast(0);
     V rest = V::Broadcast(0);
 
-    SOFTMAX2P_INLINE void Add(V a, V b) {
-      const V product = a * b;
-      const V larger = sum + product;
+    SOFTMAX2P_INLINE void Add(const Rounded& next) {
+      const V larger = sum + next.term;
       const V added = larger - sum;
-      const V error = (sum - (larger - added)) + (product - added);
-      rest = rest + (error + ProductError(a, b, product));
+      const V error = (sum - (larger - added)) + (next.term - added);
+      rest = rest + (error + next.error);
       sum = larger;
     }
     SOFTMAX2P_INLINE void AddTo(DoubleSum& total) const {

@@ -48,6 +48,14 @@ class SoftmaxKernels {
   using WriteAhead = Ahead<128>;
 
  public:
+  static void Exponential(T x, int exponent, T* s, T* power) {
+    const V v[1] = {V::Broadcast(x)};
+    const Exponentials<V, 1> e = ExponentialFrom<V>(V::Broadcast(static_cast<T>(exponent)))(v);
+    const Leading first{1};
+    first.Store(e.s[0], s);
+    first.Store(e.power[0], power);
+  }
+
   static T RowMaximum(const E* x, std::int64_t n) {
     const std::int64_t vectors = n / V::kLanes;
     V maximum = Maximum(Whole{}, x, kAdjacent, vectors);
@@ -56,7 +64,7 @@ class SoftmaxKernels {
     return maximum.ReduceMax();
   }
 
-  static ExtendedSum RowSum(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum) {
+  static RowSum<T> Sum(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum) {
     if (maximum.use == KnownMaximum<T>::kSubtract) {
       return SumRow(x, Nothing{}, n, Less{V::Broadcast(maximum.value)}, &kZero);
     }
@@ -83,8 +91,8 @@ class SoftmaxKernels {
 
   template <typename In>
   static void RowWriteLog(const In* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream) {
-    const V maximum = V::Broadcast(sum.maximum), high = V::Broadcast(sum.high), low = V::Broadcast(sum.low);
-    WriteRow(LessLogSum{maximum, high, low}, x, Nothing{}, y, n, Itself{}, stream);
+    const LessLogSum less{V::Broadcast(sum.maximum), V::Broadcast(sum.log)};
+    WriteRow(less, x, Nothing{}, y, n, Itself{}, stream);
   }
 
   // Whole softmaxes of `outer` small matrices of n·inner <= kShort elements along their first axis, kLanes
@@ -110,29 +118,39 @@ class SoftmaxKernels {
     }
   }
 
-  // The logs of the sums of e^x of `outer` rows of n <= kShort elements, as sums of two, kLanes rows at a
-  // time; NaN where the guard wants the row to take another way.
+  // The logs of the sums of e^x of `outer` rows of n <= kShort elements, as maximum + log + rest, kLanes rows
+  // at a time; the log is NaN where the guard wants the row to take another way.
   template <typename In>
-  static void ShortLogSums(const In* x, std::int64_t outer, int n, T* high, T* low) {
+  static void ShortLogSums(const In* x, std::int64_t outer, int n, T* maximum, T* log, T* rest) {
     using InTile = SoftmaxKernels<V, T>;
     T tile[kShort * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {
       const int count = TileCount(outer - first);
       LoadTile(x + first * n, count, n, tile);
-      LaneSum<V> sum(InTile::Maximum(Whole{}, tile, kAdjacent, n));
+      const V largest[1] = {InTile::Maximum(Whole{}, tile, kAdjacent, n)};
+      LaneSum<V> sum(largest[0]);
       InTile::Add(Whole{}, tile, typename InTile::Nothing{}, kAdjacent, Ahead<0>{}, n,
                   typename InTile::Plain{}, sum);
       const LaneTotal<V> total = sum.Total();
-      T sums[V::kLanes], rests[V::kLanes], exponents[V::kLanes], logs[V::kLanes], log_rests[V::kLanes];
+      const Exponentials<V, 1> of_largest = ExponentialFrom<V>(sum.reference())(largest);
+      T maxima[V::kLanes], sums[V::kLanes], rests[V::kLanes], exponents[V::kLanes];
+      T powers[V::kLanes], s[V::kLanes];
+      double logs[V::kLanes], log_rests[V::kLanes];
+      largest[0].Store(maxima);
       total.high.Store(sums);
       total.low.Store(rests);
       total.exponent.Store(exponents);
-      for (int l = 0; l < V::kLanes; ++l) LogOfSum(sums[l], rests[l], exponents[l], logs[l], log_rests[l]);
+      of_largest.power[0].Store(powers);
+      of_largest.s[0].Store(s);
+      for (int l = 0; l < V::kLanes; ++l) {
+        LogOfSumOverLargest(sums[l], rests[l], powers[l], s[l], logs[l], log_rests[l]);
+      }
       for (int l = 0; l < count; ++l) {
         const T size = exponents[l] < 0 ? -exponents[l] : exponents[l];
         const bool exact = size < ReductionFor<V>::kMaxExponent - 1;
-        high[first + l] = exact ? logs[l] + (sums[l] - sums[l]) : kInfinity - kInfinity;
-        low[first + l] = log_rests[l];
+        maximum[first + l] = maxima[l];
+        log[first + l] = exact ? static_cast<T>(logs[l]) + (sums[l] - sums[l]) : kInfinity - kInfinity;
+        rest[first + l] = static_cast<T>((logs[l] - static_cast<double>(log[first + l])) + log_rests[l]);
       }
     }
   }
@@ -405,10 +423,10 @@ class SoftmaxKernels {
   }
 
   template <typename Kept, typename Read>
-  static SOFTMAX2P_INLINE ExtendedSum SumRow(const E* x, Kept kept, std::int64_t n, const Read& read,
-                                             const T* maximum) {
+  static SOFTMAX2P_INLINE RowSum<T> SumRow(const E* x, Kept kept, std::int64_t n, const Read& read,
+                                           const T* maximum) {
     constexpr std::int64_t kElements = std::int64_t{kFold} * V::kLanes;
-    ExtendedSum row = SumFold(x, kept, n < kElements ? n : kElements, read, maximum);
+    RowSum<T> row = SumFold(x, kept, n < kElements ? n : kElements, read, maximum);
     for (std::int64_t i = kElements; i < n; i += kElements) {
       const std::int64_t rest = n - i;
       row.Combine(SumFold(x + i, kept + i, rest < kElements ? rest : kElements, read, maximum));
@@ -418,12 +436,13 @@ class SoftmaxKernels {
 
   // `maximum` is null, or that of the whole row, as read.
   template <typename Kept, typename Read>
-  static SOFTMAX2P_INLINE ExtendedSum SumFold(const E* x, Kept kept, std::int64_t n, const Read& read,
-                                              const T* maximum) {
+  static SOFTMAX2P_INLINE RowSum<T> SumFold(const E* x, Kept kept, std::int64_t n, const Read& read,
+                                            const T* maximum) {
     const std::int64_t vectors = n / V::kLanes, end = vectors * V::kLanes;
     const Leading rest{static_cast<int>(n - end)};
     LaneSum<V> sum;
-    if (maximum != nullptr) sum.Raise(V::Broadcast(*maximum));
+    V highest = V::Broadcast(maximum != nullptr ? *maximum : -kInfinity);
+    if (maximum != nullptr) sum.Raise(highest);
     std::int64_t v = 0;
     do {
       const std::int64_t size = vectors - v < kRowBlock ? vectors - v : kRowBlock;
@@ -431,13 +450,14 @@ class SoftmaxKernels {
       if (maximum == nullptr) {
         V block = Maximum(Whole{}, x + i, kAdjacent, size);
         if (v + size == vectors && rest.count != 0) block = Max(rest.Load(x + end), block);
+        highest = Max(block, highest);
         sum.Raise(read(block));
       }
       Add(Whole{}, x + i, kept + i, kAdjacent, SumAhead{}, size, read, sum);
       v += size;
     } while (v < vectors);
     if (rest.count != 0) Add(rest, x + end, kept + end, kAdjacent, Ahead<0>{}, 1, read, sum);
-    return sum.Total().Reduce();
+    return {sum.Total().Reduce(), highest.ReduceMax()};
   }
 
   static SOFTMAX2P_INLINE std::int64_t BlockRows(const Panel& panel) {
@@ -493,7 +513,7 @@ class SoftmaxKernels {
 
   // No exponential: x less the log of the sum.
   struct LessLogSum {
-    V maximum, high, low;
+    V maximum, log;
     template <int K>
     struct Results {
       V v[K];
@@ -501,9 +521,7 @@ class SoftmaxKernels {
     template <int K, typename Access, typename In, typename Stride>
     SOFTMAX2P_INLINE Results<K> At(const Access& access, const In* x, Nothing, Stride stride) const {
       Results<K> r;
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-        r.v[k] = ((access.Load(x + k * stride) - maximum) - high) - low;
-      }
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) { r.v[k] = (access.Load(x + k * stride) - maximum) - log; }
       return r;
     }
   };

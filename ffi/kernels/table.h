@@ -75,12 +75,23 @@ struct FuseRun {
   ComputeOf<E> fill;
 };
 
-// A row's log-sum, high + low, with z less `maximum` first.
+// The sum of e^x of a row, and its largest element, NaNs passed over. A monoid under Combine.
+template <typename T>
+struct RowSum {
+  ExtendedSum sum;
+  T maximum = static_cast<T>(-__builtin_huge_val());
+
+  SOFTMAX2P_INLINE void Combine(const RowSum& other) {
+    sum.Combine(other.sum);
+    if (other.maximum > maximum) maximum = other.maximum;
+  }
+};
+
+// The log of a row's sum, maximum + log.
 template <typename T>
 struct RowLogSum {
   T maximum;
-  T high;
-  T low;
+  T log;
 };
 
 // Kernels for arrays of E, computed in T.
@@ -93,14 +104,17 @@ struct KernelTable {
   // Elements of a vector.
   int lanes;
 
+  // One e^x = (1 + s)·power·2^exponent, the same as in a row's sum.
+  void (*exponential)(T x, int exponent, T* s, T* power);
+
   // Contiguous rows. The largest element, NaNs passed over:
   T (*row_max)(const E* x, std::int64_t n);
   // Where `kept` is not null, s of every e^x = (1 + s)·2^n is written there, for row_write; ignored where the
   // maximum is subtracted. It may be y.
-  ExtendedSum (*row_sum)(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum);
+  RowSum<T> (*row_sum)(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum);
   // `stream` writes past the caches.
   void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale, bool stream);
-  // y = ((x - maximum) - high) - low.
+  // y = (x - maximum) - log.
   void (*row_write_log)(const E* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream);
 
   // Rows that a scale, a bias or a mask were applied to, as T: kernels.Of<T>() has the rest. Returns the
@@ -124,9 +138,9 @@ struct KernelTable {
   // Whole matrices [outer, n, inner] of n·inner <= kShort.
   void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool stream);
 
-  // Rows of n <= kShort, of which E or T: their log-sums, high + low, NaN where the guard must help; and
-  // factor·e^((x - high) - low), or, with null for factor, (x - high) - low.
-  void (*short_log_sums)(const E* x, std::int64_t rows, int n, T* high, T* low);
+  // Rows of n <= kShort, of which E or T: their log-sums, maximum + log + rest, log NaN where the guard must
+  // help; and factor·e^((x - high) - low), or, with null for factor, (x - high) - low.
+  void (*short_log_sums)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
   void (*short_less)(const E* x, E* y, std::int64_t rows, int n, const T* high, const T* low,
                      const T* factor);
   void (*fused_short_less)(const T* z, E* y, std::int64_t rows, int n, const T* high, const T* low,
@@ -135,8 +149,17 @@ struct KernelTable {
   // Whole columns of n <= kShort elements, `width` of them side by side.
   void (*short_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
 
-  // The Jacobian, over contiguous rows.
+  // Columns, `stride` apart from element to element, as contiguous rows and back.
+  void (*gather_columns)(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows);
+  void (*scatter_columns)(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns);
+
+  // Derivatives, over contiguous rows. <y, t>, the same for y as T, and <1, t>:
   DoubleSum (*dot)(const E* y, const E* t, std::int64_t n);
+  DoubleSum (*fused_dot)(const T* y, const E* t, std::int64_t n);
+  DoubleSum (*total)(const E* t, std::int64_t n);
+  // out = t - p.
+  void (*less)(const E* t, const T* p, E* out, std::int64_t n);
+  // The Jacobian of softmax.
   void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot);
 };
 

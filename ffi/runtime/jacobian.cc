@@ -1,7 +1,9 @@
 #include "ffi/runtime/jacobian.h"
 
+#include <algorithm>
 #include <cmath>
 
+#include "ffi/runtime/column_tiles.h"
 #include "ffi/runtime/memory.h"
 #include "ffi/runtime/row_work.h"
 
@@ -18,12 +20,9 @@ SplitScalar<T> SplitDot(const DoubleSum& dot) {
   return split;
 }
 
-}  // namespace
-
 template <typename E>
 void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
                   std::int64_t rows, std::int64_t n) {
-  AdviseHugePages(out, static_cast<std::size_t>(rows * n) * sizeof(E));
   ForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
     const Segments segments(for_segments, n);
     for (std::int64_t r = first; r < end; ++r) {
@@ -40,13 +39,35 @@ void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y,
   });
 }
 
-template void JacobianRows(const KernelTable<float>&, Executor&, const float*, const float*, float*,
-                           std::int64_t, std::int64_t);
-template void JacobianRows(const KernelTable<double>&, Executor&, const double*, const double*, double*,
-                           std::int64_t, std::int64_t);
-template void JacobianRows(const KernelTable<BFloat16>&, Executor&, const BFloat16*, const BFloat16*,
-                           BFloat16*, std::int64_t, std::int64_t);
-template void JacobianRows(const KernelTable<Float16>&, Executor&, const Float16*, const Float16*, Float16*,
-                           std::int64_t, std::int64_t);
+}  // namespace
+
+template <typename E>
+void Jacobian(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
+              const Layout& layout) {
+  const std::int64_t n = layout.n, inner = layout.inner, columns = layout.outer * inner;
+  if (columns * n == 0) return;
+  AdviseHugePages(out, static_cast<std::size_t>(columns * n) * sizeof(E));
+  if (inner == 1) return JacobianRows(kernels, executor, y, t, out, columns, n);
+  const auto some = [&](std::int64_t first, std::int64_t end, std::int64_t width, Executor& for_rows) {
+    ColumnTile<E> of_y(kernels, n, inner, width), of_t(kernels, n, inner, width);
+    for (; first < end; first += width) {
+      const std::int64_t count = std::min(width, end - first);
+      of_y.Gather(y, first, count);
+      of_t.Gather(t, first, count);
+      JacobianRows(kernels, for_rows, of_y.rows(), of_t.rows(), of_t.rows(), count, n);
+      of_t.Scatter(out, first, count);
+    }
+  };
+  ForColumns(executor, columns, n, some);
+}
+
+template void Jacobian(const KernelTable<float>&, Executor&, const float*, const float*, float*,
+                       const Layout&);
+template void Jacobian(const KernelTable<double>&, Executor&, const double*, const double*, double*,
+                       const Layout&);
+template void Jacobian(const KernelTable<BFloat16>&, Executor&, const BFloat16*, const BFloat16*, BFloat16*,
+                       const Layout&);
+template void Jacobian(const KernelTable<Float16>&, Executor&, const Float16*, const Float16*, Float16*,
+                       const Layout&);
 
 }  // namespace jax_softmax2p

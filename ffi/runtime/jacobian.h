@@ -5,13 +5,13 @@
 
 #include "ffi/kernels/table.h"
 #include "ffi/runtime/parallel.h"
+#include "ffi/runtime/softmax.h"
 
 namespace jax_softmax2p {
 
-// out = y·(t - <y, t>) of `rows` contiguous rows of `n` elements. out may be y or t, but not overlap them
-// otherwise.
+// out = y·(t - <y, t>) along n. out may be y or t, but not overlap them otherwise.
 template <typename E>
-void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
-                  std::int64_t rows, std::int64_t n);
+void Jacobian(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
+              const Layout& layout);
 
 }  // namespace jax_softmax2p

@@ -1,4 +1,6 @@
 // The log of the sum of e^z of rows, and what follows from it, on whole arrays, shared out among threads.
+//
+// Log-sums come as high + low, high their rounding: e^(z - high - low) is then as exact as a softmax.
 #pragma once
 
 #include <cstdint>
@@ -9,20 +11,40 @@
 
 namespace jax_softmax2p {
 
-// log(sum of e^z) of every row as high + low, high its rounding. Neither is written where it is null.
+// The log-sum of every row.
 template <typename E>
 void LogSum(const Kernels& kernels, Executor& executor, Logits<E> logits, ComputeOf<E>* high,
             ComputeOf<E>* low);
 
-// y = z - log(sum of e^z). Positions that are masked give -inf. y may be x.
+// y = z - log-sum, and the log-sum of every row. Positions that are masked give -inf. y may be x.
 template <typename E>
-void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y);
+void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, ComputeOf<E>* high,
+                ComputeOf<E>* low);
 
-// Transposes the derivative of LogSum in z, or, where `labels` are given, that of LogSum less the label's z:
-// y = factor·(e^(z - high - low) - [the label's place]), with factor, high, low and label one a row. A label
-// below 0 counts from the end; one out of range is nowhere. Positions that are masked give 0. y may be x.
+// What the derivatives below are of: log-sums less, where `labels` are given, each row's logit there. A label
+// below 0 counts from the end; one out of range is nowhere.
 template <typename E>
-void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const ComputeOf<E>* high,
-               const ComputeOf<E>* low, const ComputeOf<E>* factor, const std::int32_t* labels, E* y);
+struct LogSums {
+  const ComputeOf<E>* high;
+  const ComputeOf<E>* low;
+  const std::int32_t* labels;
+};
+
+// out = <p, t> - t[label] for p = e^(z - log-sum). t is to be 0 where logits are masked.
+template <typename E>
+void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
+               const E* t, ComputeOf<E>* out);
+
+// Its transpose: y = factor·(p - [the label's place]), with one factor a row. Positions that are masked give
+// 0, but for the label's. y may be x.
+template <typename E>
+void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
+               const ComputeOf<E>* factor, E* y);
+
+// out = t - p·<1, t>: the transposed derivative of LogSoftmax. t is to be 0 where logits are masked, and so
+// is the result. out may be t.
+template <typename E>
+void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
+                   const E* t, E* out);
 
 }  // namespace jax_softmax2p

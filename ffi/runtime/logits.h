@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ffi/kernels/table.h"
+#include "ffi/runtime/column_tiles.h"
 #include "ffi/runtime/row_work.h"
 #include "ffi/simd/portable.h"
 
@@ -30,13 +31,16 @@ struct Band {
   std::int64_t after = kUnlimited;
 };
 
-// scale·x + bias where the masks let it through. x is [dims..., n], C-contiguous.
+// scale·x + bias where the masks let it through. x is [rows/inner, n, inner], C-contiguous, along n. A row is
+// found in the operands by its number, `first_row` more than that in x, counted by `dims`.
 template <typename E>
 struct Logits {
   const E* x = nullptr;
   std::vector<std::int64_t> dims;
   std::int64_t rows = 0;
   std::int64_t n = 0;
+  std::int64_t inner = 1;
+  std::int64_t first_row = 0;
   Broadcast<ComputeOf<E>> scale;
   Broadcast<E> bias;
   Broadcast<std::uint8_t> where;
@@ -57,8 +61,8 @@ double WidenScalar(Half x) {
   return portable::Widen(x);
 }
 
-// A row as the kernels are to see it: as it is, or with the operands applied, to all of it in a buffer, or to
-// one block after the other.
+// A row, of logits of inner 1, as the kernels are to see it: as it is, or with the operands applied, to all
+// of it in a buffer, or to one block after the other.
 template <typename E>
 class LogitsRow {
   using T = ComputeOf<E>;
@@ -67,13 +71,17 @@ class LogitsRow {
   // `buffer` has room for kFusedBlock elements, or is null: then blocks are used. It is the row's until the
   // next one's construction.
   LogitsRow(const Kernels& kernels, const Logits<E>& logits, std::int64_t row, T* buffer)
-      : kernels_(&kernels), where_(logits.where.data), where_step_(logits.where.step), full_(logits.n) {
+      : kernels_(&kernels),
+        where_(logits.where.data),
+        bias_step_(logits.bias.step),
+        where_step_(logits.where.step),
+        full_(logits.n) {
     run_ = {logits.x + row * logits.n, nullptr, nullptr, 1, 0, -std::numeric_limits<T>::infinity()};
     begin_ = 0;
     end_ = full_;
     plain_ = logits.Plain();
     if (plain_) return;
-    Place(logits, row);
+    Place(logits, logits.first_row + row);
     if (buffer != nullptr && size() <= kFusedBlock) {
       maximum_ = Fuse(0, size(), buffer);
       fused_ = buffer;
@@ -94,9 +102,9 @@ class LogitsRow {
     return maximum;
   }
 
-  ExtendedSum Sum(std::int64_t at, std::int64_t size, T* kept, const KnownMaximum<T>& known) const {
+  RowSum<T> Sum(std::int64_t at, std::int64_t size, T* kept, const KnownMaximum<T>& known) const {
     if (plain_) return kernels_->Of<E>().row_sum(run_.x + at, kept, size, known);
-    ExtendedSum sum;
+    RowSum<T> sum;
     ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T of_block) {
       // Known from applying the operands, it need not be looked for.
       const bool subtracts = known.use == KnownMaximum<T>::kSubtract;
@@ -125,6 +133,29 @@ class LogitsRow {
     });
   }
 
+  // Calls body(place among the `size` from `at`, scale·e^z as T, their number) for one block after the other.
+  template <typename Body>
+  void ForScaled(std::int64_t at, std::int64_t size, const RowScale<T>& scale, const Body& body) const {
+    T y[kFusedBlock];
+    for (std::int64_t i = 0; i < size; i += kFusedBlock) {
+      const std::int64_t count = std::min(kFusedBlock, size - i);
+      if constexpr (std::is_same_v<E, T>) {
+        if (plain_) {
+          kernels_->Of<T>().row_write(run_.x + at + i, nullptr, y, count, scale, false);
+          body(i, y, count);
+          continue;
+        }
+      }
+      Fuse(at + i, count, y);
+      kernels_->Of<T>().row_write(y, nullptr, y, count, scale, false);
+      body(i, y, count);
+    }
+  }
+
+  bool Masked(std::int64_t i) const {
+    return i < begin_ || i >= end_ || (where_ != nullptr && where_[i * where_step_] == 0);
+  }
+
   bool HasNan() const {
     T z[kFusedBlock];
     for (std::int64_t i = 0; i < size(); i += kFusedBlock) {
@@ -149,12 +180,14 @@ class LogitsRow {
     std::fill(y + end_, y + full_, value);
   }
 
-  // As T, with the operands applied. Returns the largest, NaNs passed over.
+  // Of up to kFusedBlock elements, as T, with the operands applied. Returns the largest, NaNs passed over.
   T Fuse(std::int64_t at, std::int64_t count, T* z) const {
     FuseRun<E> run = run_;
     run.x += at;
-    if (run.bias != nullptr) run.bias += at;
-    if (run.where != nullptr) run.where += at;
+    E bias[kFusedBlock];
+    std::uint8_t where[kFusedBlock];
+    run.bias = Contiguous(run.bias, at, count, bias_step_, bias);
+    run.where = Contiguous(run.where, at, count, where_step_, where);
     return kernels_->Of<E>().fuse(run, z, count);
   }
 
@@ -180,17 +213,29 @@ class LogitsRow {
       if (logits.bias.step == 0) {
         run_.shift = static_cast<T>(WidenScalar(logits.bias.data[bias]));
       } else {
-        run_.bias = logits.bias.data + bias + begin_;
+        run_.bias = logits.bias.data + bias + begin_ * bias_step_;
       }
     }
     run_.x += begin_;
     if (where_ == nullptr) return;
     where_ += where;
     if (where_step_ != 0) {
-      run_.where = where_ + begin_;
+      run_.where = where_ + begin_ * where_step_;
     } else if (*where_ == 0) {
       end_ = begin_;
     }
+  }
+
+  // Elements from `at` on, copied where there is a step between them, as there is along an axis that is not
+  // the last.
+  template <typename Element>
+  static const Element* Contiguous(const Element* from, std::int64_t at, std::int64_t count,
+                                   std::int64_t step, Element* buffer) {
+    if (from == nullptr) return nullptr;
+    from += at * step;
+    if (step == 1) return from;
+    for (std::int64_t i = 0; i < count; ++i) buffer[i] = from[i * step];
+    return buffer;
   }
 
   // Calls body(place among the `size` from `at`, logits, their number, the largest of them or more).
@@ -208,6 +253,7 @@ class LogitsRow {
   const Kernels* kernels_;
   FuseRun<E> run_;
   const std::uint8_t* where_;
+  std::int64_t bias_step_;
   std::int64_t where_step_;
   std::int64_t full_;
   std::int64_t begin_;
@@ -219,10 +265,8 @@ class LogitsRow {
 
 // What pass 1 finds: the sum of e^z, or of e^(z - maximum) where `subtract`.
 template <typename T>
-struct RowTotal {
-  ExtendedSum sum;
+struct RowTotal : RowSum<T> {
   bool subtract = false;
-  T maximum = 0;
 };
 
 template <typename E>
@@ -233,13 +277,14 @@ ComputeOf<E> MaximumOf(const LogitsRow<E>& row, const Segments& segments) {
 }
 
 template <typename E>
-ExtendedSum SumOf(const LogitsRow<E>& row, const Segments& segments, ComputeOf<E>* kept,
-                  const KnownMaximum<ComputeOf<E>>& known) {
-  return segments.Reduce<ExtendedSum>(
+RowSum<ComputeOf<E>> SumOf(const LogitsRow<E>& row, const Segments& segments, ComputeOf<E>* kept,
+                           const KnownMaximum<ComputeOf<E>>& known) {
+  using Sum = RowSum<ComputeOf<E>>;
+  return segments.Reduce<Sum>(
       [&](std::int64_t at, std::int64_t size) {
         return row.Sum(at, size, kept == nullptr ? nullptr : kept + at, known);
       },
-      [](ExtendedSum& a, const ExtendedSum& b) { a.Combine(b); });
+      [](Sum& a, const Sum& b) { a.Combine(b); });
 }
 
 // Pass 1, and the guard: where the row's largest element takes the sum out of the range in which kernels are
@@ -251,35 +296,35 @@ RowTotal<ComputeOf<E>> TotalOf(const LogitsRow<E>& row, const Segments& segments
   using T = ComputeOf<E>;
   KnownMaximum<T> known;
   if (maximum_first) known = {KnownMaximum<T>::kReference, MaximumOf(row, segments)};
-  RowTotal<T> total;
-  total.sum = SumOf(row, segments, kept, known);
+  RowTotal<T> total{SumOf(row, segments, kept, known)};
   if (std::abs(total.sum.exponent) < max_exponent) return total;
   total.subtract = true;
-  total.maximum = MaximumOf(row, segments);
   if (std::isinf(total.maximum)) {
     total.sum.mantissa.high = std::numeric_limits<double>::quiet_NaN();
   } else {
-    total.sum = SumOf(row, segments, nullptr, {KnownMaximum<T>::kSubtract, total.maximum});
+    total.sum = SumOf(row, segments, nullptr, {KnownMaximum<T>::kSubtract, total.maximum}).sum;
   }
   return total;
 }
 
-// Calls body(first row, number of rows, z) for a few rows of up to kShort elements at a time, z null where no
-// operand is to be applied, else the logits.
+// Calls body(first row, number of rows, z) for a few rows of up to kShort elements at a time, with their
+// logits as T; z is null where no operand is to be applied, unless `always`.
 template <typename E, typename Body>
-void ForShortRows(const Kernels& kernels, Executor& executor, const Logits<E>& logits, const Body& body) {
+void ForShortRows(const Kernels& kernels, Executor& executor, const Logits<E>& logits, const Body& body,
+                  bool always = false) {
   using T = ComputeOf<E>;
+  const bool fused = always || !logits.Plain();
   const std::int64_t n = logits.n, most = kFusedBlock / n;
   ForWholeRows(executor, logits.rows, n, [&](std::int64_t first, std::int64_t end) {
     T z[kFusedBlock];
     for (std::int64_t r = first; r < end; r += most) {
       const std::int64_t count = std::min(most, end - r);
-      for (std::int64_t i = 0; i < count && !logits.Plain(); ++i) {
+      for (std::int64_t i = 0; i < count && fused; ++i) {
         const LogitsRow<E> row(kernels, logits, r + i, nullptr);
         if (row.size() < n) std::fill(z + i * n, z + (i + 1) * n, -std::numeric_limits<T>::infinity());
         row.Fuse(0, row.size(), z + i * n + row.begin());
       }
-      body(r, count, logits.Plain() ? nullptr : z);
+      body(r, count, fused ? z : nullptr);
     }
   });
 }
@@ -309,6 +354,27 @@ void Simplify(Logits<E>& logits) {
     erase(logits.bias);
     erase(logits.where);
   }
+}
+
+// Calls body(logits of inner 1, their rows of y, executor) for some columns of logits after the other, until
+// all had their turn. The rows of y are those of x, too, until they are written. Where `y` is null they are
+// not put back.
+template <typename E, typename Body>
+void ForColumnLogits(const Kernels& kernels, Executor& executor, const Logits<E>& logits, E* y,
+                     const Body& body) {
+  const auto some = [&](std::int64_t first, std::int64_t end, std::int64_t width, Executor& for_rows) {
+    ColumnTile<E> tile(kernels.Of<E>(), logits.n, logits.inner, width);
+    Logits<E> rows = logits;
+    rows.x = tile.rows();
+    rows.inner = 1;
+    for (rows.first_row = first; rows.first_row < end; rows.first_row += width) {
+      rows.rows = std::min(width, end - rows.first_row);
+      tile.Gather(logits.x, rows.first_row, rows.rows);
+      body(rows, tile.rows(), for_rows);
+      if (y != nullptr) tile.Scatter(y, rows.first_row, rows.rows);
+    }
+  };
+  ForColumns(executor, logits.rows, logits.n, some);
 }
 
 }  // namespace jax_softmax2p

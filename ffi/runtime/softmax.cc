@@ -86,12 +86,18 @@ void Softmax(const Kernels& all, Executor& executor, Algorithm algorithm, const 
 template <typename E>
 void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algorithm, Logits<E> logits,
                      E* y) {
-  const Layout layout{logits.rows, logits.n, 1};
+  const Layout layout{logits.rows / logits.inner, logits.n, logits.inner};
   if (logits.Plain()) return Softmax(kernels, executor, algorithm, logits.x, y, layout);
   const std::int64_t size = logits.rows * logits.n;
   if (size == 0) return;
   Simplify(logits);
   AdviseHugePages(y, static_cast<std::size_t>(size) * sizeof(E));
+  if (logits.inner > 1) {
+    return ForColumnLogits(kernels, executor, logits, y,
+                           [&](const Logits<E>& rows, E* y_rows, Executor& own) {
+                             SoftmaxOfLogits(kernels, own, algorithm, rows, y_rows);
+                           });
+  }
   SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout, kernels.Of<E>().lanes);
   // Lines that are half result and half zeros would go to memory twice.
   if (logits.Banded()) plan.stream = false;

@@ -30,7 +30,7 @@ template <typename E>
 void Softmax(const Kernels& kernels, Executor& executor, Algorithm algorithm, const E* x, E* y,
              const Layout& layout);
 
-// The same along the last axis, with operands applied first. Positions that are masked give 0.
+// The same with operands applied first. Positions that are masked give 0.
 template <typename E>
 void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algorithm, Logits<E> logits, E* y);
 

@@ -28,7 +28,7 @@ RowScale<T> ScaleFor(const RowTotal<T>& total) {
   scale.low = static_cast<T>((high - static_cast<double>(scale.high)) + error);
   scale.exponent = total.sum.exponent;
   scale.subtract = total.subtract;
-  scale.maximum = total.maximum;
+  if (total.subtract) scale.maximum = total.maximum;
   return scale;
 }
 

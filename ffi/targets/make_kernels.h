@@ -1,6 +1,7 @@
 // Fills an instruction set's table from the kernel templates. Included by one source per instruction set.
 #pragma once
 
+#include "ffi/kernels/columns.h"
 #include "ffi/kernels/fuse.h"
 #include "ffi/kernels/jacobian.h"
 #include "ffi/kernels/softmax.h"
@@ -14,8 +15,9 @@ constexpr KernelTable<E> MakeKernelTable() {
   KernelTable<E> table{};
   table.max_exponent = ReductionFor<V>::kMaxExponent;
   table.lanes = V::kLanes;
+  table.exponential = Softmax::Exponential;
   table.row_max = Softmax::RowMaximum;
-  table.row_sum = Softmax::RowSum;
+  table.row_sum = Softmax::Sum;
   table.row_write = Softmax::template RowWrite<E>;
   table.row_write_log = Softmax::template RowWriteLog<E>;
   table.fuse = FuseKernel<V, E>::Fuse;
@@ -32,7 +34,12 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.short_less = Softmax::template ShortLess<E>;
   table.fused_short_less = Softmax::template ShortLess<typename V::Scalar>;
   table.short_columns = Softmax::ShortColumns;
-  table.dot = JacobianRow<V, E>::Dot;
+  table.gather_columns = ColumnKernels<V, E>::Gather;
+  table.scatter_columns = ColumnKernels<V, E>::Scatter;
+  table.dot = JacobianRow<V, E>::template Dot<E>;
+  table.fused_dot = JacobianRow<V, E>::template Dot<typename V::Scalar>;
+  table.total = JacobianRow<V, E>::Total;
+  table.less = JacobianRow<V, E>::Less;
   table.jacobian_write = JacobianRow<V, E>::Write;
   return table;
 }

@@ -34,25 +34,23 @@ def define_eager_evaluation(primitive: Primitive, static_argnames: tuple[str, ..
 
 def define_lowerings(
     primitive: Primitive,
-    target: str | None,
+    target: str,
     reference: Callable[..., Any],
     attributes: Callable[..., dict[str, Any]],
     *,
-    any_axis: Callable[..., bool] = lambda **params: False,
     own_operands: int = 0,
     reusable: int = 0,
 ) -> None:
     """Lowers the primitive to an FFI call on CPU where that can run, to the reference elsewhere.
 
     The primitive works along its parameter ``axis``, which is negative. Its parameter ``implementation`` may
-    be "native" to make the lowering fail rather than fall back. Its operands are x, its own, which lack the
-    axis, and what its parameter ``given``, if it has one, says.
+    be "native" to make the lowering fail rather than fall back. Its operands are x, its own, and what its
+    parameter ``given``, if it has one, says.
 
     Args:
-      target: the name of the FFI target, which works along the last axis; None if there is none.
+      target: the name of the FFI target.
       reference: the same in jax.numpy: reference(x, *own operands, axis=, scale=, bias=, where=).
-      attributes: the target's attributes, from the primitive's parameters.
-      any_axis: whether the target takes any axis, from the primitive's parameters.
+      attributes: the target's attributes but the axis, from the primitive's parameters.
       own_operands: how many.
       reusable: the operand whose memory the result takes where the primitive's parameter ``in_place``, if it
         has one, is true. An operand that is needed afterwards XLA copies first.
@@ -61,7 +59,6 @@ def define_lowerings(
     ffi_calls = {
         in_place: jax.ffi.ffi_lowering(target, operand_output_aliases={reusable: 0} if in_place else None)
         for in_place in (False, True)
-        if target
     }
     first_given = 1 + own_operands
 
@@ -72,15 +69,6 @@ def define_lowerings(
         if given.band is not None:
             named["where"] = mask_of(operands[0].shape, named.get("where"), given.band)
         return reference(*operands[:first_given], axis=axis, **named)
-
-    def along_last_axis(*operands, axis: int, **params):
-        def moved(i, operand):
-            has_axis = params.get("given") is None or i == 0 or i >= first_given
-            return jnp.moveaxis(operand, axis, -1) if has_axis else operand
-
-        results = primitive.bind(*(moved(i, x) for i, x in enumerate(operands)), axis=-1, **params)
-        keeps_axis = not multiple and results.ndim == operands[0].ndim
-        return jnp.moveaxis(results, -1, axis) if keeps_axis else results
 
     def lower_to_reference(ctx: Any, *operands, **params):
         rule = mlir.lower_fun(lambda *args: with_names(*args, **params), multiple_results=multiple)
@@ -97,12 +85,9 @@ def define_lowerings(
             if implementation == "native":
                 raise ValueError(native_refusal(reason))
             return lower_to_reference(ctx, *operands, **params)
-        if not ffi_calls:
-            return lower_to_reference(ctx, *operands, **params)
-        if params["axis"] != -1 and not any_axis(**params):
-            rule = mlir.lower_fun(along_last_axis, multiple_results=multiple)
-            return rule(ctx, *operands, implementation=implementation, **params)
-        return ffi_calls[params.get("in_place", False)](ctx, *operands, **attributes(**params))
+        return ffi_calls[params.get("in_place", False)](
+            ctx, *operands, axis=np.int64(params["axis"]), **attributes(**params)
+        )
 
     mlir.register_lowering(primitive, lower_elsewhere)
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")

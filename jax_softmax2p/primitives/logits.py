@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import ad
 
 Array = jax.Array
 
@@ -19,11 +18,15 @@ FLAGS = {"scale": 1, "bias": 2, "where": 4}
 """The operands in their order, and what the FFI targets call them."""
 
 
+Limits = tuple[int | None, int | None]
+"""Of a band: how many elements before a row's number, and after it, take part; None for no limit."""
+
+
 class Given(NamedTuple):
-    """Which of scale, bias and where follow x, and the band's limits (None: no limit), if there is a band."""
+    """Which of scale, bias and where follow x, and the band, if there is one."""
 
     names: tuple[str, ...] = ()
-    band: tuple[int | None, int | None] | None = None
+    band: Limits | None = None
 
     def named(self, operands: Sequence[Any]) -> dict[str, Any]:
         """The last operands of a primitive, by name."""
@@ -38,7 +41,7 @@ class Given(NamedTuple):
         return {"operands": np.int64(flags)} | {name: np.int64(limit) for name, limit in limits.items()}
 
 
-def mask_of(shape: tuple[int, ...], where: Array | None, band: tuple[int | None, int | None] | None) -> Any:
+def mask_of(shape: tuple[int, ...], where: Array | None, band: Limits | None) -> Any:
     """The mask and the band as one boolean array that broadcasts to ``shape``; None if there is neither."""
     if band is None:
         return where
@@ -51,26 +54,3 @@ def mask_of(shape: tuple[int, ...], where: Array | None, band: tuple[int | None,
         inside &= columns <= rows + min(band[1], shape[-1])
     inside = inside.reshape((1,) * (len(shape) - 2) + inside.shape)
     return inside if where is None else where & inside
-
-
-def tangent(x: Array, x_dot: Any, operands: dict[str, Any], tangents: dict[str, Any], given: Given) -> Array:
-    """The tangent of the logits, of x's shape and dtype, 0 where they are masked.
-
-    Args:
-      x: as the primitive takes it.
-      x_dot: its tangent, an array or a symbolic zero.
-      operands: by name.
-      tangents: by name, arrays or symbolic zeros; that of ``where`` does not matter.
-      given: the primitive's parameter.
-    """
-    mask = mask_of(x.shape, operands.get("where"), given.band)
-    terms = []
-    if not isinstance(x_dot, ad.Zero):
-        terms.append(x_dot * operands["scale"] if "scale" in operands else x_dot)
-    scale_dot, bias_dot = tangents.get("scale"), tangents.get("bias")
-    if scale_dot is not None and not isinstance(scale_dot, ad.Zero):
-        terms.append((x if mask is None else jnp.where(mask, x, 0)) * scale_dot)
-    if bias_dot is not None and not isinstance(bias_dot, ad.Zero):
-        terms.append(jnp.broadcast_to(bias_dot, x.shape))
-    total = sum(terms[1:], terms[0]).astype(x.dtype)
-    return total if mask is None else jnp.where(mask, total, 0)

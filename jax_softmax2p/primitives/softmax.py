@@ -3,14 +3,14 @@
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import common, logits
+from jax_softmax2p.primitives import common
 from jax_softmax2p.primitives.logits import Given
 from jax_softmax2p.primitives.softmax_jacobian import softmax_jacobian
+from jax_softmax2p.primitives.zero_masked import tangent_of_logits
 
 softmax_p = Primitive("softmax2p")
 
@@ -32,7 +32,7 @@ def _abstract_eval(x, *operands, **params):
 
 def _jvp(primals, tangents, *, given: Given, algorithm, **params):
     y = softmax(*primals, given=given, algorithm=algorithm, **params)
-    t = logits.tangent(primals[0], tangents[0], given.named(primals), given.named(tangents), given)
+    t = tangent_of_logits(primals[0], tangents[0], given.named(primals), given.named(tangents), given)
     return y, softmax_jacobian(y, t, **params)
 
 
@@ -40,18 +40,12 @@ def _batch(operands, dims, **params):
     return softmax(*common.batch_logits(operands, dims), **params), 0
 
 
-def _attributes(*, axis, given: Given, algorithm, **_):
-    return {"axis": np.int64(axis), "algorithm": algorithm} | given.attributes()
-
-
-def _takes_any_axis(*, given: Given, **_):
-    return given == Given()
+def _attributes(*, given: Given, algorithm, **_):
+    return {"algorithm": algorithm} | given.attributes()
 
 
 common.define_eager_evaluation(softmax_p, ("axis", "given", "algorithm", "implementation", "in_place"))
 softmax_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[softmax_p] = _jvp
 batching.primitive_batchers[softmax_p] = _batch
-common.define_lowerings(
-    softmax_p, native.SOFTMAX_TARGET, reference.softmax, _attributes, any_axis=_takes_any_axis
-)
+common.define_lowerings(softmax_p, native.SOFTMAX_TARGET, reference.softmax, _attributes)

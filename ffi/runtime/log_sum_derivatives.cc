@@ -1,0 +1,285 @@
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "ffi/runtime/log_sum.h"
+#include "ffi/runtime/log_sum_rows.h"
+#include "ffi/runtime/memory.h"
+
+namespace jax_softmax2p {
+namespace {
+
+// factor·e^-(high + low), times e^z as every row's kernel has it: no rounding of z - high, which would cost
+// an exponential as many ULP as that is large. Beyond the kernels' exact range, and for what is no number,
+// high is subtracted: there z - high is exact wherever e^(z - high) does not vanish.
+template <typename T>
+RowScale<T> ScaleOf(T high, T low, double factor, int max_exponent) {
+  constexpr double kLog2E = 0x1.71547652b82fep0;
+  constexpr double kLn2High = 0x1.62e42fefa39efp-1, kLn2Low = 0x1.abc9e3b39803fp-56;
+  RowScale<T> scale{};
+  const double exponent = 2 * std::floor(static_cast<double>(high) * (kLog2E / 2));
+  if (std::abs(exponent) < max_exponent - 2 && std::isfinite(factor)) {
+    const double rest = std::fma(-exponent, kLn2High, static_cast<double>(high));
+    const double value = factor * std::exp(-rest);
+    const double missing = value * (exponent * kLn2Low - static_cast<double>(low));
+    scale.high = static_cast<T>(value + missing);
+    scale.low = static_cast<T>((value - static_cast<double>(scale.high)) + missing);
+    scale.exponent = static_cast<int>(exponent);
+  } else {
+    scale.high = static_cast<T>(factor);
+    scale.subtract = true;
+    scale.maximum = high;
+    scale.rest = low;
+  }
+  return scale;
+}
+
+// Where a label lies in its row, and its z, to be had before a result is written over x.
+template <typename E>
+class Label {
+  using T = ComputeOf<E>;
+
+ public:
+  Label(const LogitsRow<E>& row, std::int64_t n, const std::int32_t* label) {
+    if (label == nullptr) return;
+    place_ = PlaceOf(*label, n);
+    takes_part_ = place_ >= 0 && !row.Masked(place_);
+    if (takes_part_) row.Fuse(place_ - row.begin(), 1, &z_);
+  }
+
+  // -1 where it is nowhere.
+  static std::int64_t PlaceOf(std::int32_t label, std::int64_t n) {
+    const std::int64_t place = label < 0 ? label + n : label;
+    return place < n ? std::max<std::int64_t>(place, -1) : -1;
+  }
+
+  // y = factor·(e^(z - high - low) - 1), where y is factor·e^(z - high - low). Where e^... is near 1, the
+  // difference cannot be had from its rounding.
+  void Write(E* row_y, T high, T low, T factor) const {
+    if (place_ < 0) return;
+    E& y = row_y[place_];
+    const double less = (static_cast<double>(z_) - static_cast<double>(high)) - static_cast<double>(low);
+    if constexpr (std::is_same_v<E, T>) {
+      if (takes_part_ && less < -0.7) {
+        y -= factor;
+        return;
+      }
+    }
+    y = FromDouble<E>(static_cast<double>(factor) * (takes_part_ ? std::expm1(less) : -1.0));
+  }
+
+ private:
+  std::int64_t place_ = -1;
+  bool takes_part_ = false;
+  T z_ = 0;
+};
+
+template <typename E>
+const std::int32_t* LabelOf(const LogSums<E>& sums, std::int64_t row) {
+  return sums.labels == nullptr ? nullptr : sums.labels + row;
+}
+
+template <typename E>
+LogSums<E> From(const LogSums<E>& sums, std::int64_t row) {
+  return {sums.high + row, sums.low + row, LabelOf(sums, row)};
+}
+
+template <typename E>
+void ShortLogSumVjp(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                    const LogSums<E>& sums, const ComputeOf<E>* factor, E* y) {
+  using T = ComputeOf<E>;
+  const std::int64_t n = logits.n;
+  ForShortRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
+    std::vector<Label<E>> labels;
+    if (sums.labels != nullptr) labels.reserve(static_cast<std::size_t>(count));
+    for (std::int64_t r = first; sums.labels != nullptr && r < first + count; ++r) {
+      labels.emplace_back(LogitsRow<E>(kernels, logits, r, nullptr), n, sums.labels + r);
+    }
+    ShortLess(kernels, logits, first, count, z, y + first * n, sums.high + first, sums.low + first,
+              factor + first);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t r = first + i;
+      if (logits.Masked() && !(std::isfinite(sums.high[r]) && std::isfinite(factor[r]))) {
+        LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});
+      }
+      if (labels.empty()) continue;
+      labels[static_cast<std::size_t>(i)].Write(y + r * n, sums.high[r], sums.low[r], factor[r]);
+    }
+  });
+}
+
+// <p, t> - t[label] of one row, for `dot` the first of these.
+template <typename E>
+ComputeOf<E> LessLabel(const DoubleSum& dot, const std::int32_t* label, const E* t, std::int64_t n) {
+  double sum = dot.high + dot.low;
+  const std::int64_t place = label == nullptr ? -1 : Label<E>::PlaceOf(*label, n);
+  if (place >= 0) sum -= WidenScalar(t[place]);
+  return static_cast<ComputeOf<E>>(sum);
+}
+
+// Calls body(row number, p of the row, without the factor) for rows of up to kShort elements.
+template <typename E, typename Body>
+void ForShortProbabilities(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                           const LogSums<E>& sums, const Body& body) {
+  using T = ComputeOf<E>;
+  const auto some = [&](std::int64_t first, std::int64_t count, const T* z) {
+    T p[kFusedBlock], ones[kFusedBlock];
+    std::fill(ones, ones + count, T{1});
+    ShortLess<E, T>(kernels, logits, first, count, z, p, sums.high + first, sums.low + first, ones);
+    for (std::int64_t i = 0; i < count; ++i) body(first + i, p + i * logits.n);
+  };
+  ForShortRows(kernels, executor, logits, some, true);
+}
+
+// t - p·<1, t> of one row.
+template <typename E>
+void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, const Segments& segments,
+                        const LogSums<E>& sums, std::int64_t r, const E* t, E* out) {
+  using T = ComputeOf<E>;
+  const DoubleSum total = segments.Reduce<DoubleSum>(
+      [&](std::int64_t at, std::int64_t size) { return kernels.total(t + at, size); },
+      [](DoubleSum& a, const DoubleSum& b) { a.Add(b); });
+  const double factor = total.high + total.low;
+  const RowScale<T> scale = ScaleOf(sums.high[r], sums.low[r], factor, kernels.max_exponent);
+  segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
+    row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
+      kernels.less(t + at + i, p, out + at + i, count);
+    });
+  });
+}
+
+}  // namespace
+
+template <typename E>
+void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
+               const E* t, ComputeOf<E>* out) {
+  using T = ComputeOf<E>;
+  const std::int64_t n = logits.n;
+  if (logits.rows * n == 0) {
+    std::fill(out, out + logits.rows, T{0});
+    return;
+  }
+  Simplify(logits);
+  const KernelTable<E>& own = kernels.Of<E>();
+  if (logits.inner > 1) {
+    // A tile for t beside that of the logits.
+    const auto some = [&](const Logits<E>& rows, E*, Executor& for_rows) {
+      ColumnTile<E> of_t(own, n, logits.inner, rows.rows);
+      of_t.Gather(t, rows.first_row, rows.rows);
+      LogSumJvp(kernels, for_rows, rows, From(sums, rows.first_row), of_t.rows(), out + rows.first_row);
+    };
+    return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
+  }
+  if (IsShort(logits)) {
+    return ForShortProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, const T* p) {
+      const E* const row_t = t + r * n;
+      const bool masked_throughout = logits.Masked() && !std::isfinite(sums.high[r]);
+      const DoubleSum dot = masked_throughout ? DoubleSum{} : own.fused_dot(p, row_t, n);
+      out[r] = LessLabel(dot, LabelOf(sums, r), row_t, n);
+    });
+  }
+  ForLogits(kernels, executor, logits,
+            [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+              const RowScale<T> scale = ScaleOf(sums.high[r], sums.low[r], 1, own.max_exponent);
+              const E* const row_t = t + r * n;
+              const DoubleSum dot = segments.Reduce<DoubleSum>(
+                  [&](std::int64_t at, std::int64_t size) {
+                    DoubleSum sum;
+                    row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
+                      sum.Add(own.fused_dot(p, row_t + row.begin() + at + i, count));
+                    });
+                    return sum;
+                  },
+                  [](DoubleSum& a, const DoubleSum& b) { a.Add(b); });
+              out[r] = LessLabel(dot, LabelOf(sums, r), row_t, n);
+            });
+}
+
+template <typename E>
+void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
+               const ComputeOf<E>* factor, E* y) {
+  using T = ComputeOf<E>;
+  if (logits.rows * logits.n == 0) return;
+  Simplify(logits);
+  AdviseHugePagesFor(logits, y);
+  if (logits.inner > 1) {
+    const auto some = [&](const Logits<E>& rows, E* y_rows, Executor& own) {
+      LogSumVjp(kernels, own, rows, From(sums, rows.first_row), factor + rows.first_row, y_rows);
+    };
+    return ForColumnLogits(kernels, executor, logits, y, some);
+  }
+  if (IsShort(logits)) return ShortLogSumVjp(kernels, executor, logits, sums, factor, y);
+  const bool stream = IsFar(logits);
+  const int max_exponent = kernels.Of<E>().max_exponent;
+  ForLogits(kernels, executor, logits,
+            [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+              const T high = sums.high[r], low = sums.low[r];
+              const RowScale<T> scale = ScaleOf(high, low, factor[r], max_exponent);
+              E* const row_y = y + r * logits.n;
+              const Label<E> label(row, logits.n, LabelOf(sums, r));
+              segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
+                row.Write(at, size, nullptr, row_y + row.begin() + at, scale, stream);
+                if (stream) FinishStreaming();
+              });
+              if (logits.Masked()) {
+                if (std::isfinite(high) && std::isfinite(factor[r])) {
+                  row.FillOutside(row_y, E{});
+                } else {
+                  row.FillMasked(row_y, E{});
+                }
+              }
+              label.Write(row_y, high, low, factor[r]);
+            });
+}
+
+template <typename E>
+void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
+                   const E* t, E* out) {
+  using T = ComputeOf<E>;
+  const std::int64_t n = logits.n;
+  if (logits.rows * n == 0) return;
+  Simplify(logits);
+  AdviseHugePagesFor(logits, out);
+  const KernelTable<E>& own = kernels.Of<E>();
+  if (logits.inner > 1) {
+    const auto some = [&](const Logits<E>& rows, E*, Executor& for_rows) {
+      ColumnTile<E> of_t(own, n, logits.inner, rows.rows);
+      of_t.Gather(t, rows.first_row, rows.rows);
+      LogSoftmaxVjp(kernels, for_rows, rows, From(sums, rows.first_row), of_t.rows(), of_t.rows());
+      of_t.Scatter(out, rows.first_row, rows.rows);
+    };
+    return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
+  }
+  const auto fill_masked = [&](const LogitsRow<E>& row, std::int64_t r) {
+    if (!logits.Masked()) return;
+    std::isfinite(sums.high[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});
+  };
+  if (IsShort(logits)) {
+    return ForShortProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, T* p) {
+      const DoubleSum total = own.total(t + r * n, n);
+      const T factor = static_cast<T>(total.high + total.low);
+      for (std::int64_t i = 0; i < n; ++i) p[i] *= factor;
+      own.less(t + r * n, p, out + r * n, n);
+      if (logits.Masked()) fill_masked(LogitsRow<E>(kernels, logits, r, nullptr), r);
+    });
+  }
+  ForLogits(kernels, executor, logits,
+            [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+              const std::int64_t at = r * n + row.begin();
+              WriteLogSoftmaxVjp(own, row, segments, sums, r, t + at, out + at);
+              fill_masked(row, r);
+            });
+}
+
+#define SOFTMAX2P_INSTANTIATE(E)                                                                             \
+  template void LogSumJvp(const Kernels&, Executor&, Logits<E>, const LogSums<E>&, const E*, ComputeOf<E>*); \
+  template void LogSumVjp(const Kernels&, Executor&, Logits<E>, const LogSums<E>&, const ComputeOf<E>*, E*); \
+  template void LogSoftmaxVjp(const Kernels&, Executor&, Logits<E>, const LogSums<E>&, const E*, E*)
+SOFTMAX2P_INSTANTIATE(float);
+SOFTMAX2P_INSTANTIATE(double);
+SOFTMAX2P_INSTANTIATE(BFloat16);
+SOFTMAX2P_INSTANTIATE(Float16);
+#undef SOFTMAX2P_INSTANTIATE
+
+}  // namespace jax_softmax2p

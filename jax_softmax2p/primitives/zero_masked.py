@@ -1,0 +1,84 @@
+"""zero_masked_p: an array with 0 where logits are masked; and tangents of logits, which have that.
+
+As a select it would have JAX keep an array of zeros for the backward pass, and of a band its mask.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_softmax2p.primitives import common, logits
+
+zero_masked_p = Primitive("softmax2p_zero_masked")
+
+
+def zero_masked(t: jax.Array, where: jax.Array | None, band: logits.Limits | None) -> jax.Array:
+    """t, and 0 where the mask or the band is False: both as ``primitives.logits`` has them."""
+    if where is None and band is None:
+        return t
+    masks = [] if where is None else [where]
+    return zero_masked_p.bind(*common.with_common_varying_axes(t, *masks), band=band)
+
+
+def tangent_of_logits(
+    x: jax.Array, x_dot: Any, operands: dict[str, Any], tangents: dict[str, Any], given: logits.Given
+) -> jax.Array:
+    """The tangent of the logits, of x's shape and dtype, 0 where they are masked.
+
+    Args:
+      x: as the primitive takes it.
+      x_dot: its tangent, an array or a symbolic zero.
+      operands: by name.
+      tangents: by name, arrays or symbolic zeros; that of ``where`` does not matter.
+      given: the primitive's parameter.
+    """
+    where = operands.get("where")
+    terms = []
+    if not isinstance(x_dot, ad.Zero):
+        terms.append(x_dot * operands["scale"] if "scale" in operands else x_dot)
+    scale_dot, bias_dot = tangents.get("scale"), tangents.get("bias")
+    if scale_dot is not None and not isinstance(scale_dot, ad.Zero):
+        # 0 times what is masked there would be NaN, where it is.
+        terms.append(zero_masked(x, where, given.band) * scale_dot)
+    if bias_dot is not None and not isinstance(bias_dot, ad.Zero):
+        terms.append(jnp.broadcast_to(bias_dot, x.shape))
+    return zero_masked(sum(terms[1:], terms[0]).astype(x.dtype), where, given.band)
+
+
+def _reference(t, *masks, band):
+    return jnp.where(logits.mask_of(t.shape, masks[0] if masks else None, band), t, 0)
+
+
+def _abstract_eval(t, *masks, band):
+    return t.update(weak_type=False)
+
+
+def _jvp(primals, tangents, *, band):
+    masks = primals[1:]
+    y = zero_masked_p.bind(*primals, band=band)
+    if isinstance(tangents[0], ad.Zero):
+        return y, ad.Zero(jax.typeof(y).to_tangent_aval())
+    return y, zero_masked_p.bind(tangents[0], *masks, band=band)
+
+
+def _transpose(cotangent, t, *masks, band):
+    if isinstance(cotangent, ad.Zero):
+        of_t: Any = ad.Zero(t.aval)
+    else:
+        of_t = zero_masked_p.bind(cotangent, *masks, band=band)
+    return [of_t, *(None for _ in masks)]
+
+
+def _batch(operands, dims, *, band):
+    return zero_masked_p.bind(*common.batch_logits(operands, dims), band=band), 0
+
+
+common.define_eager_evaluation(zero_masked_p, ("band",))
+zero_masked_p.def_abstract_eval(_abstract_eval)
+ad.primitive_jvps[zero_masked_p] = _jvp
+ad.primitive_transposes[zero_masked_p] = _transpose
+batching.primitive_batchers[zero_masked_p] = _batch
+mlir.register_lowering(zero_masked_p, mlir.lower_fun(_reference, multiple_results=False))
