@@ -13,6 +13,8 @@ namespace jax_softmax2p {
 template <typename V, typename E>
 class FuseKernel {
   using T = typename V::Scalar;
+  // How far ahead to fetch what the passes will read: see softmax.h.
+  static constexpr std::int64_t kAhead = 256 * V::kLanes;
 
  public:
   // z = scale·x + bias, rounded once where V's Fma is, and `fill` where the mask is 0. Returns the largest,
@@ -28,6 +30,7 @@ class FuseKernel {
     V maximum = V::Broadcast(static_cast<T>(-__builtin_huge_val()));
     std::int64_t i = 0;
     for (; i + V::kLanes <= n; i += V::kLanes) {
+      __builtin_prefetch(run.x + i + kAhead);
       V v = V::Load(run.x + i);
       v = Fma(v, scale, run.bias != nullptr ? V::Load(run.bias + i) : shift);
       if constexpr (masked) v = V::Where(run.where + i, v, fill);

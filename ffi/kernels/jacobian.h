@@ -37,17 +37,28 @@ class JacobianRow {
     (V::LoadPartial(t + i, rest, 0) - V::LoadPartial(p + i, rest, 0)).StorePartial(out + i, rest);
   }
 
-  static void Write(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot) {
+  // `stream` writes past the caches.
+  static void Write(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot, bool stream) {
     const V high = V::Broadcast(dot.high), low = V::Broadcast(dot.low);
     const auto jacobian = [&](V y_i, V t_i) { return y_i * ((t_i - high) - low); };
+    const auto part = [&](std::int64_t i, std::int64_t size) {
+      const int count = static_cast<int>(size);
+      jacobian(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0)).StorePartial(out + i, count);
+    };
     std::int64_t i = 0;
-    for (; i + V::kLanes <= n; i += V::kLanes) {
-      jacobian(V::Load(y + i), V::Load(t + i)).Store(out + i);
+    if (stream) {
+      i = ElementsToAlignment<V::kLanes>(out);
+      if (i > n) i = n;
+      if (i > 0) part(0, i);
+      for (; i + V::kLanes <= n; i += V::kLanes) {
+        jacobian(V::Load(y + i), V::Load(t + i)).Stream(out + i);
+      }
+    } else {
+      for (; i + V::kLanes <= n; i += V::kLanes) {
+        jacobian(V::Load(y + i), V::Load(t + i)).Store(out + i);
+      }
     }
-    if (i < n) {
-      const int rest = static_cast<int>(n - i);
-      jacobian(V::LoadPartial(y + i, rest, 0), V::LoadPartial(t + i, rest, 0)).StorePartial(out + i, rest);
-    }
+    if (i < n) part(i, n - i);
   }
 
  private:

@@ -103,7 +103,7 @@ class SoftmaxKernels {
     // A column of a tile is a chain of dependent operations from its first element to its last result. As
     // many tiles as fit are worked on together, so that the CPU has several chains to choose from.
     const int together = kShort / m < kMostTiles ? kShort / m : kMostTiles;
-    const bool past_caches = stream && Misaligned(y) == 0;
+    const bool past_caches = stream && ElementsToAlignment<V::kLanes>(y) == 0;
     T tiles[kShort * V::kLanes], kept[kShort * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += together * V::kLanes) {
       const std::int64_t rest = outer - first, most = together * V::kLanes;
@@ -568,7 +568,7 @@ class SoftmaxKernels {
     };
     std::int64_t i = 0;
     if (stream) {
-      const std::int64_t head = Misaligned(y) < n ? Misaligned(y) : n;
+      const std::int64_t head = ElementsToAlignment<V::kLanes>(y) < n ? ElementsToAlignment<V::kLanes>(y) : n;
       if (head != 0) part(0, static_cast<int>(head));
       i = head;
     }
@@ -714,13 +714,6 @@ class SoftmaxKernels {
     for (; i < m; ++i) {
       for (int l = 0; l < V::kLanes; ++l) rows[l * m + i] = tile[i * V::kLanes + l];
     }
-  }
-
-  // How many elements lie before the first that is aligned to what a vector takes.
-  static SOFTMAX2P_INLINE std::int64_t Misaligned(const E* y) {
-    constexpr std::uintptr_t kBytes = V::kLanes * sizeof(E);
-    return static_cast<std::int64_t>((kBytes - reinterpret_cast<std::uintptr_t>(y) % kBytes) % kBytes /
-                                     sizeof(E));
   }
 };
 

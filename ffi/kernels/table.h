@@ -159,8 +159,9 @@ struct KernelTable {
   DoubleSum (*total)(const E* t, std::int64_t n);
   // out = t - p.
   void (*less)(const E* t, const T* p, E* out, std::int64_t n);
-  // The Jacobian of softmax.
-  void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot);
+  // The Jacobian of softmax. `stream` writes past the caches.
+  void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot,
+                         bool stream);
 };
 
 // More rows would cost a sum its accuracy: see LaneSum.

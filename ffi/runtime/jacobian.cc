@@ -22,7 +22,7 @@ SplitScalar<T> SplitDot(const DoubleSum& dot) {
 
 template <typename E>
 void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
-                  std::int64_t rows, std::int64_t n) {
+                  std::int64_t rows, std::int64_t n, bool stream) {
   ForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
     const Segments segments(for_segments, n);
     for (std::int64_t r = first; r < end; ++r) {
@@ -33,9 +33,11 @@ void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y,
           },
           [](DoubleSum& a, const DoubleSum& b) { a.Add(b); }));
       segments.ForEach(Order::kForward, [&](std::int64_t begin, std::int64_t size) {
-        kernels.jacobian_write(y_row + begin, t_row + begin, out + r * n + begin, size, dot);
+        kernels.jacobian_write(y_row + begin, t_row + begin, out + r * n + begin, size, dot, stream);
+        if (stream && n > kSegment) FinishStreaming();
       });
     }
+    if (stream) FinishStreaming();
   });
 }
 
@@ -47,14 +49,18 @@ void Jacobian(const KernelTable<E>& kernels, Executor& executor, const E* y, con
   const std::int64_t n = layout.n, inner = layout.inner, columns = layout.outer * inner;
   if (columns * n == 0) return;
   AdviseHugePages(out, static_cast<std::size_t>(columns * n) * sizeof(E));
-  if (inner == 1) return JacobianRows(kernels, executor, y, t, out, columns, n);
+  if (inner == 1) {
+    // In place the lines that are written are in a cache already.
+    const bool far = 3 * columns * n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
+    return JacobianRows(kernels, executor, y, t, out, columns, n, far && out != y && out != t);
+  }
   const auto some = [&](std::int64_t first, std::int64_t end, std::int64_t width, Executor& for_rows) {
     ColumnTile<E> of_y(kernels, n, inner, width), of_t(kernels, n, inner, width);
     for (; first < end; first += width) {
       const std::int64_t count = std::min(width, end - first);
       of_y.Gather(y, first, count);
       of_t.Gather(t, first, count);
-      JacobianRows(kernels, for_rows, of_y.rows(), of_t.rows(), of_t.rows(), count, n);
+      JacobianRows(kernels, for_rows, of_y.rows(), of_t.rows(), of_t.rows(), count, n, false);
       of_t.Scatter(out, first, count);
     }
   };

@@ -132,6 +132,19 @@ void ForShortProbabilities(const Kernels& kernels, Executor& executor, const Log
   ForShortRows(kernels, executor, logits, some, true);
 }
 
+// <1, t> of up to kShort elements: in double floats need no more, and no vectors.
+template <typename E>
+double ShortTotal(const KernelTable<E>& kernels, const E* t, std::int64_t n) {
+  if constexpr (std::is_same_v<E, double>) {
+    const DoubleSum total = kernels.total(t, n);
+    return total.high + total.low;
+  } else {
+    double total = 0;
+    for (std::int64_t i = 0; i < n; ++i) total += WidenScalar(t[i]);
+    return total;
+  }
+}
+
 // t - p·<1, t> of one row.
 template <typename E>
 void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, const Segments& segments,
@@ -257,8 +270,7 @@ void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits,
   };
   if (IsShort(logits)) {
     return ForShortProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, T* p) {
-      const DoubleSum total = own.total(t + r * n, n);
-      const T factor = static_cast<T>(total.high + total.low);
+      const T factor = static_cast<T>(ShortTotal(own, t + r * n, n));
       for (std::int64_t i = 0; i < n; ++i) p[i] *= factor;
       own.less(t + r * n, p, out + r * n, n);
       if (logits.Masked()) fill_masked(LogitsRow<E>(kernels, logits, r, nullptr), r);
