@@ -8,14 +8,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <deque>
 #include <functional>
-#include <limits>
-#include <map>
 #include <mutex>
 #include <string>
 #include <string_view>
@@ -32,431 +28,11 @@
 #include "ffi/runtime/row_work.h"
 #include "ffi/runtime/softmax.h"
 #include "ffi/simd/inline.h"
+#include "tests/selftest/family.h"
+#include "tests/selftest/support.h"
 
 namespace jax_softmax2p {
 namespace {
-
-template <typename To, typename From>
-To BitCast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// What was checked, and what failed.
-
-struct Tally {
-  std::int64_t checks = 0;
-  std::map<std::string, double> worst;  // by element type
-};
-
-class Report {
- public:
-  Tally& Of(const Kernels& kernels) { return tallies_[&kernels]; }
-
-  void Fail(const std::string& what) {
-    if (++failures_ <= kShown) std::printf("FAILED %s\n", what.c_str());
-  }
-
-  void PrintTally(const Kernels& kernels) {
-    const Tally& tally = tallies_[&kernels];
-    std::printf("%s: %lld checks; worst error in ULP:", kernels.name, static_cast<long long>(tally.checks));
-    for (const auto& [element, ulp] : tally.worst) std::printf(" %s %.4f", element.c_str(), ulp);
-    std::printf("\n");
-  }
-
-  // The process's exit status.
-  int Finish() const {
-    std::int64_t checks = 0;
-    for (const auto& [kernels, tally] : tallies_) checks += tally.checks;
-    if (failures_ != 0) {
-      std::printf("selftest: %lld of %lld checks FAILED\n", static_cast<long long>(failures_),
-                  static_cast<long long>(checks));
-      return 1;
-    }
-    std::printf("selftest: %lld checks passed\n", static_cast<long long>(checks));
-    return checks == 0;
-  }
-
- private:
-  static constexpr std::int64_t kShown = 20;
-
-  std::map<const Kernels*, Tally> tallies_;
-  std::int64_t failures_ = 0;
-};
-
-// ---------------------------------------------------------------------------------------------------------
-// Element types: what they mean, and correct rounding to them.
-
-template <typename E>
-struct Element;
-
-template <>
-struct Element<float> {
-  using Exact = double;
-  static constexpr const char* kName = "float32";
-  static constexpr int kFraction = 23, kLowest = -126;
-  static constexpr double kUlp = 2;  // the contract's bound
-};
-template <>
-struct Element<double> {
-  using Exact = long double;
-  static constexpr const char* kName = "float64";
-  static constexpr int kFraction = 52, kLowest = -1022;
-  static constexpr double kUlp = 4;
-};
-template <>
-struct Element<BFloat16> {
-  using Exact = double;
-  static constexpr const char* kName = "bfloat16";
-  static constexpr int kFraction = 7, kLowest = -126;
-};
-template <>
-struct Element<Float16> {
-  using Exact = double;
-  static constexpr const char* kName = "float16";
-  static constexpr int kFraction = 10, kLowest = -14;
-};
-
-template <typename E>
-using ExactOf = typename Element<E>::Exact;
-
-template <typename E>
-inline constexpr bool kIsHalf = sizeof(E) == 2;
-
-// The unit in the last place at x, of a format with that many fraction bits and that lowest exponent.
-template <typename T>
-T UnitAt(T x, int fraction, int lowest) {
-  int exponent = lowest + 1;
-  if (x != 0) std::frexp(x, &exponent);
-  return std::ldexp(T{1}, std::max(exponent - 1, lowest) - fraction);
-}
-template <typename E, typename T>
-T UnitOf(T x) {
-  return UnitAt(x, Element<E>::kFraction, Element<E>::kLowest);
-}
-
-double Widen(float x) { return x; }
-long double Widen(double x) { return x; }
-double Widen(BFloat16 x) { return BitCast<float>(std::uint32_t{x.bits} << 16); }
-double Widen(Float16 x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  double magnitude = std::ldexp(fraction + (exponent == 0 ? 0 : 1024), std::max(exponent, 1) - 25);
-  if (exponent == 31) magnitude = fraction == 0 ? HUGE_VAL : std::nan("");
-  return x.bits & 0x8000 ? -magnitude : magnitude;
-}
-
-// x rounded to nearest, ties to even, where E's range does not end.
-template <typename E>
-double RoundTo(double x) {
-  const double unit = UnitOf<E>(x);
-  return std::nearbyint(x / unit) * unit;
-}
-
-void Encode(double x, float& to) { to = static_cast<float>(x); }
-void Encode(double x, double& to) { to = x; }
-void Encode(double x, BFloat16& to) {
-  const double rounded = std::isfinite(x) ? RoundTo<BFloat16>(x) : x;
-  to.bits = static_cast<std::uint16_t>(BitCast<std::uint32_t>(static_cast<float>(rounded)) >> 16);
-}
-void Encode(double x, Float16& to) {
-  const double magnitude = std::isinf(x) ? x : RoundTo<Float16>(std::fabs(x));
-  const int sign = std::signbit(x) ? 0x8000 : 0;
-  int exponent;
-  const double fraction = std::frexp(magnitude, &exponent);
-  if (std::isinf(x) || exponent > 16) {
-    to.bits = static_cast<std::uint16_t>(sign | 0x7c00);
-  } else if (exponent < -13) {
-    to.bits = static_cast<std::uint16_t>(sign | static_cast<int>(std::ldexp(magnitude, 24)));
-  } else {
-    to.bits = static_cast<std::uint16_t>(
-        sign | (static_cast<int>(std::ldexp(fraction, 11)) + (exponent + 13) * 1024));
-  }
-}
-
-template <typename E>
-double LargestFinite() {
-  const int top = std::is_same_v<E, double> ? 1024 : std::is_same_v<E, Float16> ? 16 : 128;
-  return std::ldexp(2 - std::ldexp(1.0, -Element<E>::kFraction), top - 1);
-}
-
-// NaNs of both signs, quiet and signalling, with all bits set and with few.
-template <typename E>
-E NanOf(int kind) {
-  using Bits =
-      std::conditional_t<kIsHalf<E>, std::uint16_t,
-                         std::conditional_t<std::is_same_v<E, double>, std::uint64_t, std::uint32_t>>;
-  constexpr int kFraction = Element<E>::kFraction;
-  constexpr Bits kOnes = static_cast<Bits>(~Bits{0}), kPositive = kOnes >> 1;
-  constexpr Bits kInfinity = static_cast<Bits>(kPositive >> kFraction << kFraction);
-  constexpr Bits kQuiet = static_cast<Bits>(kInfinity | Bits{1} << (kFraction - 1));
-  constexpr Bits kKinds[4] = {kOnes, kPositive, kInfinity + 1, kQuiet};
-  return BitCast<E>(kKinds[kind & 3]);
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Inputs.
-
-// SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): the same numbers everywhere.
-class Random {
- public:
-  explicit Random(std::uint64_t seed) : state_(seed) {}
-  std::uint64_t Next() {
-    std::uint64_t z = state_ += 0x9e3779b97f4a7c15;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-    z = (z ^ z >> 27) * 0x94d049bb133111eb;
-    return z ^ z >> 31;
-  }
-  // In [-1, 1).
-  double Uniform() { return static_cast<double>(static_cast<std::int64_t>(Next())) * 0x1p-63; }
-  // Bell-shaped, of variance 1.
-  double Normal() { return Uniform() + Uniform() + Uniform(); }
-
- private:
-  std::uint64_t state_;
-};
-
-// What a row is filled with. Values are cut to the element type's range.
-struct DataClass {
-  const char* name;
-  double (*value)(Random& random, std::int64_t i, std::int64_t n);
-};
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-// Stands for the type's lowest finite number.
-constexpr double kFarBelow = -1e300;
-
-double Mask(Random& random) {
-  constexpr double kMasks[] = {-kInfinity, kFarBelow, 0.7 * kFarBelow, -1e30, -1e9};
-  return kMasks[random.Next() % 5];
-}
-
-constexpr DataClass kOrdinary[] = {
-    {"normal", [](Random& r, std::int64_t, std::int64_t) { return r.Normal(); }},
-    {"spike", [](Random& r, std::int64_t i, std::int64_t n) { return i == n * 5 / 8 ? 17.5 : r.Normal(); }},
-    {"tall spike", [](Random& r, std::int64_t i, std::int64_t n) { return i == n / 3 ? 60 : r.Normal(); }},
-    {"ramp",
-     [](Random& r, std::int64_t i, std::int64_t n) {
-       return 180 * static_cast<double>(i) / static_cast<double>(n) - 90 + 0.001 * r.Uniform();
-     }},
-    {"equal", [](Random&, std::int64_t, std::int64_t) { return 0.7; }},
-    {"masks", [](Random& r, std::int64_t i,
-                 std::int64_t n) { return i != n / 2 && r.Next() % 5 < 2 ? Mask(r) : r.Normal(); }},
-    {"masked ends",
-     [](Random& r, std::int64_t i, std::int64_t n) {
-       if (i < n / 3) return -kInfinity;
-       return i >= n - n / 3 ? kFarBelow : r.Normal();
-     }},
-};
-// Some of these take the guard's way, and take it for the rows beside them, too.
-constexpr DataClass kExtreme[] = {
-    {"±1000", [](Random& r, std::int64_t, std::int64_t) { return 1000 * r.Uniform(); }},
-    {"drift",
-     [](Random& r, std::int64_t i, std::int64_t) { return 0.25 * static_cast<double>(i) + r.Normal(); }},
-    {"1e6", [](Random& r, std::int64_t, std::int64_t) { return 1e6 + 20 * r.Normal(); }},
-    {"-1e6", [](Random& r, std::int64_t, std::int64_t) { return -1e6 + 20 * r.Normal(); }},
-    {"1e9", [](Random& r, std::int64_t, std::int64_t) { return 1e9 + 80 * r.Normal(); }},
-    {"-1e9", [](Random& r, std::int64_t, std::int64_t) { return -1e9 + 80 * r.Normal(); }},
-    {"all lowest", [](Random&, std::int64_t, std::int64_t) { return kFarBelow; }},
-    {"a NaN", [](Random& r, std::int64_t i, std::int64_t n) { return i == n * 3 / 8 ? kNan : r.Normal(); }},
-    {"a NaN at 1e9",
-     [](Random& r, std::int64_t i, std::int64_t n) { return i == n * 3 / 4 ? kNan : 1e9 + 80 * r.Normal(); }},
-    {"a +inf",
-     [](Random& r, std::int64_t i, std::int64_t n) { return i == n * 5 / 7 ? kInfinity : r.Normal(); }},
-    {"all -inf", [](Random&, std::int64_t, std::int64_t) { return -kInfinity; }},
-};
-
-// The classes that the columns of an array take in turn.
-std::vector<DataClass> ClassesOf(bool extreme) {
-  std::vector<DataClass> classes(std::begin(kOrdinary), std::end(kOrdinary));
-  if (extreme) classes.insert(classes.end(), std::begin(kExtreme), std::end(kExtreme));
-  return classes;
-}
-constexpr std::int64_t kClasses =
-    static_cast<std::int64_t>((sizeof kOrdinary + sizeof kExtreme) / sizeof(DataClass));
-
-template <typename E>
-void Fill(const DataClass& data, Random& random, E* x, std::int64_t n, std::int64_t stride) {
-  const double largest = LargestFinite<E>();
-  for (std::int64_t i = 0; i < n; ++i) {
-    const double value = data.value(random, i, n);
-    E& to = x[i * stride];
-    if (std::isnan(value)) {
-      to = NanOf<E>(static_cast<int>(random.Next() >> 60));
-    } else {
-      Encode(std::isinf(value) ? value : std::clamp(value, -largest, largest), to);
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Exact results.
-
-// Neumaier's sum: T's own precision, whatever the number of terms.
-template <typename T>
-class Sum {
- public:
-  void Add(T x) {
-    const T sum = sum_ + x;
-    rest_ += std::fabs(sum_) >= std::fabs(x) ? (sum_ - sum) + x : (x - sum) + sum_;
-    sum_ = sum;
-  }
-  T high() const { return sum_; }
-  T low() const { return rest_; }
-
- private:
-  T sum_ = 0, rest_ = 0;
-};
-
-// e^(x - maximum), with what the difference loses to rounding.
-template <typename T>
-T ExpOfDifference(T x, T maximum) {
-  const T difference = x - maximum;
-  if (!(difference > -20000)) return 0;
-  const T part = difference - x;
-  const T lost = (x - (difference - part)) - (maximum + part);
-  return std::exp(difference) * (1 + lost);
-}
-
-template <typename E>
-void ExactSoftmax(const E* x, ExactOf<E>* y, std::int64_t n, std::int64_t stride) {
-  using T = ExactOf<E>;
-  T maximum = -std::numeric_limits<T>::infinity();
-  bool undefined = false;
-  for (std::int64_t i = 0; i < n; ++i) {
-    const T value = Widen(x[i * stride]);
-    undefined = undefined || std::isnan(value);
-    maximum = std::max(maximum, value);
-  }
-  undefined = undefined || std::isinf(maximum);
-  Sum<T> sum;
-  for (std::int64_t i = 0; i < n && !undefined; ++i) {
-    sum.Add(y[i * stride] = ExpOfDifference<T>(Widen(x[i * stride]), maximum));
-  }
-  const T total = sum.high() + sum.low();
-  for (std::int64_t i = 0; i < n; ++i) {
-    y[i * stride] = undefined ? std::numeric_limits<T>::quiet_NaN() : y[i * stride] / total;
-  }
-}
-
-// Set by --flushes: QEMU 7.2's vcvtps2ph makes subnormal halves zero where MXCSR flushes, which a CPU's does
-// not.
-bool flushes_halves = false;
-
-// Whether the contract allows y for `exact`, and y's error.
-template <typename E>
-bool Allowed(E y, ExactOf<E> exact, double& ulp) {
-  const ExactOf<E> value = Widen(y);
-  ulp = 0;
-  if (std::isnan(exact) || std::isnan(value)) return std::isnan(exact) && std::isnan(value);
-  if (std::signbit(value)) return false;
-  if (flushes_halves && std::is_same_v<E, Float16> && value == 0 && exact < 0x1p-14) return true;
-  if (value == 0 && !std::is_same_v<E, Float16>) {
-    // Below the normal range of what the row is computed in, and where rounding may take a result there.
-    constexpr int kLowest = Element<E>::kLowest;
-    if (exact < std::ldexp(ExactOf<E>{1}, kLowest) + 4 * UnitOf<ComputeOf<E>>(ExactOf<E>{0})) return true;
-  }
-  ulp = static_cast<double>(std::fabs(value - exact) / UnitOf<E>(exact));
-  if constexpr (kIsHalf<E>) {
-    const double margin = 2 * UnitOf<float>(exact);
-    return RoundTo<E>(std::max(0.0, exact - margin)) <= value && value <= RoundTo<E>(exact + margin);
-  } else {
-    return ulp <= Element<E>::kUlp;
-  }
-}
-
-// The same bits, but for those of NaNs.
-template <typename E>
-bool Same(const E* a, const E* b, std::int64_t n) {
-  if (std::memcmp(a, b, static_cast<std::size_t>(n) * sizeof(E)) == 0) return true;
-  return std::equal(a, a + n, b, [](const E& one, const E& other) {
-    return std::memcmp(&one, &other, sizeof(E)) == 0 || (std::isnan(Widen(one)) && std::isnan(Widen(other)));
-  });
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Surroundings of a call.
-
-// Two threads beside the caller's.
-class TwoHelpers : public Executor {
- public:
-  TwoHelpers() {
-    for (std::thread& thread : threads_) thread = std::thread([this] { Work(); });
-  }
-  ~TwoHelpers() override {
-    for (std::size_t i = 0; i < std::size(threads_); ++i) Schedule(nullptr);
-    for (std::thread& thread : threads_) thread.join();
-  }
-  int Helpers() const override { return static_cast<int>(std::size(threads_)); }
-  void Schedule(std::function<void()> task) override {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.push_back(std::move(task));
-    }
-    ready_.notify_one();
-  }
-
- private:
-  // Until it is handed an empty task.
-  void Work() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      ready_.wait(lock, [this] { return !tasks_.empty(); });
-      const std::function<void()> task = std::move(tasks_.front());
-      tasks_.pop_front();
-      lock.unlock();
-      if (!task) return;
-      task();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable ready_;
-  std::deque<std::function<void()>> tasks_;
-  std::thread threads_[2];
-};
-
-// An array that begins `offset` elements after a 64-byte boundary, between guards.
-template <typename E>
-class GuardedArray {
- public:
-  // NaN in every type: an input that is read too far poisons the results.
-  static constexpr unsigned char kPoison = 0xff;
-  // A number in every type: what is not written is noticed where NaN is right, too.
-  static constexpr unsigned char kUnwritten = 0xa5;
-
-  E* Prepare(std::int64_t n, int offset, unsigned char fill) {
-    const std::size_t before = kGuard + static_cast<std::size_t>(offset) * sizeof(E);
-    fill_ = fill;
-    size_ = static_cast<std::size_t>(n) * sizeof(E);
-    bytes_.resize(std::max(bytes_.size(), kAlignment + before + size_ + kGuard));
-    const auto misaligned = reinterpret_cast<std::uintptr_t>(bytes_.data()) % kAlignment;
-    begin_ = bytes_.data() + (kAlignment - misaligned) + before;
-    std::memset(begin_ - kGuard, fill, size_ + 2 * kGuard);
-    return reinterpret_cast<E*>(begin_);
-  }
-  E* Prepare(const std::vector<E>& contents, int offset, unsigned char fill) {
-    E* const begin = Prepare(static_cast<std::int64_t>(contents.size()), offset, fill);
-    std::memcpy(begin, contents.data(), size_);
-    return begin;
-  }
-  bool GuardsIntact() const {
-    const auto intact = [this](unsigned char byte) { return byte == fill_; };
-    return std::all_of(begin_ - kGuard, begin_, intact) &&
-           std::all_of(begin_ + size_, begin_ + size_ + kGuard, intact);
-  }
-
- private:
-  static constexpr std::size_t kAlignment = 64, kGuard = 256;
-
-  std::vector<unsigned char> bytes_;
-  unsigned char* begin_ = nullptr;
-  unsigned char fill_ = 0;
-  std::size_t size_ = 0;
-};
 
 // How a call is made, beside its algorithm.
 struct Setting {
@@ -752,8 +328,14 @@ class JacobianCheck {
  public:
   JacobianCheck(const std::vector<const Kernels*>& all, Report& report) : all_(all), report_(report) {}
 
-  void Check(std::int64_t rows, std::int64_t n) {
+  // Rows as columns, where `inner` of them lie side by side.
+  void Check(std::int64_t rows, std::int64_t n, std::int64_t inner = 1) {
     input_ = MakeJacobianInput<E>(rows, n);
+    inner_ = inner;
+    AsColumns(input_.y, n);
+    AsColumns(input_.t, n);
+    AsColumns(input_.exact, n);
+    AsColumns(input_.tolerance, n);
     const bool shared = rows * n >= kSharedElements;
     for (const Kernels* kernels : all_) {
       for (const bool threads : {false, true}) {
@@ -766,6 +348,16 @@ class JacobianCheck {
  private:
   enum Out { kApart, kOverY, kOverT };
 
+  template <typename T>
+  void AsColumns(std::vector<T>& rows, std::int64_t n) const {
+    std::vector<T> columns(rows.size());
+    for (std::size_t at = 0; at < rows.size(); ++at) {
+      const std::int64_t row = static_cast<std::int64_t>(at) / n, i = static_cast<std::int64_t>(at) % n;
+      columns[static_cast<std::size_t>(row / inner_ * n * inner_ + i * inner_ + row % inner_)] = rows[at];
+    }
+    rows = std::move(columns);
+  }
+
   void CheckOne(const Kernels& kernels, std::int64_t rows, std::int64_t n, bool threads, Out where) {
     InThisThread alone;
     Executor& executor = threads ? static_cast<Executor&>(helpers_) : alone;
@@ -775,12 +367,13 @@ class JacobianCheck {
     E* const t = t_.Prepare(input_.t, static_cast<int>(n % 5), Array::kPoison);
     E* const apart = out_.Prepare(size, static_cast<int>(n % 7), Array::kUnwritten);
     E* const out = where == kApart ? apart : where == kOverY ? y : t;
-    Jacobian(kernels.Of<E>(), executor, y, t, out, {rows, n, 1});
+    Jacobian(kernels.Of<E>(), executor, y, t, out, {rows / inner_, n, inner_});
 
     report_.Of(kernels).checks += size;
     const auto fail = [&](const std::string& what) {
       report_.Fail(std::string(kernels.name) + " " + Element<E>::kName + " Jacobian [" +
-                   std::to_string(rows) + ", " + std::to_string(n) + "]" + (threads ? ", 3 threads" : "") +
+                   std::to_string(rows / inner_) + ", " + std::to_string(n) + ", " + std::to_string(inner_) +
+                   "]" + (threads ? ", 3 threads" : "") +
                    (where == kApart   ? ""
                     : where == kOverY ? ", over y"
                                       : ", over t") +
@@ -801,6 +394,7 @@ class JacobianCheck {
   const std::vector<const Kernels*>& all_;
   Report& report_;
   TwoHelpers helpers_;
+  std::int64_t inner_ = 1;
   JacobianInput<E> input_;
   GuardedArray<E> y_, t_, out_;
 };
@@ -810,6 +404,9 @@ void CheckJacobian(const std::vector<const Kernels*>& all, bool quick, Report& r
   JacobianCheck<E> check(all, report);
   const std::int64_t rows = 21;  // of every class with every kind of cotangent
   for (std::int64_t n = 1; n <= (quick ? 20 : 140); ++n) check.Check(rows, n);
+  for (const std::int64_t inner : {3, 7, 21}) {
+    for (const std::int64_t n : {1, 5, 16, 100}) check.Check(rows, n, inner);
+  }
   if (quick) return;
   for (const std::int64_t n : {1023, 1024, 1025, 2049, 5000}) check.Check(rows, n);
   check.Check(3, 70001);
@@ -826,7 +423,8 @@ void CheckConversions(const std::vector<const Kernels*>& all, Report& report) {
   }
   for (const Kernels* kernels : all) {
     const ScopedFloatMode mode;
-    kernels->Of<E>().jacobian_write(ones.data(), t.data(), out.data(), kPatterns, SplitScalar<float>{0, 0});
+    kernels->Of<E>().jacobian_write(ones.data(), t.data(), out.data(), kPatterns, SplitScalar<float>{0, 0},
+                                    false);
     report.Of(*kernels).checks += kPatterns;
     for (int i = 0; i < kPatterns; ++i) {
       const double expected = Widen(t[i]), actual = Widen(out[i]);
@@ -912,7 +510,7 @@ class EveryFloat {
     }
     // Above 0 the kernel is not meant for this exponent.
     if (first >> 31 == 0 && !std::isnan(x[kChunk - 1])) return;
-    table_.row_write(x, nullptr, y, kChunk, RowScale<float>{1, 0, 0, false, 0}, false);
+    table_.row_write(x, nullptr, y, kChunk, RowScale<float>{1, 0, 0, false, 0, 0}, false);
     for (int i = 0; i < kChunk; ++i) {
       if (std::isnan(x[i]) && !std::isnan(y[i])) Fail("the result is not NaN", x[i]);
       if (x[i] <= -127.5 * kLn2 && y[i] != 0) Fail("the result is not zero", x[i]);
@@ -994,6 +592,7 @@ void CheckElement(const Options& options, Report& report) {
   // to.
   if (!flushes_halves || !std::is_same_v<E, Float16>)
     CheckJacobian<E>(options.kernels, options.quick, report);
+  CheckFamily<E>(options.kernels, options.quick, report);
 }
 
 int Main(const Options& options) {
