@@ -13,8 +13,16 @@ from jax_softmax2p import native
 from jax_softmax2p.primitives.logits import Given, mask_of
 
 
-def define_eager_evaluation(primitive: Primitive, static_argnames: tuple[str, ...]) -> None:
-    """Makes the primitive run outside jit, each time as a jitted call of itself."""
+def define_eager_evaluation(
+    primitive: Primitive, static_argnames: tuple[str, ...], **eager_params: Any
+) -> None:
+    """Makes the primitive run outside jit, each time as a jitted call of itself.
+
+    Args:
+      static_argnames: its parameters.
+      eager_params: those that have this value there, whatever was given. What reuses an operand's memory in a
+        larger program would copy the operand first in one of its own.
+    """
 
     def call(*operands, **params):
         return primitive.bind(*operands, **params)
@@ -27,7 +35,7 @@ def define_eager_evaluation(primitive: Primitive, static_argnames: tuple[str, ..
     def evaluate(*operands, **params):
         # Under disable_jit the jitted function would call the primitive, and so itself, forever.
         with jax.disable_jit(False):
-            return jitted(*operands, **params)
+            return jitted(*operands, **(params | eager_params))
 
     primitive.def_impl(evaluate)
 
@@ -39,7 +47,7 @@ def define_lowerings(
     attributes: Callable[..., dict[str, Any]],
     *,
     own_operands: int = 0,
-    reusable: int = 0,
+    reused: Callable[..., int | None] = lambda **params: None,
 ) -> None:
     """Lowers the primitive to an FFI call on CPU where that can run, to the reference elsewhere.
 
@@ -52,14 +60,10 @@ def define_lowerings(
       reference: the same in jax.numpy: reference(x, *own operands, axis=, scale=, bias=, where=).
       attributes: the target's attributes but the axis, from the primitive's parameters.
       own_operands: how many.
-      reusable: the operand whose memory the result takes where the primitive's parameter ``in_place``, if it
-        has one, is true. An operand that is needed afterwards XLA copies first.
+      reused: the operand whose memory the result takes, from the primitive's parameters. XLA copies it first
+        where it is needed afterwards.
     """
     multiple = primitive.multiple_results
-    ffi_calls = {
-        in_place: jax.ffi.ffi_lowering(target, operand_output_aliases={reusable: 0} if in_place else None)
-        for in_place in (False, True)
-    }
     first_given = 1 + own_operands
 
     def with_names(*operands, axis: int, given: Given | None = None, **_):
@@ -85,9 +89,10 @@ def define_lowerings(
             if implementation == "native":
                 raise ValueError(native_refusal(reason))
             return lower_to_reference(ctx, *operands, **params)
-        return ffi_calls[params.get("in_place", False)](
-            ctx, *operands, axis=np.int64(params["axis"]), **attributes(**params)
-        )
+        operand = reused(**params)
+        aliases = None if operand is None else {operand: 0}
+        call = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)
+        return call(ctx, *operands, axis=np.int64(params["axis"]), **attributes(**params))
 
     mlir.register_lowering(primitive, lower_elsewhere)
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")

@@ -30,10 +30,10 @@ def _abstract_eval(x, *operands, **params):
     return x.update(weak_type=False)
 
 
-def _jvp(primals, tangents, *, given: Given, algorithm, **params):
-    y = softmax(*primals, given=given, algorithm=algorithm, **params)
+def _jvp(primals, tangents, *, given: Given, algorithm, in_place, **params):
+    y = softmax(*primals, given=given, algorithm=algorithm, in_place=in_place, **params)
     t = tangent_of_logits(primals[0], tangents[0], given.named(primals), given.named(tangents), given)
-    return y, softmax_jacobian(y, t, **params)
+    return y, softmax_jacobian(y, t, reuses=1 if in_place else None, **params)
 
 
 def _batch(operands, dims, **params):
@@ -44,8 +44,16 @@ def _attributes(*, given: Given, algorithm, **_):
     return {"algorithm": algorithm} | given.attributes()
 
 
-common.define_eager_evaluation(softmax_p, ("axis", "given", "algorithm", "implementation", "in_place"))
+common.define_eager_evaluation(
+    softmax_p, ("axis", "given", "algorithm", "implementation", "in_place"), in_place=False
+)
 softmax_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[softmax_p] = _jvp
 batching.primitive_batchers[softmax_p] = _batch
-common.define_lowerings(softmax_p, native.SOFTMAX_TARGET, reference.softmax, _attributes)
+common.define_lowerings(
+    softmax_p,
+    native.SOFTMAX_TARGET,
+    reference.softmax,
+    _attributes,
+    reused=lambda *, in_place, **_: 0 if in_place else None,
+)

@@ -22,8 +22,8 @@ def softmax_jacobian(y: jax.Array, t: jax.Array, **params: Any) -> jax.Array:
     Args:
       y: a softmax.
       t: its tangent or cotangent.
-      params: axis (negative), implementation, and in_place: that t is not needed afterwards, so that the
-        result may take its memory.
+      params: axis (negative), implementation, and reuses: None, or which of the operands, 0 or 1, is not
+        needed afterwards, so that the result may take its memory.
     """
     return softmax_jacobian_p.bind(*common.with_common_varying_axes(y, t), **params)
 
@@ -46,18 +46,24 @@ def _transpose(cotangent, y, t, **params):
     assert not ad.is_undefined_primal(y), "linear in t alone"
     if isinstance(cotangent, ad.Zero):
         return [None, ad.Zero(t.aval)]
-    return [None, softmax_jacobian(y, cotangent, **params)]
+    # In most programs this is the last use of y.
+    reuses = 0 if params["reuses"] is None else params["reuses"]
+    return [None, softmax_jacobian(y, cotangent, **(params | {"reuses": reuses}))]
 
 
 def _batch(operands, dims, **params):
     return softmax_jacobian(*common.batch_logits(operands, dims, own_operands=1), **params), 0
 
 
-common.define_eager_evaluation(softmax_jacobian_p, ("axis", "implementation", "in_place"))
+common.define_eager_evaluation(softmax_jacobian_p, ("axis", "implementation", "reuses"), reuses=None)
 softmax_jacobian_p.def_abstract_eval(_abstract_eval)
 ad.defjvp2(softmax_jacobian_p, _jvp_in_y, _jvp_in_t)
 ad.primitive_transposes[softmax_jacobian_p] = _transpose
 batching.primitive_batchers[softmax_jacobian_p] = _batch
 common.define_lowerings(
-    softmax_jacobian_p, native.SOFTMAX_JACOBIAN_TARGET, reference.softmax_jacobian, lambda **_: {}, reusable=1
+    softmax_jacobian_p,
+    native.SOFTMAX_JACOBIAN_TARGET,
+    reference.softmax_jacobian,
+    lambda **_: {},
+    reused=lambda *, reuses, **_: reuses,
 )

@@ -111,7 +111,7 @@ def test_nested_vmap_with_gradients(f):
 
 def test_vmap_of_either_operand_of_the_jacobian():
     y, t = jax.nn.softmax(array(4, 6)), array(4, 6, seed=1)
-    bind = functools.partial(softmax_jacobian_p.bind, axis=-1, implementation=None, in_place=False)
+    bind = functools.partial(softmax_jacobian_p.bind, axis=-1, implementation=None, reuses=None)
     expected = y * (t - jnp.sum(y * t, -1, keepdims=True))
     assert_close(jax.vmap(bind)(y, t), expected)
     assert_close(jax.vmap(bind, (None, 0))(y[0], t), y[0] * (t - (t @ y[0])[:, None]))
@@ -266,7 +266,7 @@ def test_shard_map_keeps_track_of_varying_axes():
     g = lambda x: jax.vjp(softmax, x)[1](jnp.cos(x))[0] + jax.jvp(softmax, (x,), (jnp.ones_like(x),))[1]
     sharded = jax.jit(jax.shard_map(g, mesh=mesh, in_specs=spec, out_specs=spec))
     assert_close(sharded(x), g(x))
-    bind = functools.partial(softmax_jacobian_p.bind, axis=-1, implementation=None, in_place=False)
+    bind = functools.partial(softmax_jacobian_p.bind, axis=-1, implementation=None, reuses=None)
     assert bind(x, x).shape == x.shape
 
 
