@@ -7,17 +7,19 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """Softmax over one axis of an array."""
+    """An operation of ``benchmarks.operations`` over one axis of an array."""
 
     shape: tuple[int, ...]
     axis: int = -1
     dtype: str = "float32"
+    operation: str = "softmax"
 
     @property
     def name(self) -> str:
         """As it appears in tables."""
         axis = "" if self.axis == -1 else f" axis {self.axis}"
-        return f"({','.join(map(str, self.shape))}){axis} {self.dtype}"
+        operation = "" if self.operation == "softmax" else f"{self.operation} "
+        return f"{operation}({','.join(map(str, self.shape))}){axis} {self.dtype}"
 
     @property
     def bytes(self) -> int:
@@ -43,6 +45,14 @@ SMALL_CALL = Case((1, 1024))
 
 SHORT_ROWS = Case((1000000, 8))
 
+
+def _of(operation: str, *shapes: tuple[int, ...]) -> tuple[Case, ...]:
+    """In both of the dtypes that networks are trained in."""
+    return tuple(
+        Case(shape, dtype=dtype, operation=operation) for dtype in ("float32", "bfloat16") for shape in shapes
+    )
+
+
 CASES = {
     "jit": tuple(Case(shape, dtype=dtype) for dtype in ("float32", "bfloat16") for shape in _TEN_SHAPES),
     "layouts": (
@@ -51,6 +61,10 @@ CASES = {
         Case((256, 1000, 3), axis=1),
         SHORT_ROWS,
     ),
+    "logsumexp": _of("logsumexp", (256, 128256), (512, 32000)),
+    "cross-entropy": _of("cross-entropy and gradient", (512, 32000), (256, 128256), (256, 1000)),
+    "gradient": _of("softmax and VJP", (1024, 1024), (49152, 512), (64, 128256)),
+    "masked": _of("masked softmax", (8, 12, 512, 512)),
     "kernels, out of cache": (Case((1, 2**26)),),
     "kernels, in cache": (
         Case((1, 2**12)),

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-import jax_softmax2p
 from benchmarks import memory
+from benchmarks.cases import Case
+from benchmarks.operations import GRADIENTS, OPERATIONS
 from jax_softmax2p import native
 
 
@@ -24,58 +25,70 @@ class Contender(abc.ABC):
     """An implementation under its name in tables. The constructor raises ImportError where it cannot run."""
 
     name: str
-    is_softmax = True
-    """Whether the result is a softmax, to be checked; else this is something to compare with."""
+    computes = True
+    """Whether the result is the case's, to be checked; else this is something to compare with."""
 
-    def bind(self, x: np.ndarray, out: np.ndarray, axis: int) -> Callable[[], Any]:
+    def bind(self, case: Case, x: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
         """What is called and timed.
 
         Args:
+          case: what to compute, along which axis.
           x: the input, which stays as it is.
           out: where an implementation that can be given its output has to put it.
-          axis: the axis whose elements sum to one.
 
         Returns:
-          A function that computes, waits for and returns the result: ``out`` or a new array of the library's
+          A function that computes, waits for and returns the result: ``out``, or new arrays of the library's
           own.
         """
-        return self._bind(x, out, axis)
+        return self._bind(case, x, out)
 
     @abc.abstractmethod
-    def _bind(self, x: np.ndarray, out: np.ndarray, axis: int) -> Callable[[], Any]:
+    def _bind(self, case: Case, x: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
         """What :meth:`bind` does."""
 
 
 class Ours(Contender):
-    """This package's softmax, in jit."""
+    """This package's function, in jit."""
 
     name = "ours"
 
-    def _bind(self, x, out, axis):
-        return _jitted(functools.partial(jax_softmax2p.softmax, axis=axis), x)
+    def _bind(self, case, x, out):
+        operation = OPERATIONS[case.operation]
+        return _jitted(operation.ours(case.axis), x, *operation.operands(case))
+
+
+class OursPlain(Contender):
+    """This package's softmax of x alone, in jit."""
+
+    name = "plain"
+    computes = False
+
+    def _bind(self, case, x, out):
+        return _jitted(OPERATIONS["softmax"].ours(case.axis), x)
 
 
 class JaxNN(Contender):
-    """JAX's own softmax, in jit."""
+    """JAX's own function, or optax's, in jit."""
 
     name = "jax.nn"
 
-    def _bind(self, x, out, axis):
-        return _jitted(functools.partial(jax.nn.softmax, axis=axis), x)
+    def _bind(self, case, x, out):
+        operation = OPERATIONS[case.operation]
+        return _jitted(operation.jax_nn(case.axis), x, *operation.operands(case))
 
 
 class AddOne(Contender):
     """jit(x + 1): what a call and its memory cost anyway."""
 
     name = "x + 1"
-    is_softmax = False
+    computes = False
 
-    def _bind(self, x, out, axis):
+    def _bind(self, case, x, out):
         return _jitted(lambda x: x + 1, x)
 
 
 class Torch(Contender):
-    """torch.softmax with as many threads as JAX, in inference mode."""
+    """torch with as many threads as JAX, in inference mode unless the operation has a gradient."""
 
     name = "torch"
 
@@ -83,12 +96,15 @@ class Torch(Contender):
         self._torch = importlib.import_module("torch")
         self._torch.set_num_threads(cores())
 
-    def _bind(self, x, out, axis):
-        tensor = self._torch.from_dlpack(_device_array(x))
+    def _bind(self, case, x, out):
+        operation = OPERATIONS[case.operation]
+        tensors = [self._torch.from_dlpack(_device_array(v)) for v in (x, *operation.operands(case))]
+        function = operation.torch(case.axis)
+        differentiates = case.operation in GRADIENTS
 
-        @self._torch.inference_mode()
         def call():
-            return self._torch.softmax(tensor, axis)
+            with self._torch.inference_mode(not differentiates):
+                return function(*tensors)
 
         return call
 
@@ -103,11 +119,11 @@ class OnnxRuntime(Contender):
         self._onnx = importlib.import_module("onnx")
         self._threads = threads
 
-    def _bind(self, x, out, axis):
+    def _bind(self, case, x, out):
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
         session = self._runtime.InferenceSession(
-            self._model(x.shape, axis), options, providers=["CPUExecutionProvider"]
+            self._model(x.shape, case.axis), options, providers=["CPUExecutionProvider"]
         )
         binding = session.io_binding()
         binding.bind_input("x", "cpu", 0, x.dtype.type, x.shape, x.ctypes.data)
@@ -139,9 +155,9 @@ class Kernel(Contender):
         self.name = name
         self._options: dict[str, Any] = {"algorithm": algorithm, "isa": isa, "threads": threads}
 
-    def _bind(self, x, out, axis):
+    def _bind(self, case, x, out):
         def call():
-            native.softmax_into(x, out, axis=axis, **self._options)
+            native.softmax_into(x, out, axis=case.axis, **self._options)
             return out
 
         return call
@@ -151,12 +167,12 @@ class EmptyCall(Contender):
     """A kernel's call from Python for one element, which is nearly all call."""
 
     name = "a call"
-    is_softmax = False
+    computes = False
 
     def __init__(self, isa: str):
         self._isa = isa
 
-    def _bind(self, x, out, axis):
+    def _bind(self, case, x, out):
         one = memory.aligned_empty((1, 1), "float32")
         one[:] = 0
         return functools.partial(native.softmax_into, one, one, isa=self._isa)
@@ -166,30 +182,45 @@ class ReadAndCopy(Contender):
     """One read and one non-temporal copy of the same arrays, on one thread."""
 
     name = "read + copy"
-    is_softmax = False
+    computes = False
 
     def __init__(self):
         memory.require()
 
-    def _bind(self, x, out, axis):
+    def _bind(self, case, x, out):
         def call():
-            memory.read(x)
+            memory.read(x, 1)
             memory.copy(x, out, 1)
 
         return call
+
+
+class Read(Contender):
+    """One read of the array."""
+
+    name = "read"
+    computes = False
+
+    def __init__(self, threads: int):
+        memory.require()
+        self._threads = threads
+
+    def _bind(self, case, x, out):
+        bits = x.view(np.float32)
+        return functools.partial(memory.read, bits, self._threads)
 
 
 class Copy(Contender):
     """One non-temporal copy of the same arrays."""
 
     name = "copy"
-    is_softmax = False
+    computes = False
 
     def __init__(self, threads: int):
         memory.require()
         self._threads = threads
 
-    def _bind(self, x, out, axis):
+    def _bind(self, case, x, out):
         return functools.partial(memory.copy, x, out, self._threads)
 
 
@@ -197,6 +228,6 @@ def _device_array(x: np.ndarray) -> jax.Array:
     return jax.device_put(x, may_alias=True)
 
 
-def _jitted(function: Callable[[jax.Array], jax.Array], x: np.ndarray) -> Callable[[], jax.Array]:
-    jitted, operand = jax.jit(function), _device_array(x)
-    return lambda: jitted(operand).block_until_ready()
+def _jitted(function: Callable[..., Any], *operands: np.ndarray) -> Callable[[], Any]:
+    jitted, arrays = jax.jit(function), [_device_array(operand) for operand in operands]
+    return lambda: jax.block_until_ready(jitted(*arrays))

@@ -2,6 +2,7 @@
 //
 // Compiled by benchmarks/memory.py. Arrays are aligned to 64 bytes and hold a multiple of 16 floats.
 
+#include <atomic>
 #include <cstddef>
 #include <thread>
 #include <vector>
@@ -62,16 +63,25 @@ void Copy(const float* x, float* out, std::size_t n) {
 
 }  // namespace
 
-// The sum keeps the reads from being left out.
-extern "C" float read_all(const float* x, std::size_t n) { return Read(x, n); }
-
-// Each thread has one stretch of whole lines; the caller's is the last.
-extern "C" void copy_all(const float* x, float* out, std::size_t n, int threads) {
+// Calls body(first, end) for a stretch of whole lines on each thread; the caller's is the last.
+template <typename Body>
+static void OnThreads(std::size_t n, int threads, const Body& body) {
   const std::size_t stretch = n / kLine / threads * kLine;
   std::vector<std::thread> helpers;
-  for (int i = 0; i + 1 < threads; ++i)
-    helpers.emplace_back(Copy, x + i * stretch, out + i * stretch, stretch);
-  const std::size_t done = (threads - 1) * stretch;
-  Copy(x + done, out + done, n - done);
+  for (int i = 0; i + 1 < threads; ++i) helpers.emplace_back(body, i * stretch, (i + 1) * stretch);
+  body((threads - 1) * stretch, n);
   for (std::thread& helper : helpers) helper.join();
+}
+
+// The sum keeps the reads from being left out.
+extern "C" float read_all(const float* x, std::size_t n, int threads) {
+  std::atomic<float> sum{0};
+  OnThreads(n, threads,
+            [&](std::size_t first, std::size_t end) { sum = sum + Read(x + first, end - first); });
+  return sum;
+}
+
+extern "C" void copy_all(const float* x, float* out, std::size_t n, int threads) {
+  OnThreads(n, threads,
+            [&](std::size_t first, std::size_t end) { Copy(x + first, out + first, end - first); });
 }

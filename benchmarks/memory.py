@@ -22,9 +22,9 @@ def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def read(x: np.ndarray) -> None:
-    """Reads ``x`` once, on one thread."""
-    _library().read_all(_pointer(x), _count(x))
+def read(x: np.ndarray, threads: int) -> None:
+    """Reads ``x`` once."""
+    _library().read_all(_pointer(x), _count(x), threads)
 
 
 def copy(x: np.ndarray, out: np.ndarray, threads: int) -> None:
@@ -58,7 +58,7 @@ def _library() -> ctypes.CDLL:
         except subprocess.CalledProcessError as error:
             raise ImportError(f"{compiler} cannot compile {source.name}: {error.stderr}") from error
         library = ctypes.CDLL(str(path))
-    library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.read_all.restype = ctypes.c_float
     library.copy_all.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.copy_all.restype = None

@@ -6,12 +6,15 @@ from functools import partial
 from benchmarks.cases import CASES, SHORT_ROWS, SMALL_CALL, Case
 from benchmarks.contenders import (
     AddOne,
+    Contender,
     Copy,
     EmptyCall,
     JaxNN,
     Kernel,
     OnnxRuntime,
     Ours,
+    OursPlain,
+    Read,
     ReadAndCopy,
     Torch,
 )
@@ -20,6 +23,8 @@ from jax_softmax2p import native
 
 JAX_OVER_OURS = Ratio("jax.nn / ours", ("jax.nn",), "ours")
 TORCH_OVER_OURS = Ratio("torch / ours", ("torch",), "ours")
+OURS_OVER_READ = Ratio("ours / read", ("ours",), "read")
+OURS_OVER_PLAIN = Ratio("ours / plain", ("ours",), "plain")
 OURS_OVER_ADD = Ratio("ours / (x + 1)", ("ours",), "x + 1")
 
 THREE_PASS = ("three_pass_recompute", "three_pass_reload")
@@ -93,6 +98,18 @@ def layouts(isas: Sequence[str]) -> list[Table]:
     ]
 
 
+def family(isas: Sequence[str]) -> list[Table]:
+    """Whole calls in jit of what is made of sums of exponentials, and of gradients."""
+    return [
+        _family(
+            "logsumexp", (Ours, JaxNN, Torch, partial(Read, THREADS)), (8.0, 2.0), (0.0, 0.0), OURS_OVER_READ
+        ),
+        _family("cross-entropy", (Ours, JaxNN, Torch), (4.0, 4.0, 1.0), (4.0, 4.0, 1.0)),
+        _family("gradient", (Ours, JaxNN, Torch), (2.0, 2.0, 2.0), (0.0, 1.5, 1.5)),
+        _family("masked", (Ours, JaxNN, Torch, OursPlain), (1.5,), (0.0,), OURS_OVER_PLAIN),
+    ]
+
+
 def kernels(isas: Sequence[str]) -> list[Table]:
     """The kernels without JAX, for each instruction set."""
     return [
@@ -118,10 +135,37 @@ def peers(isas: Sequence[str]) -> list[Table]:
 SECTIONS: dict[str, Callable[[Sequence[str]], list[Table]]] = {
     "jit": jit,
     "layouts": layouts,
+    "family": family,
     "kernels": kernels,
     "peers": peers,
 }
 """The tables of each section, from the instruction sets that `kernels` is to measure."""
+
+
+BOUNDS = {OURS_OVER_READ: 1.5, OURS_OVER_PLAIN: 1.15}
+"""What these may be at most."""
+
+
+def _family(
+    name: str,
+    contenders: tuple[Callable[[], Contender], ...],
+    over_jax: tuple[float, ...],
+    over_torch: tuple[float, ...],
+    bounded: Ratio | None = None,
+) -> Table:
+    """A table with a target for each of its shapes in float32, 0 for none; for bfloat16 there are none."""
+    summaries = []
+    for case, jax_target, torch_target in zip(CASES[name], over_jax, over_torch, strict=False):
+        for ratio, target in ((JAX_OVER_OURS, jax_target), (TORCH_OVER_OURS, torch_target)):
+            if target:
+                summaries.append(Summary(ratio, (Goal("least", target),), f", {case.name}", case.__eq__))
+    if bounded is not None:
+        of_float32 = Summary(
+            bounded, (Goal("greatest", BOUNDS[bounded]),), ", float32", partial(_is_of, "float32")
+        )
+        summaries.append(of_float32)
+    ratios = (JAX_OVER_OURS, TORCH_OVER_OURS, *([bounded] if bounded else []))
+    return Table(f"In jit: {CASES[name][0].operation}", CASES[name], contenders, ratios, tuple(summaries))
 
 
 def _out_of_cache(isa: str) -> Table:

@@ -49,7 +49,7 @@ class Worker:
         self._process.join()
 
     def introduce(self) -> tuple[str, bool]:
-        """The contender's name, and whether it computes a softmax. To be called first, once.
+        """The contender's name, and whether it computes what a case says. To be called first, once.
 
         Raises:
           ImportError: the contender cannot run here.
@@ -107,7 +107,7 @@ def _serve(
     except ImportError as error:
         connection.send((str(error), time.process_time()))
         return
-    connection.send(((contender.name, contender.is_softmax), time.process_time()))
+    connection.send(((contender.name, contender.computes), time.process_time()))
     call: Callable[[], Any] = lambda: None
     while True:
         question = connection.recv()
@@ -116,17 +116,21 @@ def _serve(
             fill(x)
             out = memory.aligned_empty(question.shape, question.dtype)
             out[...] = 0
-            call = contender.bind(x, out, question.axis)
+            call = contender.bind(question, x, out)
             result = call()
-            answer: Any = (
-                np.array(jnp.from_dlpack(result).ravel()[:CHECKED], np.float32)
-                if contender.is_softmax
-                else None
-            )
+            answer: Any = _beginning(result) if contender.computes else None
             del result
         else:
             answer = _seconds_per_call(call, question)
         connection.send((answer, time.process_time()))
+
+
+def _beginning(result: Any) -> np.ndarray:
+    """Of every array of a result."""
+    arrays = result if isinstance(result, tuple) else (result,)
+    return np.concatenate(
+        [np.array(jnp.from_dlpack(array).ravel()[:CHECKED], np.float32) for array in arrays]
+    )
 
 
 def _seconds_per_call(call: Callable[[], Any], calls: int) -> float:
