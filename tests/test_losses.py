@@ -183,6 +183,16 @@ class TestIntegerLabels:
             softmax_cross_entropy_with_integer_labels(**{**good, **arguments})
 
 
+def test_the_loss_needs_no_array_of_the_logits_size():
+    """Temporaries are below 1% of the logits; of the gradient there is its result alone."""
+    logits = jax.ShapeDtypeStruct((64, 32000), np.float32)
+    labels = jax.ShapeDtypeStruct((64,), np.int32)
+    loss = lambda x, labels: softmax_cross_entropy_with_integer_labels(x, labels).mean()
+    for function in (loss, jax.grad(loss)):
+        memory = jax.jit(function).lower(logits, labels).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 0.01 * 64 * 32000 * 4
+
+
 class TestSoftLabels:
     @pytest.mark.parametrize("n", [1, 10, 129, 5000])
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -313,7 +313,7 @@ template <typename E, typename Body>
 void ForShortRows(const Kernels& kernels, Executor& executor, const Logits<E>& logits, const Body& body,
                   bool always = false) {
   using T = ComputeOf<E>;
-  const bool fused = always || !logits.Plain();
+  const bool fused = !logits.Plain();
   const std::int64_t n = logits.n, most = kFusedBlock / n;
   ForWholeRows(executor, logits.rows, n, [&](std::int64_t first, std::int64_t end) {
     T z[kFusedBlock];
@@ -324,7 +324,11 @@ void ForShortRows(const Kernels& kernels, Executor& executor, const Logits<E>& l
         if (row.size() < n) std::fill(z + i * n, z + (i + 1) * n, -std::numeric_limits<T>::infinity());
         row.Fuse(0, row.size(), z + i * n + row.begin());
       }
-      body(r, count, fused ? z : nullptr);
+      if (always && !fused) {
+        const T no_mask = -std::numeric_limits<T>::infinity();
+        kernels.Of<E>().fuse({logits.x + r * n, nullptr, nullptr, 1, 0, no_mask}, z, count * n);
+      }
+      body(r, count, fused || always ? z : nullptr);
     }
   });
 }

@@ -16,8 +16,10 @@ OTHERS = [isa for isa in native.supported_isas() if isa != native.active_isa()]
 @pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="is itself such a run")
 @pytest.mark.parametrize("isa", OTHERS)
 def test_through_xla(isa):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    paths = [str(TESTS / name) for name in ("test_softmax.py", "transforms", "robustness")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider"]
+    # Rules of transformations are the same for all; what kernels compute is not.
+    names = ("test_softmax.py", "test_losses.py", "numerics/test_family_accuracy.py", "robustness")
+    paths = [str(TESTS / name) for name in names]
     result = subprocess.run(
         [*command, *paths],
         cwd=TESTS.parent,
