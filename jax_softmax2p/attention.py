@@ -7,7 +7,7 @@ queries or keys, then whatever is left. Names of sizes are jax.nn's: B, K, G, T 
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -226,6 +226,10 @@ class Operands(NamedTuple):
         """For these queries alone."""
         return self._cut(self._query_axes(), queries)
 
+    def without_dimensions(self, dimensions: Sequence[int]) -> "Operands":
+        """Without these, which have size 1 in query, and so in all."""
+        return jax.tree.map(lambda x: jax.lax.squeeze(x, dimensions), self)
+
     def in_blocks(self, size: int) -> tuple["Operands", "Operands"]:
         """For blocks of so many queries, along a new first dimension; and what all blocks share."""
         own, shared = self.apart(lambda x: x.shape[-2] == self.sizes[-2], self._query_axes())
@@ -285,7 +289,8 @@ def attend(
     b, t, n, h = query.shape
     s, k = key.shape[1:3]
     dtype = compute_dtype(query.dtype)
-    heads_first = lambda x: jnp.moveaxis(x.reshape(b, x.shape[1], k, -1, x.shape[-1]), 1, 3).astype(dtype)
+    split = lambda x: x.reshape(*x.shape[:2], k, x.shape[2] // k, x.shape[3])
+    heads_first = lambda x: jnp.moveaxis(split(x), 1, 3).astype(dtype)
     operands = Operands(
         query=heads_first(query),
         key=heads_first(key),
@@ -362,6 +367,8 @@ def _mapped(function: Callable[[Operands], Result], operands: Operands, at_a_tim
     own, shared = operands.apart(lambda x: x.shape[0] == size)
     shared = jax.tree.map(lambda x: x[0], shared)
     call = lambda own: function(own.or_else(shared))
+    if size == 1:
+        return jax.tree.map(lambda x: x[None], call(jax.tree.map(lambda x: x[0], own)))
     if at_a_time >= size:
         return jax.vmap(call)(own)
     return jax.lax.map(call, own, batch_size=at_a_time if at_a_time > 1 else None)
@@ -412,12 +419,19 @@ def _part(operands: Operands, queries: range, keys: range, rows: int, options: O
 
 def _block(operands: Operands, options: Options, band: Band | None, inside: Array | None = None) -> Result:
     """Attention of all that is passed. ``band`` or ``inside``, an array, is the part of the band."""
-    o, shape = operands, operands.sizes
-    x = jnp.einsum("...gth,...sh->...gts", o.query, o.key[..., 0, :, :], precision=options.precision)
-    if inside is not None:
-        inside = inside.reshape((1,) * (len(shape) - 2) + inside.shape)
+    sizes = operands.sizes
+    # XLA copies the product before it goes into a custom call if it has a dimension of size 1 in front.
+    o = operands.without_dimensions([d for d, size in enumerate(sizes[:-2]) if size == 1])
+    into, out_of = "...th,...sh->...ts", "...ts,...sh->...th"
+    key, value = o.key, o.value
+    if sizes[-3] != 1:
+        into, out_of = "...gth,...sh->...gts", "...gts,...sh->...gth"
+        key, value = key[..., 0, :, :], value[..., 0, :, :]
+    x = jnp.einsum(into, o.query, key, precision=options.precision)
     # A bias of -inf throughout would make NaN.
     seen = ~o.hidden if o.bias is not None and o.hidden is not None else None
+    if inside is not None:
+        inside = inside.reshape((1,) * (x.ndim - 2) + inside.shape)
     where = _all_of(o.mask, o.queries, o.keys, inside, seen)
     applied: dict[str, Any] = {
         "scale": o.scale,
@@ -426,15 +440,16 @@ def _block(operands: Operands, options: Options, band: Band | None, inside: Arra
     }
     log_sum: Any = None
     if options.with_log_sum:
-        both = where if band is None else mask_of(shape, where, (band.before, band.after))
+        both = where if band is None else mask_of(x.shape, where, (band.before, band.after))
         log_sum = logsumexp(jax.lax.stop_gradient(x), -1, where=both, keepdims=True, **applied)
+        log_sum = log_sum.reshape(*sizes[:-1], 1)
     weights = softmax_of(as_logits(x, -1, where, band=band, **applied), in_place=True)
     if o.kept is not None:
         if o.hidden is not None:
-            weights = jnp.where(o.hidden, 1 / shape[-1], weights)
+            weights = jnp.where(o.hidden, 1 / sizes[-1], weights)
         weights = jnp.where(o.kept, weights, 0)
-    value = o.value[..., 0, :, :]
-    result = jnp.einsum("...gts,...sh->...gth", weights, value, precision=options.precision)
+    result = jnp.einsum(out_of, weights, value, precision=options.precision)
+    result = result.reshape(*sizes[:-1], value.shape[-1])
     return result / options.keep_rate if o.kept is not None else result, log_sum
 
 

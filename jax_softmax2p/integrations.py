@@ -314,9 +314,9 @@ _patch_depths: dict[tuple[types.ModuleType, str], int] = {}
 def patch_jax_nn(*modules: types.ModuleType) -> Iterator[None]:
     """Routes jax.nn's softmax, log_softmax, logsumexp and dot_product_attention through this package.
 
-    For code that one does not own: within the context, ``jax.nn`` and ``jax.scipy.special`` have this
-    package's functions under those names. A call that these refuse goes to JAX's own. On leaving, exceptions
-    included, everything is as it was. Contexts may nest.
+    For code that one does not own: within the context, ``jax.nn`` has this package's functions under those
+    names, and so has ``jax.scipy.special`` for logsumexp, which is jax.nn's. A call that these refuse goes to
+    JAX's own. On leaving, exceptions included, everything is as it was. Contexts may nest.
 
     It is the attribute that is replaced. So it reaches code that says ``jax.nn.softmax(...)`` when it runs or
     is traced, as flax, equinox and optax do in their layers and losses, but neither what has been imported by
