@@ -7,6 +7,7 @@ from pkgutil import extend_path as _extend_path
 # the installed one.
 __path__ = _extend_path(__path__, __name__)
 
+from jax_softmax2p import integrations as integrations
 from jax_softmax2p import native as native
 from jax_softmax2p.arguments import Band as Band
 from jax_softmax2p.attention import dot_product_attention as dot_product_attention
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "dot_product_attention",
     "export_disabled_checks",
+    "integrations",
     "log_softmax",
     "logsumexp",
     "native",
