@@ -188,7 +188,7 @@ class TestValues:
         ours = functools.partial(dot_product_attention, query_block_size=block)
         assert_close(jax.jit(functools.partial(ours, **options))(*operands), formula(*operands, **options))
 
-    @pytest.mark.parametrize("size", [64, 100, 300, 1000])
+    @pytest.mark.parametrize("size", [7, 64, 100, 1000])
     @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (5, 90)}])
     def test_sizes_of_blocks(self, size, options):
         """Parts of the band in one block, in several, and with a rest."""
@@ -315,7 +315,7 @@ class TestTransforms:
 
     def test_the_residual_has_no_gradient(self):
         f = lambda *operands: dot_product_attention(*operands, return_residual=True)[1].sum()
-        for g in jax.grad(f, (0, 1, 2))(*inputs()):
+        for g in jax.grad(f, (0, 1, 2, 3))(*inputs(), normal(1, 4, 7, 9)):
             np.testing.assert_array_equal(g, 0)
 
     @pytest.mark.parametrize("in_axes", [(0, None, None, None), (1, 0, 0, 0), (None, None, None, 0)])
