@@ -147,9 +147,11 @@ class Limits(NamedTuple):
         stop = size if self.after is None else max(0, min(size, queries.stop + self.after))
         return range(first, max(first, stop))
 
-    def between(self, first_query: int, first_key: int) -> Band:
-        """The same for queries and keys that are counted from these."""
+    def between(self, first_query: int, first_key: int) -> Band | None:
+        """The same for queries and keys that are counted from these; None where that is no Band."""
         shift = first_query - first_key
+        if self.before is not None and self.before < shift:
+            return None
         return Band(
             None if self.before is None else self.before - shift,
             None if self.after is None else self.after + shift,
@@ -392,11 +394,19 @@ def _in_parts(operands: Operands, rows: int, options: Options) -> Result:
 
 def _part(operands: Operands, queries: range, keys: range, rows: int, options: Options) -> Result:
     """Attention of these queries, which attend to no other keys than these, in blocks."""
-    band = options.band if len(keys) else None
+    limits = options.band if len(keys) else None
     operands = operands.of_keys(keys)
+
+    def inside(numbers: Array) -> Array | None:
+        return None if limits is None else limits.holds(numbers[:, None], keys.start + jnp.arange(len(keys)))
+
+    def single(operands: Operands, queries: range) -> Result:
+        band = limits and limits.between(queries.start, keys.start)
+        by_array = None if band else inside(queries.start + jnp.arange(len(queries)))
+        return _block(operands.of_queries(queries), options, band, by_array)
+
     if len(queries) <= rows:
-        between = None if band is None else band.between(queries.start, keys.start)
-        return _block(operands.of_queries(queries), options, between)
+        return single(operands, queries)
     count, rest = divmod(len(queries), rows)
     last = range(queries.stop - rest, queries.stop)
     own, shared = operands.of_queries(range(queries.start, last.start)).in_blocks(rows)
@@ -404,16 +414,14 @@ def _part(operands: Operands, queries: range, keys: range, rows: int, options: O
     @jax.checkpoint
     def block(start: Array, own: Operands) -> Result:
         # Where a block starts is known when it runs: its band is an array.
-        numbers = start + jnp.arange(rows)[:, None], keys.start + jnp.arange(len(keys))
-        return _block(own.or_else(shared), options, None, None if band is None else band.holds(*numbers))
+        return _block(own.or_else(shared), options, None, inside(start + jnp.arange(rows)))
 
     starts = queries.start + rows * jnp.arange(count)
     joined = lambda x: jnp.moveaxis(x, 0, -3).reshape(*x.shape[1:-2], count * rows, x.shape[-1])
     result = jax.tree.map(joined, jax.lax.map(lambda xs: block(*xs), (starts, own)))
     if not rest:
         return result
-    between = None if band is None else band.between(last.start, keys.start)
-    of_last = jax.checkpoint(lambda x: _block(x.of_queries(last), options, between))(operands)
+    of_last = jax.checkpoint(functools.partial(single, queries=last))(operands)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, -2), result, of_last)
 
 
