@@ -7,8 +7,11 @@ from pkgutil import extend_path as _extend_path
 # the installed one.
 __path__ = _extend_path(__path__, __name__)
 
+from jax_softmax2p import integrations as integrations
 from jax_softmax2p import native as native
 from jax_softmax2p.arguments import Band as Band
+from jax_softmax2p.attention import dot_product_attention as dot_product_attention
+from jax_softmax2p.integrations import patch_jax_nn as patch_jax_nn
 from jax_softmax2p.losses import softmax_cross_entropy as softmax_cross_entropy
 from jax_softmax2p.losses import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
@@ -26,10 +29,13 @@ __all__ = [
     "Band",
     "SumExp",
     "__version__",
+    "dot_product_attention",
     "export_disabled_checks",
+    "integrations",
     "log_softmax",
     "logsumexp",
     "native",
+    "patch_jax_nn",
     "softmax",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",

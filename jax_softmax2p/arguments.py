@@ -103,6 +103,7 @@ def as_logits(
     *,
     scale: jax.typing.ArrayLike | None = None,
     bias: jax.typing.ArrayLike | None = None,
+    band: Band | None = None,
     implementation: str | None,
     shift_integers: bool = True,
     name: str = "x",
@@ -110,6 +111,7 @@ def as_logits(
     """Checks the arguments that softmaxes have in common.
 
     Args:
+      band: a mask besides ``where``, if that is an array.
       shift_integers: whether the result does not change with a constant added to x; the maximum of integers
         is subtracted then, which they do exactly and floats may not.
       name: what the public function calls x.
@@ -121,8 +123,10 @@ def as_logits(
         raise ValueError(f"implementation must be None, 'native' or 'reference'; got {implementation!r}")
     x = as_numeric_array(x, name)
     axes = canonical_axes(axis, x.ndim)
-    band = _as_band(where, x, axes, name) if isinstance(where, Band) else None
-    mask = None if where is None or isinstance(where, Band) else as_mask(where, x.shape, name)
+    if isinstance(where, Band):
+        where, band = None, where
+    limits = None if band is None else _as_limits(band, x, axes, name)
+    mask = None if where is None else as_mask(where, x.shape, name)
     scale, bias, promoted = _as_operands(x, axes, scale, bias, name)
     plain = scale is None and bias is None
     if shift_integers and plain:
@@ -144,7 +148,7 @@ def as_logits(
         for key, operand in named.items()
         if operand is not None
     }
-    given = Given(tuple(key for key in FLAGS if key in operands), band)
+    given = Given(tuple(key for key in FLAGS if key in operands), limits)
     return Logits(
         (merged, *(operands[key] for key in given.names)),
         {"axis": merged_axis, "given": given, "implementation": implementation},
@@ -192,7 +196,7 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
     return mask
 
 
-def _as_band(band: Band, x: Array, axes: tuple[int, ...], name: str) -> tuple[int | None, int | None]:
+def _as_limits(band: Band, x: Array, axes: tuple[int, ...], name: str) -> tuple[int | None, int | None]:
     if x.ndim < 2:
         raise ValueError(f"where=Band(...) needs {name} of two dimensions at least, got shape {x.shape}")
     if axes != (-1,):

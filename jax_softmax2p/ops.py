@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+# By name: inside patch_jax_nn() jax.nn's attribute is this module's own function.
+from jax.nn import logsumexp as logsumexp_of_jax
+
 from jax_softmax2p import native, reference
-from jax_softmax2p.arguments import Axis, Band, Where, as_logits
+from jax_softmax2p.arguments import Axis, Band, Logits, Where, as_logits
 from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
 from jax_softmax2p.primitives import softmax as softmax_primitive
 from jax_softmax2p.primitives.log_sum import log_sum
@@ -86,11 +89,21 @@ def softmax(
     """
     native.check_algorithm(algorithm)
     logits = as_logits(x, axis, where, scale=scale, bias=bias, implementation=implementation)
-    if implementation == "reference":
+    return softmax_of(logits, algorithm=algorithm)
+
+
+def softmax_of(logits: Logits, *, algorithm: str = "auto", in_place: bool = False) -> Array:
+    """Softmax of arguments that have been checked.
+
+    Args:
+      logits: the arguments.
+      algorithm: as in :func:`softmax`.
+      in_place: that x, and cotangents of the result, are not needed afterwards.
+    """
+    if logits.params["implementation"] == "reference":
         return logits.restore(reference.softmax(logits.operands[0], **logits.reference_operands()))
-    return logits.restore(
-        softmax_primitive.softmax(*logits.operands, algorithm=algorithm, in_place=False, **logits.params)
-    )
+    y = softmax_primitive.softmax(*logits.operands, algorithm=algorithm, in_place=in_place, **logits.params)
+    return logits.restore(y)
 
 
 def log_softmax(
@@ -229,4 +242,4 @@ def _general_logsumexp(
         z = z * scale
     if bias is not None:
         z = z + bias
-    return jax.nn.logsumexp(z, axis, b, keepdims, return_sign, mask)
+    return logsumexp_of_jax(z, axis, b, keepdims, return_sign, mask)

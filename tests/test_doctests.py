@@ -5,10 +5,18 @@ import doctest
 import jax
 import pytest
 
-from jax_softmax2p import arguments, losses, native, ops, sum_exp
+from jax_softmax2p import arguments, attention, integrations, losses, native, ops, sum_exp
 
 # The package's attribute is the function, which hides its module.
-MODULES = [arguments, losses, native, ops, __import__("sys").modules[sum_exp.__module__]]
+MODULES = [
+    arguments,
+    attention,
+    integrations,
+    losses,
+    native,
+    ops,
+    __import__("sys").modules[sum_exp.__module__],
+]
 
 EXAMPLES = {
     f"{test.name}": test
@@ -33,6 +41,10 @@ def test_example(name):
     "function",
     [
         "arguments.Band",
+        "attention.dot_product_attention",
+        "integrations.flax_attention",
+        "integrations.patch_jax_nn",
+        "integrations.replace_equinox_attention",
         "losses.softmax_cross_entropy",
         "losses.softmax_cross_entropy_with_integer_labels",
         "ops.log_softmax",

@@ -1,0 +1,418 @@
+"""dot_product_attention: jax.nn's semantics against its formula in float64, and what memory it takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jax_softmax2p import attention, dot_product_attention
+
+NAN, INF = float("nan"), float("inf")
+DTYPES = [np.float32, np.float64, jnp.bfloat16, np.float16]
+LOWEST = float(np.finfo(np.float32).min)
+MASKED = 0.7 * LOWEST
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def inputs(b=2, t=7, s=9, n=4, k=2, h=8):
+    return normal(b, t, n, h), normal(b, s, k, h, seed=1), normal(b, s, k, h, seed=2)
+
+
+def mask_of(t, s, mask, is_causal, query_lengths, key_lengths, window):
+    """All of jax.nn's masks as one, which broadcasts to (B, N, T, S); None if there is none."""
+    i, j = np.arange(t)[:, None], np.arange(s)
+    parts = [] if mask is None else [mask]
+    if is_causal:
+        parts.append(j <= i)
+    if window is not None:
+        left, right = (window, window) if isinstance(window, int) else window
+        parts.append((i - left <= j) & (j <= i + right))
+    if query_lengths is not None:
+        parts.append(i < query_lengths[:, None, None, None])
+    if key_lengths is not None:
+        parts.append(j < key_lengths[:, None, None, None])
+    return functools.reduce(np.logical_and, parts) if parts else None
+
+
+def formula(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    return_residual=False,
+):
+    """jax.nn's definition, in jax.numpy throughout in the operands' dtype, which is to be float64."""
+    groups = query.shape[2] // key.shape[2]
+    t, s = query.shape[1], key.shape[1]
+    key, value = jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)
+    z = jnp.einsum("btnh,bsnh->bnts", query, key)
+    z = z * (1 / np.sqrt(query.shape[-1]) if scale is None else scale)
+    if bias is not None:
+        z = z + bias
+    lengths = query_seq_lengths, key_value_seq_lengths
+    inside = mask_of(t, s, mask, is_causal, *lengths, local_window_size)
+    if inside is not None:
+        z = jnp.where(inside, z, MASKED)
+    e = jnp.exp(z - jax.lax.stop_gradient(z.max(-1, keepdims=True)))
+    result = jnp.einsum("bnts,bsnh->btnh", e / e.sum(-1, keepdims=True), value)
+    if query_seq_lengths is not None:
+        result = result * (np.arange(t) < query_seq_lengths[:, None])[..., None, None]
+    return (result, jnp.moveaxis(jax.nn.logsumexp(z, -1), 1, 2)) if return_residual else result
+
+
+def lengths(*values):
+    return np.array(values, np.int32)
+
+
+FEW = normal(2, 4, 7, 9) > 0.8
+FEW[1, :, 2] = False
+
+CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale and bias": {"scale": 0.3, "bias": normal(2, 4, 7, 9)},
+    "bias of heads": {"bias": normal(1, 4, 1, 9), "is_causal": True},
+    "bias of three dimensions": {"bias": normal(4, 7, 9)},
+    "mask, some rows empty": {"mask": FEW},
+    "mask of keys": {"mask": normal(2, 1, 1, 9) > 0},
+    "mask for all": {"mask": normal(1, 1, 7, 9) > 0, "bias": normal(2, 1, 7, 1)},
+    "mask and bias, causal": {"mask": FEW, "bias": normal(1, 4, 7, 9), "is_causal": True},
+    "window": {"local_window_size": (1, 2)},
+    "window, causal": {"local_window_size": 2, "is_causal": True},
+    "window of none beside": {"local_window_size": 0, "bias": normal(1, 1, 7, 9)},
+    "lengths": {"query_seq_lengths": lengths(3, 7), "key_value_seq_lengths": lengths(9, 4)},
+    "lengths of 0, causal": {
+        "query_seq_lengths": lengths(5, 0),
+        "key_value_seq_lengths": lengths(0, 6),
+        "is_causal": True,
+    },
+    "all": {
+        "mask": FEW,
+        "bias": normal(2, 4, 7, 9),
+        "scale": 2.0,
+        "query_seq_lengths": lengths(3, 7),
+        "key_value_seq_lengths": lengths(9, 4),
+        "local_window_size": (3, 2),
+        "is_causal": True,
+    },
+}
+
+IN_BLOCKS = ["plain", "mask and bias, causal", "lengths of 0, causal", "all"]
+
+blocks = pytest.mark.parametrize("block", [None, 4])
+
+
+def weighted(function, *operands):
+    """A sum that no symmetry makes 0."""
+    y = function(*operands)
+    return jnp.sum(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape) * y)
+
+
+def assert_close(actual, expected, tolerance=1e-12):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(e, np.float64), rtol=tolerance, atol=tolerance
+        )
+
+
+@functools.cache
+def expected_of(case):
+    """A weighted sum of the results, and its gradients."""
+    function = functools.partial(weighted, functools.partial(formula, **CASES[case]))
+    return jax.jit(jax.value_and_grad(function, (0, 1, 2)))(*inputs())
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("case", "block"), [(case, None) for case in CASES] + [(case, 4) for case in IN_BLOCKS]
+    )
+    def test_values_and_gradients(self, case, block):
+        """Float64 throughout, which jax.nn does not do."""
+        ours = functools.partial(dot_product_attention, query_block_size=block, **CASES[case])
+        actual = jax.jit(jax.value_and_grad(functools.partial(weighted, ours), (0, 1, 2)))(*inputs())
+        assert_close(actual, expected_of(case))
+
+    @pytest.mark.parametrize("case", ["plain", "all"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_dtypes(self, case, dtype, implementation):
+        """Computed in float32 at least, rounded once."""
+        rounded = [x.astype(dtype) for x in inputs()]
+        options = CASES[case] | {"return_residual": True}
+        ours = functools.partial(dot_product_attention, implementation=implementation, **options)
+        y, log_sum = jax.jit(ours)(*rounded)
+        exact = formula(*(x.astype(np.float64) for x in rounded), **options)
+        assert y.dtype == log_sum.dtype == dtype
+        wide = max(float(jnp.finfo(dtype).eps), 2e-7 if dtype != np.float64 else 0)
+        with np.errstate(over="ignore"):  # float16 has no such number as a masked row's logarithm.
+            expected = exact[0], np.asarray(exact[1]).astype(dtype)
+        assert_close((y, log_sum), expected, 4 * wide)
+
+    @pytest.mark.parametrize("case", ["plain", "mask, some rows empty", "lengths of 0, causal", "all"])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_is_that_of_jax(self, case, dtype, implementation):
+        options = CASES[case] | {"return_residual": True}
+        operands = [x.astype(dtype) for x in inputs()]
+        actual = dot_product_attention(*operands, implementation=implementation, **options)
+        expected = jax.nn.dot_product_attention(*operands, **options)
+        assert [x.dtype for x in actual] == [x.dtype for x in expected]
+        assert_close(actual, expected, 3e-6)
+
+    @pytest.mark.parametrize(("n", "k"), [(4, 4), (4, 1), (6, 2)])
+    @blocks
+    def test_groups_of_heads(self, n, k, block):
+        operands = inputs(n=n, k=k)
+        actual = dot_product_attention(*operands, is_causal=True, query_block_size=block)
+        assert_close(actual, formula(*operands, is_causal=True))
+
+    @pytest.mark.parametrize(("t", "s"), [(9, 4), (4, 9), (5, 1)])
+    @pytest.mark.parametrize("options", [{"is_causal": True}, {"local_window_size": (1, 1)}])
+    @blocks
+    def test_more_queries_than_keys_or_fewer(self, t, s, options, block):
+        """Queries and keys are counted alike from the first; some may see none."""
+        operands = inputs(t=t, s=s)
+        options = options | {"return_residual": True}
+        ours = functools.partial(dot_product_attention, query_block_size=block)
+        assert_close(jax.jit(functools.partial(ours, **options))(*operands), formula(*operands, **options))
+
+    @pytest.mark.parametrize("size", [7, 64, 100, 1000])
+    @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (5, 90)}])
+    def test_sizes_of_blocks(self, size, options):
+        """Parts of the band in one block, in several, and with a rest."""
+        operands = inputs(b=1, t=300, s=270, n=2, k=1, h=4)
+        actual = jax.jit(functools.partial(dot_product_attention, query_block_size=size, **options))
+        assert_close(actual(*operands), formula(*operands, **options))
+
+    def test_blocks_by_size(self, monkeypatch):
+        """As by default, with less to a block: of several examples, several heads, one, and parts of one."""
+        bias, mask = normal(1, 4, 8, 10), normal(3, 1, 8, 10) > 0
+        operands = inputs(b=3, t=8, s=10)
+        expected = formula(*operands, bias, mask), formula(*operands, is_causal=True)
+        monkeypatch.setattr(attention, "LEAST_QUERIES", 3)
+        for most in (700, 320, 160, 30):
+            monkeypatch.setattr(attention, "BLOCK_ELEMENTS", most)
+            # With new functions, which nothing has been traced of.
+            with_bias = jax.jit(lambda *operands: dot_product_attention(*operands, bias, mask))
+            causal = jax.jit(lambda *operands: dot_product_attention(*operands, is_causal=True))
+            assert_close((with_bias(*operands), causal(*operands)), expected)
+
+    def test_a_single_example(self):
+        q, k, v = (x[0] for x in inputs())
+        options = {"bias": normal(4, 7, 9), "query_seq_lengths": lengths(5), "return_residual": True}
+        actual = dot_product_attention(q, k, v, **options)
+        expected = formula(q[None], k[None], v[None], **options)
+        assert_close(actual, jax.tree.map(lambda x: x[0], expected))
+
+    @pytest.mark.parametrize("sizes", [{"b": 0}, {"t": 0}, {"s": 0}, {"h": 0}])
+    def test_nothing(self, sizes):
+        operands = inputs(**sizes)
+        y = dot_product_attention(*operands, is_causal=True)
+        assert y.shape == operands[0].shape
+        np.testing.assert_array_equal(y, 0)
+
+
+class TestHidden:
+    """Queries that nothing is left for, and what stands in arrays where nobody is to look."""
+
+    @blocks
+    def test_bias_that_leaves_nothing(self, block):
+        """No mask: as softmax has it. With one: finite, where a mask of -inf in the bias would make NaN."""
+        q, k, v = inputs()
+        ours = functools.partial(dot_product_attention, query_block_size=block)
+        causal = functools.partial(ours, is_causal=True)
+        both = jax.jit(lambda bias: (ours(q, k, v, bias), causal(q, k, v, bias)))
+        gradients = jax.jit(jax.grad(functools.partial(weighted, causal), (0, 1, 2, 3)))
+        for fill in (-INF, LOWEST, MASKED):
+            bias = np.zeros((2, 1, 7, 9))
+            bias[0, 0, 2], bias[1, 0, :3] = fill, fill
+            plain, masked = both(bias)
+            np.testing.assert_array_equal(np.isnan(plain[0, 2]), fill == -INF)
+            expected = formula(q, k, v, bias, is_causal=True)
+            assert_close(masked[:, 3:], expected[:, 3:])
+            assert_close(masked[0, 2], np.repeat(v[0].mean(0), 2, 0))
+            for x in gradients(q, k, v, bias):
+                assert np.isfinite(x).all()
+
+    @pytest.mark.parametrize("fill", [-INF, LOWEST, -1e30, -1e9])
+    def test_masks_in_the_bias(self, fill):
+        bias = np.where(normal(2, 4, 7, 9) > 0, 0, fill)
+        bias[..., 0] = 0
+        for options in ({}, {"is_causal": True}):
+            actual = dot_product_attention(*inputs(), bias=bias, **options)
+            assert_close(actual, formula(*inputs(), bias, **options))
+
+    @blocks
+    def test_padding_may_hold_anything(self, block):
+        """In the logits, so that it does no harm as a factor: jax.nn's does in the values."""
+        q, k, v = inputs()
+        options = {"query_seq_lengths": lengths(3, 7), "key_value_seq_lengths": lengths(9, 4)}
+        expected = formula(q, k, v, **options)
+        q[0, 3:], k[1, 4:] = NAN, INF
+        assert_close(dot_product_attention(q, k, v, query_block_size=block, **options), expected)
+
+    def test_keys_that_the_band_hides_from_a_block_are_not_read(self):
+        q, k, v = inputs(t=9)
+        v[:, 6:] = NAN
+        y = dot_product_attention(q, k, v, is_causal=True, query_block_size=3)
+        assert_close(y[:, :6], formula(q[:, :6], k[:, :6], v[:, :6], is_causal=True))
+        assert np.isnan(y[:, 6:]).all()
+
+    def test_not_a_number(self):
+        q, k, v = inputs()
+        q[0, 2, 1] = NAN
+        y = dot_product_attention(q, k, v)
+        assert np.isnan(y[0, 2, 1]).all()
+        assert np.isfinite(y).sum() == y.size - y.shape[-1]
+
+
+class TestTransforms:
+    @pytest.mark.parametrize("block", [None, 2])
+    def test_derivatives(self, block):
+        """Of first and second order, in both modes; with queries that see nothing."""
+        mask = normal(1, 2, 3, 4) > 0
+        mask[0, 0, 1] = False
+
+        @jax.jit
+        def f(q, k, v, bias, scale):
+            options = {"query_block_size": block, "is_causal": True}
+            return dot_product_attention(q, k, v, bias, mask, scale=scale, **options)
+
+        operands = (*inputs(b=1, t=3, s=4, n=2, k=1, h=2), normal(1, 2, 3, 4), 0.4)
+        check_grads(f, operands, order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
+
+    def test_derivatives_of_blocks_of_all_keys(self):
+        f = jax.jit(functools.partial(dot_product_attention, query_block_size=2))
+        operands = inputs(b=1, t=5, s=3, n=2, k=2, h=2)
+        check_grads(f, operands, order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
+
+    @blocks
+    def test_gradients_of_bias_and_scale(self, block):
+        mask = CASES["all"]["mask"]
+        for shape in ((2, 4, 7, 9), (1, 4, 1, 9), (2, 1, 7, 1)):
+            operands = normal(*shape), jnp.array(0.3)
+
+            def gradients(function, operands, **options):
+                call = lambda bias, scale: function(
+                    *inputs(), bias, mask, scale=scale, is_causal=True, **options
+                )
+                return jax.jit(jax.grad(functools.partial(weighted, call), (0, 1)))(*operands)
+
+            actual = gradients(dot_product_attention, operands, query_block_size=block)
+            assert_close(actual, gradients(formula, operands))
+
+    def test_the_residual_has_no_gradient(self):
+        f = lambda *operands: dot_product_attention(*operands, return_residual=True)[1].sum()
+        for g in jax.grad(f, (0, 1, 2, 3))(*inputs(), normal(1, 4, 7, 9)):
+            np.testing.assert_array_equal(g, 0)
+
+    @pytest.mark.parametrize("in_axes", [(0, None, None, None), (1, 0, 0, 0), (None, None, None, 0)])
+    @blocks
+    def test_vmap(self, in_axes, block):
+        shapes = [(2, 7, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8), (1, 4, 7, 9)]
+        operands = [
+            normal(*shape, seed=i) if axis is None else normal(*shape[:axis], 3, *shape[axis:], seed=i)
+            for i, (shape, axis) in enumerate(zip(shapes, in_axes, strict=True))
+        ]
+        f = functools.partial(dot_product_attention, is_causal=True, query_block_size=block)
+        actual = jax.jit(jax.vmap(f, in_axes))(*operands)
+        for i in range(3):
+            one = [
+                x if axis is None else np.take(x, i, axis) for x, axis in zip(operands, in_axes, strict=True)
+            ]
+            assert_close(actual[i], formula(*one, is_causal=True))
+
+    @blocks
+    def test_checkpoint_and_loops(self, block):
+        q, k, v = inputs(n=2, s=7)
+        f = lambda q: q + dot_product_attention(q, k, v, query_block_size=block)
+        g = lambda q: q + formula(q, k, v)
+        actual = jax.jit(jax.grad(functools.partial(weighted, jax.checkpoint(lambda q: f(f(q))))))(q)
+        assert_close(actual, jax.grad(functools.partial(weighted, lambda q: g(g(q))))(q))
+        looped = jax.jit(lambda q: jax.lax.fori_loop(0, 2, lambda _, q: f(q), q))
+        assert_close(looped(q), g(g(q)))
+
+    def test_implementations(self):
+        """One kernel for scale, bias, mask and normalisation; the reference calls none."""
+        q, k, v = (x.astype(np.float32) for x in inputs())
+        for implementation, calls in (("native", 1), ("xla", 1), ("reference", 0)):
+            f = functools.partial(
+                dot_product_attention, bias=normal(7, 9), is_causal=True, implementation=implementation
+            )
+            text = jax.jit(f).lower(q, k, v).as_text()
+            assert text.count("custom_call @jax_softmax2p") == calls
+            assert ("output_operand_aliases" in text) == bool(calls)
+
+
+class TestMemory:
+    """What XLA sets apart besides inputs and outputs."""
+
+    @staticmethod
+    def temporaries(function, *shapes):
+        operands = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+        return jax.jit(function).lower(*operands).compile().memory_analysis().temp_size_in_bytes
+
+    def test_logits_are_normalised_in_place(self):
+        """One array of them, not two, where there are few enough to be computed as a whole."""
+        logits = 4 * attention.BLOCK_ELEMENTS
+        shape = (1, 1024, 1, 8)
+        assert self.temporaries(dot_product_attention, shape, shape, shape) < 1.2 * logits
+        # Backwards there are the weights and their cotangents.
+        gradient = jax.grad(lambda *operands: dot_product_attention(*operands).sum(), (0, 1, 2))
+        assert self.temporaries(gradient, shape, shape, shape) < 2.2 * logits
+
+    @pytest.mark.parametrize("options", [{}, {"is_causal": True}])
+    def test_is_bounded_by_a_block(self, options):
+        """All logits were 8 GiB, and with them their gradient; query, key and value are 32 MiB each."""
+        shape = (1, 16384, 8, 64)
+        f = functools.partial(dot_product_attention, **options)
+        assert self.temporaries(f, shape, shape, shape) < 2**28
+        gradient = jax.grad(lambda *operands: f(*operands).sum(), (0, 1, 2))
+        assert self.temporaries(gradient, shape, shape, shape) < 2**29
+
+
+ERRORS = [
+    ({"query": "text"}, TypeError, "query must be an array or a number, got str"),
+    ({"key": np.ones((2, 9, 2, 8), int)}, TypeError, "key must be floating-point numbers, got dtype int64"),
+    ({"value": np.ones((9, 8))}, ValueError, r"value must have 3 or 4 dimensions, got shape \(9, 8\)"),
+    ({"key": normal(3, 9, 2, 8)}, ValueError, "key must have query's batch 2 and head size 8"),
+    ({"value": normal(2, 8, 2, 8)}, ValueError, r"value must have key's shape \(2, 9, 2, 8\)"),
+    ({"value": np.ones((2, 9, 2, 8), np.float32)}, ValueError, "value must have query's dtype float64"),
+    ({"query": normal(2, 7, 3, 8)}, ValueError, "query must have a multiple of key's 2 heads, got 3"),
+    ({"bias": normal(2, 2, 7, 9)}, ValueError, r"bias must broadcast to \(B, N, T, S\) = \(2, 4, 7, 9\)"),
+    ({"bias": np.ones((7, 9), bool)}, TypeError, "bias must be an array of numbers, got dtype bool"),
+    ({"mask": np.ones((7, 9), int)}, ValueError, "mask must be boolean, got dtype int64"),
+    ({"mask": np.ones((1, 2, 4, 7, 9), bool)}, ValueError, "mask must broadcast"),
+    ({"scale": normal(2)}, ValueError, r"scale must be one number, got shape \(2,\)"),
+    ({"scale": 1j}, TypeError, "scale must be real, got dtype complex128"),
+    ({"query_seq_lengths": np.array([1, 2])}, ValueError, r"query_seq_lengths must be int32 of shape \(2,\)"),
+    ({"key_value_seq_lengths": lengths(1)}, ValueError, "key_value_seq_lengths must be int32"),
+    ({"local_window_size": (1, -1)}, ValueError, r"local_window_size must not be negative, got \(1, -1\)"),
+    ({"local_window_size": 1.5}, ValueError, "local_window_size must be an integer or two, got 1.5"),
+    ({"query_block_size": 0}, ValueError, "query_block_size must be a positive integer or None, got 0"),
+    ({"implementation": "cudnn"}, ValueError, "implementation='cudnn' is jax.nn's alone"),
+    (
+        {"implementation": "cuda"},
+        ValueError,
+        "implementation must be None, 'native' or 'reference'; got 'cuda'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), ERRORS)
+def test_errors(arguments, error, words):
+    good = dict(zip(("query", "key", "value"), inputs(), strict=True))
+    with pytest.raises(error, match=words):
+        dot_product_attention(**good | arguments)
