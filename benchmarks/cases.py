@@ -40,6 +40,8 @@ _TEN_SHAPES = (
     (1, 2**26),
 )
 
+_ATTENTION_SHAPES = ((4, 1024, 12, 64), (1, 4096, 8, 64))
+
 SMALL_CALL = Case((1, 1024))
 """Where the cost of a call is held against that of jit(x + 1)."""
 
@@ -65,6 +67,16 @@ CASES = {
     "cross-entropy": _of("cross-entropy and gradient", (512, 32000), (256, 128256), (256, 1000)),
     "gradient": _of("softmax and VJP", (1024, 1024), (49152, 512), (64, 128256)),
     "masked": _of("masked softmax", (8, 12, 512, 512)),
+    "attention": tuple(
+        Case(shape, operation=operation)
+        for operation in ("attention", "causal attention")
+        for shape in _ATTENTION_SHAPES
+    ),
+    "gradient of attention": tuple(
+        Case(shape, operation=operation)
+        for operation in ("gradient of attention", "gradient of causal attention")
+        for shape in _ATTENTION_SHAPES
+    ),
     "kernels, out of cache": (Case((1, 2**26)),),
     "kernels, in cache": (
         Case((1, 2**12)),

@@ -91,6 +91,37 @@ def _torch_masked(axis: int) -> Function:
     return lambda x, bias, mask: _torch().softmax((x * SCALE + bias).masked_fill(~mask, -jnp.inf), axis)
 
 
+def _key_and_value(case: Case) -> Sequence[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.standard_normal(case.shape, np.float32).astype(case.dtype) for _ in range(2)]
+
+
+def _attention(causal: bool, gradient: bool) -> Operation:
+    """Attention of a query of shape (B, T, N, H), or its gradient in query, key and value."""
+
+    def of(attention: Function) -> Callable[[int], Function]:
+        function = lambda q, k, v: attention(q, k, v, is_causal=causal)
+        loss = lambda *operands: jnp.sum(jnp.sin(function(*operands)))
+        return lambda axis: jax.grad(loss, (0, 1, 2)) if gradient else function
+
+    def of_torch(axis: int) -> Function:
+        def forward(*operands):
+            heads_first = (x.transpose(1, 2) for x in operands)
+            attention = _torch().nn.functional.scaled_dot_product_attention
+            return attention(*heads_first, is_causal=causal).transpose(1, 2)
+
+        def backward(*operands):
+            leaves = [x.detach().requires_grad_() for x in operands]
+            forward(*leaves).sin().sum().backward()
+            return tuple(x.grad for x in leaves)
+
+        return backward if gradient else lambda *operands: forward(*operands).contiguous()
+
+    return Operation(
+        _key_and_value, of(jax_softmax2p.dot_product_attention), of(jax.nn.dot_product_attention), of_torch
+    )
+
+
 OPERATIONS = {
     "softmax": Operation(
         _nothing,
@@ -119,8 +150,17 @@ OPERATIONS = {
         lambda axis: lambda x, bias, mask: jax.nn.softmax(x * SCALE + bias, axis, mask),
         _torch_masked,
     ),
+    "attention": _attention(causal=False, gradient=False),
+    "causal attention": _attention(causal=True, gradient=False),
+    "gradient of attention": _attention(causal=False, gradient=True),
+    "gradient of causal attention": _attention(causal=True, gradient=True),
 }
 """By the name that a case gives."""
 
-GRADIENTS = {"softmax and VJP", "cross-entropy and gradient"}
+GRADIENTS = {
+    "softmax and VJP",
+    "cross-entropy and gradient",
+    "gradient of attention",
+    "gradient of causal attention",
+}
 """Those that differentiate."""

@@ -110,6 +110,20 @@ def family(isas: Sequence[str]) -> list[Table]:
     ]
 
 
+def attention(isas: Sequence[str]) -> list[Table]:
+    """Attention and its gradient in jit."""
+    return [
+        Table(
+            f"In jit: {name}",
+            CASES[name],
+            (Ours, JaxNN, Torch),
+            (JAX_OVER_OURS, TORCH_OVER_OURS),
+            (Summary(JAX_OVER_OURS, (Goal("least", target),)),),
+        )
+        for name, target in (("attention", 1.8), ("gradient of attention", 1.5))
+    ]
+
+
 def kernels(isas: Sequence[str]) -> list[Table]:
     """The kernels without JAX, for each instruction set."""
     return [
@@ -136,6 +150,7 @@ SECTIONS: dict[str, Callable[[Sequence[str]], list[Table]]] = {
     "jit": jit,
     "layouts": layouts,
     "family": family,
+    "attention": attention,
     "kernels": kernels,
     "peers": peers,
 }
