@@ -55,10 +55,13 @@ def dot_product_attention(
     .. math:: \mathrm{Attention}(Q, K, V) = \mathrm{softmax}(scale · QK^T + B) V
 
     A drop-in for :func:`jax.nn.dot_product_attention`, which it follows on every edge case: a query that may
-    attend to nothing attends to all keys alike, and one beyond its sequence's length gives 0. Logits are
-    computed once, and scaled, biased, masked and normalised in place; many of them block by block, which the
-    gradient computes again instead of keeping them. Of keys that ``is_causal`` or ``local_window_size`` hide
-    from a block, nothing is computed. Differentiable to any order in both modes.
+    attend to nothing attends to all keys alike, and one beyond its sequence's length gives 0. One exception:
+    a query that masks leave nothing but keys with a bias below -2.38e38 attends to all keys alike here, and
+    there to those that are masked.
+
+    Logits are computed once, and scaled, biased, masked and normalised in place; many of them block by block,
+    which the gradient computes again instead of keeping them. Of keys that ``is_causal`` or
+    ``local_window_size`` hide from a block, nothing is computed. Differentiable to any order in both modes.
 
     Sizes: B batch, T queries, S keys, N heads, K key/value heads, of which N is a multiple (multi-head,
     grouped or multi-query attention), H.
