@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_softmax2p import native
+from jax_softmax2p.primitives import across
+from jax_softmax2p.primitives.across import Names
 from jax_softmax2p.primitives.common import compute_dtype, native_refusal
 from jax_softmax2p.primitives.logits import FLAGS, Given, mask_of
 
@@ -65,6 +67,7 @@ class Logits:
       axes: those over which to normalise, negative and ascending, of x as it was passed.
       shape: of x as it was passed.
       dtype: of results.
+      axis_name: the mesh axes over which the axis is divided, if it is.
     """
 
     operands: tuple[Array, ...]
@@ -72,6 +75,7 @@ class Logits:
     axes: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
+    axis_name: Names | None = None
 
     def reference_operands(self) -> dict[str, Any]:
         """The operands but x by name, and the axis, as functions of ``reference`` take them."""
@@ -104,6 +108,7 @@ def as_logits(
     scale: jax.typing.ArrayLike | None = None,
     bias: jax.typing.ArrayLike | None = None,
     band: Band | None = None,
+    axis_name: Names | None = None,
     implementation: str | None,
     shift_integers: bool = True,
     name: str = "x",
@@ -112,6 +117,7 @@ def as_logits(
 
     Args:
       band: a mask besides ``where``, if that is an array.
+      axis_name: as in the public functions.
       shift_integers: whether the result does not change with a constant added to x; the maximum of integers
         is subtracted then, which they do exactly and floats may not.
       name: what the public function calls x.
@@ -122,14 +128,17 @@ def as_logits(
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None, 'native' or 'reference'; got {implementation!r}")
     x = as_numeric_array(x, name)
+    if axis_name is not None:
+        _check_axis_name(axis_name)
+        if jnp.iscomplexobj(x):
+            raise TypeError(f"{name} must be real where axis_name is given, got dtype {x.dtype}")
     axes = canonical_axes(axis, x.ndim)
     if isinstance(where, Band):
         where, band = None, where
     limits = None if band is None else _as_limits(band, x, axes, name)
     mask = None if where is None else as_mask(where, x.shape, name)
     scale, bias, promoted = _as_operands(x, axes, scale, bias, name)
-    plain = scale is None and bias is None
-    if shift_integers and plain:
+    if shift_integers and scale is None and bias is None and axis_name is None:
         x = _as_inexact(x, axes, mask)
     # That of the formula, jnp.exp(x * scale + bias).
     dtype = jax.eval_shape(jnp.exp, jax.ShapeDtypeStruct((), promoted or x.dtype)).dtype
@@ -155,6 +164,7 @@ def as_logits(
         axes,
         x.shape,
         dtype,
+        axis_name,
     )
 
 
@@ -194,6 +204,15 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
         raise ValueError(f"where must be boolean, got dtype {mask.dtype}")
     _check_broadcasts("where", mask, shape, name)
     return mask
+
+
+def _check_axis_name(axis_name: Names) -> None:
+    try:
+        across.part_number(axis_name)
+    except (KeyError, NameError, TypeError, ValueError):
+        raise ValueError(
+            f"axis_name must name axes of the mesh of an enclosing jax.shard_map, got {axis_name!r}"
+        ) from None
 
 
 def _as_limits(band: Band, x: Array, axes: tuple[int, ...], name: str) -> tuple[int | None, int | None]:

@@ -6,6 +6,7 @@ queries or keys, then whatever is left. Names of sizes are jax.nn's: B, K, G, T 
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jax_softmax2p.arguments import Band, as_logits, as_numeric_array
 from jax_softmax2p.ops import logsumexp, softmax_of
@@ -291,21 +293,61 @@ def attend(
     Args:
       kept: boolean array that broadcasts to (B, N, T, S): the weights that dropout keeps.
     """
-    b, t, n, h = query.shape
+    optional = {"bias": bias, "mask": mask, "kept": kept}
+    optional |= {"query_lengths": query_lengths, "key_lengths": key_lengths}
+    arrays = {"query": query, "key": key, "value": value}
+    arrays |= {name: x for name, x in optional.items() if x is not None}
+    arrays["scale"] = _as_scale(scale, query.shape[-1])
+    of_devices = functools.partial(_attend, options=options)
+    specs = _explicit_specs(arrays)
+    if specs is None:
+        return of_devices(arrays)
+    arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
+    mesh = jax.typeof(query).sharding.mesh
+    return jax.shard_map(of_devices, mesh=mesh, in_specs=(specs,), out_specs=specs["query"])(arrays)
+
+
+def _explicit_specs(arrays: dict[str, Array]) -> dict[str, PartitionSpec] | None:
+    """How the arguments are divided where query says that it is: by batch and heads. None where it does not.
+
+    XLA is free to divide what is not explicit as it likes, and does so in the loops as well.
+    """
+    sharding = jax.typeof(arrays["query"]).sharding
+    if not any(sharding.spec):
+        return None
+    batch, _, heads, _ = sharding.spec
+    names = () if heads is None else (heads,) if isinstance(heads, str) else heads
+    if arrays["key"].shape[2] % math.prod(sharding.mesh.shape[name] for name in names):
+        heads = None
+    of_heads = PartitionSpec(batch, None, heads, None)
+    specs = {"query": of_heads, "key": of_heads, "value": of_heads, "scale": PartitionSpec()}
+    for name, x in arrays.items():
+        if name not in specs:
+            divided = zip(x.shape, (batch, heads, None, None), strict=False)
+            specs[name] = PartitionSpec(*(None if size == 1 else part for size, part in divided))
+    return specs
+
+
+def _attend(arrays: dict[str, Array], *, options: Options) -> Result:
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    b, t, n, _ = query.shape
     s, k = key.shape[1:3]
     dtype = compute_dtype(query.dtype)
     split = lambda x: x.reshape(*x.shape[:2], k, x.shape[2] // k, x.shape[3])
     heads_first = lambda x: jnp.moveaxis(split(x), 1, 3).astype(dtype)
+    by_head = lambda name: _split_heads(arrays[name], k) if name in arrays else None
+    counted = lambda name, size: _counted(arrays[name], size) if name in arrays else None
+    bias, queries, keys = by_head("bias"), counted("query_lengths", t), counted("key_lengths", s)
     operands = Operands(
         query=heads_first(query),
         key=heads_first(key),
         value=heads_first(value),
-        scale=_as_scale(scale, h).astype(dtype),
-        bias=None if bias is None else _split_heads(bias, k).astype(dtype),
-        mask=None if mask is None else _split_heads(mask, k),
-        queries=None if query_lengths is None else _counted(query_lengths, t)[..., :, None],
-        keys=None if key_lengths is None else _counted(key_lengths, s)[..., None, :],
-        kept=None if kept is None else _split_heads(kept, k),
+        scale=arrays["scale"].astype(dtype),
+        bias=None if bias is None else bias.astype(dtype),
+        mask=by_head("mask"),
+        queries=None if queries is None else queries[..., :, None],
+        keys=None if keys is None else keys[..., None, :],
+        kept=by_head("kept"),
     )
     operands = operands._replace(hidden=_hidden(operands, options.band))
     result, log_sum = _for_hidden(operands, *_dispatch(operands, options))
@@ -353,17 +395,43 @@ def _dispatch(operands: Operands, options: Options) -> Result:
     b, k, g, t, s = operands.sizes
     if 0 in operands.sizes or (options.block_size is None and b * k * g * t * s <= BLOCK_ELEMENTS):
         return _block(operands, options, options.band and options.band.between(0, 0))
+    devices = _devices()
+    side_by_side = math.gcd(b, devices), math.gcd(k, devices)
     rows, heads = options.block_size, 1
     if rows is None:
-        rows, heads = max(LEAST_QUERIES, BLOCK_ELEMENTS // (g * s)), max(1, BLOCK_ELEMENTS // (g * t * s))
+        elements = max(1, BLOCK_ELEMENTS * devices // math.prod(side_by_side))
+        rows, heads = max(LEAST_QUERIES, elements // (g * s)), max(1, elements // (g * t * s))
     of_heads = functools.partial(_in_parts, rows=rows, options=options)
-    if all(x is None or x.shape[0] * x.shape[1] in (1, b * k) for x in operands):
+    operands = jax.tree.map(functools.partial(_in_turn, side_by_side=side_by_side), operands)
+    b_turns, k_turns = operands.query.shape[:2]
+    if all(x is None or x.shape[0] * x.shape[1] in (1, b_turns * k_turns) for x in operands):
         # One loop copies less than two.
         merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), operands)
         result = _mapped(of_heads, merged, at_a_time=heads)
-        return jax.tree.map(lambda x: x.reshape(b, k, *x.shape[1:]), result)
-    of_batch = functools.partial(_mapped, of_heads, at_a_time=heads)
-    return _mapped(of_batch, operands, at_a_time=max(1, heads // k))
+        result = jax.tree.map(lambda x: x.reshape(b_turns, k_turns, *x.shape[1:]), result)
+    else:
+        of_batch = functools.partial(_mapped, of_heads, at_a_time=heads)
+        result = _mapped(of_batch, operands, at_a_time=max(1, heads // k_turns))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, (0, 1), (1, 3)).reshape(b, k, *x.shape[4:]), result)
+
+
+def _devices() -> int:
+    """Among how many devices XLA may divide what is traced here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count()
+    return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
+
+
+def _in_turn(x: Array, side_by_side: tuple[int, int]) -> Array:
+    """(B, K, ...) as (turns of B, turns of K, side by side of B, of K, ...).
+
+    A loop over turns, the minor parts, leaves what is divided among devices where it is: XLA divides arrays
+    into major parts.
+    """
+    parts = [min(size, at_once) for size, at_once in zip(x.shape[:2], side_by_side, strict=True)]
+    split = x.reshape(parts[0], x.shape[0] // parts[0], parts[1], x.shape[1] // parts[1], *x.shape[2:])
+    return jnp.moveaxis(split, (1, 3), (0, 1))
 
 
 def _mapped(function: Callable[[Operands], Result], operands: Operands, at_a_time: int) -> Result:

@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_softmax2p import reference
+from jax_softmax2p import reference, sharded
 from jax_softmax2p.arguments import Logits, as_logits, canonical_axes
+from jax_softmax2p.ops import log_sum_of
 from jax_softmax2p.primitives import log_sum as log_sum_primitives
+from jax_softmax2p.primitives.across import Names
 from jax_softmax2p.primitives.common import compute_dtype
 
 Array = jax.Array
@@ -19,6 +21,7 @@ def softmax_cross_entropy_with_integer_labels(
     axis: int | tuple[int, ...] = -1,
     where: jax.typing.ArrayLike | None = None,
     *,
+    axis_name: Names | None = None,
     implementation: str | None = None,
 ) -> Array:
     r"""Cross-entropy of softmax(logits) and classes, given by their numbers.
@@ -35,6 +38,8 @@ def softmax_cross_entropy_with_integer_labels(
       axis: the axis of the classes, or several, which are flattened in that order.
       where: boolean array, of the logits' shape or of the labels'; masked logits take no part in the sum, and
         rows without a True give 0.
+      axis_name: as in :func:`softmax`; labels count the classes of all parts, and are the same on all devices
+        along the mesh axes. The axis must be one integer.
       implementation: as in :func:`softmax`.
 
     Returns:
@@ -60,6 +65,8 @@ def softmax_cross_entropy_with_integer_labels(
     if where is not None:
         where = _with_axis(jnp.asarray(where), axis, logits.ndim)
     if isinstance(axis, tuple):
+        if axis_name is not None:
+            raise ValueError(f"axis must be one integer where axis_name is given, got {axis}")
         logits, where = _flattened(logits, axis), None if where is None else _flattened(where, axis)
         axis = -1
     (axis,) = canonical_axes(axis, logits.ndim)
@@ -68,7 +75,11 @@ def softmax_cross_entropy_with_integer_labels(
         raise ValueError(
             f"labels must have the logits' shape without the axis, {expected}, got {labels.shape}"
         )
-    prepared = as_logits(logits, axis, where, implementation=implementation, name="logits")
+    prepared = as_logits(
+        logits, axis, where, axis_name=axis_name, implementation=implementation, name="logits"
+    )
+    if axis_name is not None:
+        return sharded.cross_entropy(prepared, labels, axis_name).astype(prepared.dtype)
     loss = _with_labels(prepared, labels).astype(prepared.dtype)
     return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
 
@@ -119,7 +130,7 @@ def softmax_cross_entropy(
     mask = None if where is None else _with_axis(jnp.asarray(where), axis, logits.ndim)
     prepared = as_logits(logits, axis, mask, implementation=implementation, name="logits")
     axes = prepared.axes
-    high, low = (jnp.expand_dims(part, tuple(a + logits.ndim for a in axes)) for part in _log_sum(prepared))
+    high, low = (jnp.expand_dims(part, tuple(a + logits.ndim for a in axes)) for part in log_sum_of(prepared))
     wide = compute_dtype(logits.dtype)
     log_p = (logits.astype(wide) - high) - low
     if mask is not None:  # Of a row without a True the log-sum is -inf, and 0 times that NaN.
@@ -147,24 +158,23 @@ def _flattened(x: Array, axes: tuple[int, ...]) -> Array:
     return moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
 
 
-def _log_sum(prepared: Logits) -> tuple[Array, Array]:
-    if prepared.params["implementation"] == "reference":
-        return reference.log_sum(prepared.operands[0], **prepared.reference_operands())
-    return log_sum_primitives.log_sum(*prepared.operands, **prepared.params)
-
-
 def _with_labels(prepared: Logits, labels: Array) -> Array:
     """The log-sum less the label's logit."""
     x, *operands = prepared.operands
     if prepared.params["implementation"] == "reference":
-        return _less_label(_log_sum(prepared), x, labels, prepared.params["axis"])
+        return _less_label(log_sum_of(prepared), x, labels, prepared.params["axis"])
     return _native_with_labels(tuple(prepared.params.items()), x, labels.astype(jnp.int32), *operands)
 
 
 def _less_label(log: tuple[Array, Array], x: Array, labels: Array, axis: int) -> Array:
     high, low = log
-    label = jnp.take_along_axis(x, jnp.expand_dims(labels, axis), axis).squeeze(axis)
-    return (high - label.astype(high.dtype)) + low
+    labels = jnp.expand_dims(labels, axis)
+    if jax.typeof(x).sharding.spec[axis] is None:
+        logit = jnp.take_along_axis(x, labels, axis)
+    else:  # JAX does not gather along an axis that is explicitly divided among devices.
+        logit = jnp.where(reference.one_hot(labels, x.shape, axis), x, 0).sum(axis, keepdims=True)
+        logit = jnp.where((labels < x.shape[axis]) & (labels >= -x.shape[axis]), logit, jnp.nan)
+    return (high - logit.squeeze(axis).astype(high.dtype)) + low
 
 
 # Its derivative is one primitive, that of the log-sum with labels: left to JAX, the label's part would be

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 # By name: inside patch_jax_nn() jax.nn's attribute is this module's own function.
 from jax.nn import logsumexp as logsumexp_of_jax
 
-from jax_softmax2p import native, reference
+from jax_softmax2p import native, reference, sharded
 from jax_softmax2p.arguments import Axis, Band, Logits, Where, as_logits
 from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
+from jax_softmax2p.primitives import log_sum as log_sum_primitive
 from jax_softmax2p.primitives import softmax as softmax_primitive
-from jax_softmax2p.primitives.log_sum import log_sum
+from jax_softmax2p.primitives.across import Names
 from jax_softmax2p.primitives.logits import mask_of
 
 Array = jax.Array
@@ -23,6 +24,7 @@ def softmax(
     *,
     scale: jax.typing.ArrayLike | None = None,
     bias: jax.typing.ArrayLike | None = None,
+    axis_name: Names | None = None,
     algorithm: str = "auto",
     implementation: str | None = None,
 ) -> Array:
@@ -88,7 +90,11 @@ def softmax(
     Source: M. Dukhan and A. Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, Algorithm 3.
     """
     native.check_algorithm(algorithm)
-    logits = as_logits(x, axis, where, scale=scale, bias=bias, implementation=implementation)
+    if axis_name is not None and algorithm != "auto":
+        raise ValueError(f"algorithm must be 'auto' where axis_name is given, got {algorithm!r}")
+    logits = as_logits(
+        x, axis, where, scale=scale, bias=bias, axis_name=axis_name, implementation=implementation
+    )
     return softmax_of(logits, algorithm=algorithm)
 
 
@@ -100,10 +106,21 @@ def softmax_of(logits: Logits, *, algorithm: str = "auto", in_place: bool = Fals
       algorithm: as in :func:`softmax`.
       in_place: that x, and cotangents of the result, are not needed afterwards.
     """
+    if logits.axis_name is not None:
+        return logits.restore(sharded.softmax(logits, logits.axis_name))
     if logits.params["implementation"] == "reference":
         return logits.restore(reference.softmax(logits.operands[0], **logits.reference_operands()))
     y = softmax_primitive.softmax(*logits.operands, algorithm=algorithm, in_place=in_place, **logits.params)
     return logits.restore(y)
+
+
+def log_sum_of(logits: Logits) -> tuple[Array, Array]:
+    """The log-sum of arguments that have been checked: its rounding, and what that leaves."""
+    if logits.axis_name is not None:
+        return sharded.log_sum(logits, logits.axis_name)
+    if logits.params["implementation"] == "reference":
+        return reference.log_sum(logits.operands[0], **logits.reference_operands())
+    return log_sum_primitive.log_sum(*logits.operands, **logits.params)
 
 
 def log_softmax(
@@ -113,6 +130,7 @@ def log_softmax(
     *,
     scale: jax.typing.ArrayLike | None = None,
     bias: jax.typing.ArrayLike | None = None,
+    axis_name: Names | None = None,
     implementation: str | None = None,
 ) -> Array:
     r"""The logarithm of the softmax, as exact where the softmax vanishes.
@@ -128,6 +146,7 @@ def log_softmax(
       where: as in :func:`softmax`, but masked positions give -inf.
       scale: as in :func:`softmax`.
       bias: as in :func:`softmax`.
+      axis_name: as in :func:`softmax`.
       implementation: as in :func:`softmax`.
 
     Returns:
@@ -146,8 +165,12 @@ def log_softmax(
 
     Source: as :func:`softmax`; the sum is that of pass 1.
     """
-    logits = as_logits(x, axis, where, scale=scale, bias=bias, implementation=implementation)
-    if implementation == "reference":
+    logits = as_logits(
+        x, axis, where, scale=scale, bias=bias, axis_name=axis_name, implementation=implementation
+    )
+    if axis_name is not None:
+        y = sharded.log_softmax(logits, axis_name)
+    elif implementation == "reference":
         y, *_ = reference.log_softmax(logits.operands[0], **logits.reference_operands())
     else:
         y, *_ = log_softmax_primitive.log_softmax(*logits.operands, **logits.params)
@@ -164,6 +187,7 @@ def logsumexp(
     *,
     scale: jax.typing.ArrayLike | None = None,
     bias: jax.typing.ArrayLike | None = None,
+    axis_name: Names | None = None,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
     r"""The logarithm of the sum of exponentials, in one read of the array.
@@ -184,6 +208,7 @@ def logsumexp(
       where: as in :func:`softmax`; what is masked adds nothing.
       scale: as in :func:`softmax`.
       bias: as in :func:`softmax`.
+      axis_name: as in :func:`softmax`; cannot be combined with b, nor with complex a.
       implementation: as in :func:`softmax`; "native" cannot be combined with b.
 
     Returns:
@@ -202,7 +227,9 @@ def logsumexp(
 
     Source: pass 1 of Algorithm 3 of arXiv 2001.04438.
     """
-    if b is not None or jnp.iscomplexobj(a):
+    if b is not None and axis_name is not None:
+        raise ValueError("axis_name cannot be combined with b")
+    if b is not None or (jnp.iscomplexobj(a) and axis_name is None):
         return _general_logsumexp(a, axis, b, keepdims, return_sign, where, scale, bias, implementation)
     logits = as_logits(
         a,
@@ -210,14 +237,12 @@ def logsumexp(
         where,
         scale=scale,
         bias=bias,
+        axis_name=axis_name,
         implementation=implementation,
         shift_integers=False,
         name="a",
     )
-    if implementation == "reference":
-        high, _ = reference.log_sum(logits.operands[0], **logits.reference_operands())
-    else:
-        high, _ = log_sum(*logits.operands, **logits.params)
+    high, _ = log_sum_of(logits)
     result = logits.restore_reduced(high, keepdims)
     if not return_sign:
         return result

@@ -5,6 +5,8 @@ and round once, as the native kernels do. Logits are scale·x + bias, all of one
 ``where`` masks takes no part.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +32,22 @@ def log_softmax(
     y = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))).astype(x.dtype)
     y = y if where is None else jnp.where(where, y, -jnp.inf)
     return y, *log_sum(x, axis, scale, bias, where)
+
+
+def less_log_sum(
+    x: Array,
+    high: Array,
+    low: Array,
+    axis: int,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    where: Array | None = None,
+) -> Array:
+    """z - high - low for logits z, -inf where masked: log_softmax(z) from the log-sum."""
+    high, low = jnp.expand_dims(high, axis), jnp.expand_dims(low, axis)
+    y = (_logits(x, axis, scale, bias, where) - high) - low
+    y = jnp.where(high == jnp.inf, jnp.nan, y).astype(x.dtype)
+    return y if where is None else jnp.where(where, y, -jnp.inf)
 
 
 def log_softmax_vjp(
@@ -77,11 +95,15 @@ def log_sum_vjp(
     """factor·(exp(z - high - low) - one_hot(labels)) along ``axis``; 0 where masked, but for the labels."""
     y = _probabilities(x, high, low, axis, scale, bias, where)
     factor = jnp.expand_dims(factor, axis)
+    counts = where
     if where is not None:
         y = jnp.where(where, y, 0)
     if labels.size:
-        y = y - _one_hot(labels, x.shape, axis)
-    return (factor * y).astype(x.dtype)
+        at_label = one_hot(jnp.expand_dims(labels, axis), x.shape, axis)
+        y = y - at_label
+        counts = None if where is None else where | at_label
+    y = (factor * y).astype(x.dtype)
+    return y if counts is None else jnp.where(counts, y, 0)
 
 
 def log_sum_jvp(
@@ -100,14 +122,21 @@ def log_sum_jvp(
     t = _widen(t)
     result = jnp.sum(p * t, axis, where=where)
     if labels.size:
-        result = result - jnp.sum(jnp.where(_one_hot(labels, x.shape, axis), t, 0), axis)
+        result = result - jnp.sum(
+            jnp.where(one_hot(jnp.expand_dims(labels, axis), x.shape, axis), t, 0), axis
+        )
     return result
 
 
-def softmax_jacobian(y: Array, t: Array, axis: int) -> Array:
-    """The symmetric Jacobian of softmax at the output y, applied to t: y·(t - <y, t>)."""
+def softmax_jacobian(
+    y: Array, t: Array, axis: int, *, total: Callable[[Array], Array] = lambda dot: dot
+) -> Array:
+    """The symmetric Jacobian of softmax at the output y, applied to t: y·(t - <y, t>).
+
+    Of rows that are parts of longer ones, ``total`` makes <y, t> of the part that of the whole.
+    """
     y_wide, t_wide = _widen(y), _widen(t)
-    return (y_wide * (t_wide - _dot(y_wide, t_wide, axis))).astype(y.dtype)
+    return (y_wide * (t_wide - total(_dot(y_wide, t_wide, axis)))).astype(y.dtype)
 
 
 def softmax_jacobian_derivative(y: Array, t: Array, y_dot: Array, axis: int) -> Array:
@@ -115,6 +144,12 @@ def softmax_jacobian_derivative(y: Array, t: Array, y_dot: Array, axis: int) -> 
     y_wide, t_wide, y_dot_wide = _widen(y), _widen(t), _widen(y_dot)
     centred = t_wide - _dot(y_wide, t_wide, axis)
     return (y_dot_wide * centred - y_wide * _dot(y_dot_wide, t_wide, axis)).astype(y.dtype)
+
+
+def one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """Where the labels, of size 1 along ``axis``, are: below 0 from the end, out of range nowhere."""
+    labels = jnp.where(labels < 0, labels + shape[axis], labels)
+    return jax.lax.broadcasted_iota(labels.dtype, shape, axis % len(shape)) == labels
 
 
 def _logits(
@@ -153,12 +188,6 @@ def _probabilities(
 
 def _maximum(z: Array, axis: int) -> Array:
     return jnp.max(z, axis, keepdims=True, initial=-jnp.inf)
-
-
-def _one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """Labels below 0 count from the end; those out of range are nowhere."""
-    labels = jnp.expand_dims(jnp.where(labels < 0, labels + shape[axis], labels), axis)
-    return jax.lax.broadcasted_iota(labels.dtype, shape, axis % len(shape)) == labels
 
 
 def _dot(a: Array, b: Array, axis: int) -> Array:

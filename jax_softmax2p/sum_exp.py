@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_softmax2p import reference
 from jax_softmax2p.arguments import Axis, Where, as_logits
-from jax_softmax2p.primitives.log_sum import log_sum
+from jax_softmax2p.ops import log_sum_of
 
 Array = jax.Array
 
@@ -104,11 +103,7 @@ def sum_exp(
     Source: arXiv 2001.04438, section 4.
     """
     logits = as_logits(x, axis, where, implementation=implementation, shift_integers=False)
-    if implementation == "reference":
-        high, low = reference.log_sum(logits.operands[0], **logits.reference_operands())
-    else:
-        high, low = log_sum(*logits.operands, **logits.params)
-    return _from_log(high, low)
+    return _from_log(*log_sum_of(logits))
 
 
 def _from_log(high: Array, low: Array) -> SumExp:

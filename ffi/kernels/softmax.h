@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "ffi/kernels/exp.h"
@@ -171,12 +172,9 @@ class SoftmaxKernels {
         for (int i = 0; i < n; ++i) less(V::Load(tile + i * V::kLanes)).Store(tile + i * V::kLanes);
       } else {
         using InTile = SoftmaxKernels<V, T>;
-        const typename InTile::LessBoth less_in_tile{less.maximum, less.rest};
-        InTile::Write(
-            Whole{}, Whole{},
-            typename InTile::template Recompute<typename InTile::LessBoth>(V::Broadcast(0), less_in_tile),
-            tile, typename InTile::Nothing{}, tile, kAdjacent, Ahead<0>{}, n,
-            typename InTile::Scaler{load(factor + first), V::Broadcast(0)});
+        InTile::Write(Whole{}, Whole{}, typename InTile::RecomputeLess(less.maximum, less.rest), tile,
+                      typename InTile::Nothing{}, tile, kAdjacent, Ahead<0>{}, n,
+                      typename InTile::Scaler{load(factor + first), V::Broadcast(0)});
       }
       StoreTile(tile, count, n, y + first * n, false);
     }
@@ -329,6 +327,36 @@ class SoftmaxKernels {
    private:
     ExponentialFrom<V> exponential_;
     Read read_;
+  };
+  // e^(x - maximum - rest), without the rounding of the differences.
+  class RecomputeLess {
+   public:
+    SOFTMAX2P_INLINE RecomputeLess(V maximum, V rest)
+        : exponential_(V::Broadcast(0)), maximum_(maximum), rest_(rest) {}
+    template <int K, typename Access, typename In, typename Kept, typename Stride>
+    SOFTMAX2P_INLINE Exponentials<V, K> At(const Access& access, const In* x, Kept, Stride stride) const {
+      const V lowest = V::Broadcast(std::numeric_limits<T>::lowest());
+      const V zero = V::Broadcast(0), minus_one = V::Broadcast(-1);
+      V v[K], missing[K];
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
+        const V a = access.Load(x + k * stride);
+        const V difference = a - maximum_;
+        const V part = difference - a;
+        const V error = (a - (difference - part)) - (maximum_ + part);
+        // Max replaces the NaN that comes of infinities. What is missing is below an ULP where the power is
+        // not 0; elsewhere it must be such that 0 times it is 0.
+        const V both = Max(error - rest_, lowest);
+        v[k] = difference + both;
+        missing[k] = zero - Max(zero - Max(both - (v[k] - difference), minus_one), minus_one);
+      }
+      Exponentials<V, K> e = exponential_(v);
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.s[k] = e.s[k] + Fma(e.s[k], missing[k], missing[k]);
+      return e;
+    }
+
+   private:
+    ExponentialFrom<V> exponential_;
+    V maximum_, rest_;
   };
   class Reload {
    public:

@@ -10,6 +10,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_softmax2p import native
+from jax_softmax2p.primitives import across, partitioning
 from jax_softmax2p.primitives.logits import Given, mask_of
 
 
@@ -46,19 +47,21 @@ def define_lowerings(
     reference: Callable[..., Any],
     attributes: Callable[..., dict[str, Any]],
     *,
+    across_devices: partitioning.Across,
     own_operands: int = 0,
     reused: Callable[..., int | None] = lambda **params: None,
 ) -> None:
     """Lowers the primitive to an FFI call on CPU where that can run, to the reference elsewhere.
 
     The primitive works along its parameter ``axis``, which is negative. Its parameter ``implementation`` may
-    be "native" to make the lowering fail rather than fall back. Its operands are x, its own, and what its
-    parameter ``given``, if it has one, says.
+    be "native" to make the lowering fail rather than fall back, or "reference". Its operands are x, its own,
+    and what its parameter ``given``, if it has one, says.
 
     Args:
       target: the name of the FFI target.
       reference: the same in jax.numpy: reference(x, *own operands, axis=, scale=, bias=, where=).
       attributes: the target's attributes but the axis, from the primitive's parameters.
+      across_devices: what each device does where XLA divides the axis itself among several.
       own_operands: how many.
       reused: the operand whose memory the result takes, from the primitive's parameters. XLA copies it first
         where it is needed afterwards.
@@ -84,16 +87,25 @@ def define_lowerings(
         return lower_to_reference(ctx, *operands, **params)
 
     def lower_on_cpu(ctx: Any, *operands, implementation: str | None, **params):
+        if implementation == "reference":
+            return lower_to_reference(ctx, *operands, **params)
         reason = native.reason_against(ctx.avals_in[0].dtype)
+        divided = partitioning.is_divided(ctx)
+        if reason is None and divided and not partitioning.can_divide(ctx):
+            reason = "a program for several devices is exported, or lowered without them"
         if reason is not None:
             if implementation == "native":
                 raise ValueError(native_refusal(reason))
             return lower_to_reference(ctx, *operands, **params)
+        if divided:
+            params["implementation"] = implementation
+            return partitioning.lower(primitive, across_devices, ctx, *operands, **params)
         operand = reused(**params)
         aliases = None if operand is None else {operand: 0}
         call = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)
         return call(ctx, *operands, axis=np.int64(params["axis"]), **attributes(**params))
 
+    partitioning.require_devices(primitive)
     mlir.register_lowering(primitive, lower_elsewhere)
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
 
@@ -131,12 +143,8 @@ def without_axis(x: Any, axis: int, dtype: Any) -> Any:
 
 def with_common_varying_axes(*operands: Any) -> list[jax.Array]:
     """Inside shard_map: operands must vary over the same mesh axes, as jax.numpy's own do."""
-    varying: list[frozenset[str]] = [getattr(jax.typeof(operand), "vma", frozenset()) for operand in operands]
-    union = frozenset[str]().union(*varying)
-    return [
-        jax.lax.pcast(operand, tuple(union - own), to="varying") if union - own else operand
-        for operand, own in zip(operands, varying, strict=True)
-    ]
+    union = frozenset[str]().union(*map(across.varying_axes, operands))
+    return [across.as_varying(operand, tuple(union)) for operand in operands]
 
 
 def native_refusal(reason: str) -> str:

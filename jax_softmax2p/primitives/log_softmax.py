@@ -18,10 +18,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import common, linear
+from jax_softmax2p.primitives import across, common, linear
 from jax_softmax2p.primitives.linear import no_labels
-from jax_softmax2p.primitives.log_sum import log_sum_jvp, log_sum_vjp
-from jax_softmax2p.primitives.logits import Given
+from jax_softmax2p.primitives.log_sum import log_sum, log_sum_jvp, log_sum_vjp
+from jax_softmax2p.primitives.logits import Given, mask_of
 from jax_softmax2p.primitives.zero_masked import tangent_of_logits, zero_masked
 
 log_softmax_p = Primitive("softmax2p_log_softmax")
@@ -79,11 +79,35 @@ def _change_of_vjp(change, x, high, low, labels, t, *operands, axis, **params):
     return -(weights * change).astype(t.dtype)
 
 
+def less_log_sum(x, high, low, *operands, axis, given: Given, **_):
+    """The logits less high + low, -inf where masked, and NaN throughout rows with a +inf."""
+    named = given.named(operands)
+    named["where"] = mask_of(x.shape, named.get("where"), given.band)
+    return reference.less_log_sum(x, high, low, axis, **named)
+
+
+def _across_devices(names, x, *operands, **params):
+    high, low = across.reduce_log_sums(*log_sum(x, *operands, **params), names)
+    return less_log_sum(x, high, low, *operands, **params), high, low
+
+
+def _vjp_across_devices(names, x, high, low, labels, t, *operands, axis, **params):
+    total = jax.lax.psum(jnp.sum(t.astype(high.dtype), axis), names)
+    weights = log_sum_vjp(x, high, low, labels, total, *operands, axis=axis, **params)
+    return (t - weights).astype(t.dtype)
+
+
 common.define_eager_evaluation(log_softmax_p, linear.PARAMS)
 log_softmax_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[log_softmax_p] = _jvp
 batching.primitive_batchers[log_softmax_p] = _batch
-common.define_lowerings(log_softmax_p, native.LOG_SOFTMAX_TARGET, reference.log_softmax, linear.attributes)
+common.define_lowerings(
+    log_softmax_p,
+    native.LOG_SOFTMAX_TARGET,
+    reference.log_softmax,
+    linear.attributes,
+    across_devices=_across_devices,
+)
 
 linear.define_rules(log_softmax_jvp_p, log_softmax_vjp_p, _change_of_jvp, lambda x, *_: x)
 mlir.register_lowering(log_softmax_jvp_p, mlir.lower_fun(_less_dot, multiple_results=False))
@@ -94,5 +118,6 @@ common.define_lowerings(
     native.LOG_SOFTMAX_VJP_TARGET,
     reference.log_softmax_vjp,
     linear.attributes,
+    across_devices=_vjp_across_devices,
     own_operands=linear.OWN_OPERANDS,
 )

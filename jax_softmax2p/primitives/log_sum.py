@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import common, linear
+from jax_softmax2p.primitives import across, common, linear
 from jax_softmax2p.primitives.linear import no_labels
 from jax_softmax2p.primitives.logits import Given
 from jax_softmax2p.primitives.zero_masked import tangent_of_logits
@@ -50,6 +50,19 @@ def log_sum_vjp(x, high, low, labels, factor, *operands, **params: Any) -> jax.A
     return linear.bind(log_sum_vjp_p, x, high, low, labels, factor, *operands, **params)
 
 
+def log_sum_of_parts(high: jax.Array, low: jax.Array, *, implementation: str | None, **_) -> Any:
+    """The log-sum of rows from those of their parts, which lie along the first axis, as (high, low).
+
+    As exact as high + low is: of e^(z + rest), with rest below an ULP of z, it takes two terms of the series.
+    """
+    params = {"axis": -high.ndim, "given": Given(), "implementation": implementation}
+    largest = across.largest_of(high)
+    z, rest = across.relative(high, low, largest)
+    log, log_rest = log_sum(z, **params)
+    weighted = log_sum_jvp(z, log, log_rest, no_labels(), rest, **params)
+    return across.plus(largest, log, log_rest + weighted)
+
+
 def _abstract_eval(x, *operands, axis, given, implementation):
     result = common.without_axis(x, axis, common.compute_dtype(x.dtype))
     return result, result
@@ -76,11 +89,31 @@ def _change_of_vjp(change, x, high, low, labels, factor, *operands, **params):
     return (weights * change).astype(x.dtype)
 
 
+def _across_devices(names, *operands, **params):
+    return across.reduce_log_sums(*log_sum(*operands, **params), names)
+
+
+def _jvp_across_devices(names, x, high, low, labels, t, *operands, **params):
+    labels = across.own_labels(labels, x.shape[params["axis"]], names)
+    return jax.lax.psum(log_sum_jvp(x, high, low, labels, t, *operands, **params), names)
+
+
+def _vjp_across_devices(names, x, high, low, labels, factor, *operands, **params):
+    labels = across.own_labels(labels, x.shape[params["axis"]], names)
+    return log_sum_vjp(x, high, low, labels, factor, *operands, **params)
+
+
 common.define_eager_evaluation(log_sum_p, linear.PARAMS)
 log_sum_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[log_sum_p] = _jvp
 batching.primitive_batchers[log_sum_p] = _batch
-common.define_lowerings(log_sum_p, native.LOG_SUM_TARGET, reference.log_sum, linear.attributes)
+common.define_lowerings(
+    log_sum_p,
+    native.LOG_SUM_TARGET,
+    reference.log_sum,
+    linear.attributes,
+    across_devices=_across_devices,
+)
 
 linear.define_rules(log_sum_jvp_p, log_sum_vjp_p, _change_of_jvp, lambda x, high, *_: high)
 common.define_lowerings(
@@ -88,6 +121,7 @@ common.define_lowerings(
     native.LOG_SUM_JVP_TARGET,
     reference.log_sum_jvp,
     linear.attributes,
+    across_devices=_jvp_across_devices,
     own_operands=linear.OWN_OPERANDS,
 )
 
@@ -97,5 +131,6 @@ common.define_lowerings(
     native.LOG_SUM_VJP_TARGET,
     reference.log_sum_vjp,
     linear.attributes,
+    across_devices=_vjp_across_devices,
     own_operands=linear.OWN_OPERANDS,
 )

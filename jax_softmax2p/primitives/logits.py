@@ -41,16 +41,26 @@ class Given(NamedTuple):
         return {"operands": np.int64(flags)} | {name: np.int64(limit) for name, limit in limits.items()}
 
 
-def mask_of(shape: tuple[int, ...], where: Array | None, band: Limits | None) -> Any:
-    """The mask and the band as one boolean array that broadcasts to ``shape``; None if there is neither."""
+def mask_of(
+    shape: tuple[int, ...],
+    where: Array | None,
+    band: Limits | None,
+    first_row: Array | int = 0,
+    first_column: Array | int = 0,
+) -> Any:
+    """The mask and the band as one boolean array that broadcasts to ``shape``; None if there is neither.
+
+    Of an array that is part of a larger one, the band counts rows and columns from the first ones given.
+    """
     if band is None:
         return where
-    rows = jax.lax.broadcasted_iota(jnp.int32, shape[-2:], 0)
-    columns = jax.lax.broadcasted_iota(jnp.int32, shape[-2:], 1)
+    rows = jax.lax.broadcasted_iota(jnp.int32, shape[-2:], 0) + first_row
+    columns = jax.lax.broadcasted_iota(jnp.int32, shape[-2:], 1) + first_column
     inside = jnp.ones(shape[-2:], bool)
+    largest = int(jnp.iinfo(jnp.int32).max) // 2
     if band[0] is not None:
-        inside &= columns >= rows - min(band[0], shape[-2])
+        inside &= columns >= rows - min(band[0], largest)
     if band[1] is not None:
-        inside &= columns <= rows + min(band[1], shape[-1])
+        inside &= columns <= rows + min(band[1], largest)
     inside = inside.reshape((1,) * (len(shape) - 2) + inside.shape)
     return inside if where is None else where & inside

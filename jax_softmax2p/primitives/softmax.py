@@ -3,11 +3,14 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import common
+from jax_softmax2p.primitives import across, common
+from jax_softmax2p.primitives.linear import no_labels
+from jax_softmax2p.primitives.log_sum import log_sum, log_sum_vjp
 from jax_softmax2p.primitives.logits import Given
 from jax_softmax2p.primitives.softmax_jacobian import softmax_jacobian
 from jax_softmax2p.primitives.zero_masked import tangent_of_logits
@@ -40,6 +43,17 @@ def _batch(operands, dims, **params):
     return softmax(*common.batch_logits(operands, dims), **params), 0
 
 
+def softmax_of_log_sum(x, high, low, *operands, **params: Any) -> jax.Array:
+    """e^(logits - high - low), and NaN throughout rows in which that is no softmax."""
+    factor = jnp.where(jnp.isfinite(high), 1, jnp.nan).astype(high.dtype)
+    return log_sum_vjp(x, high, low, no_labels(), factor, *operands, **params)
+
+
+def _across_devices(names, x, *operands, algorithm, in_place, **params):
+    high, low = across.reduce_log_sums(*log_sum(x, *operands, **params), names)
+    return softmax_of_log_sum(x, high, low, *operands, **params)
+
+
 def _attributes(*, given: Given, algorithm, **_):
     return {"algorithm": algorithm} | given.attributes()
 
@@ -55,5 +69,6 @@ common.define_lowerings(
     native.SOFTMAX_TARGET,
     reference.softmax,
     _attributes,
+    across_devices=_across_devices,
     reused=lambda *, in_place, **_: 0 if in_place else None,
 )

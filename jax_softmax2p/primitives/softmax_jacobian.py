@@ -55,6 +55,10 @@ def _batch(operands, dims, **params):
     return softmax_jacobian(*common.batch_logits(operands, dims, own_operands=1), **params), 0
 
 
+def _across_devices(names, y, t, *, axis, **params):
+    return reference.softmax_jacobian(y, t, axis, total=lambda dot: jax.lax.psum(dot, names))
+
+
 common.define_eager_evaluation(softmax_jacobian_p, ("axis", "implementation", "reuses"), reuses=None)
 softmax_jacobian_p.def_abstract_eval(_abstract_eval)
 ad.defjvp2(softmax_jacobian_p, _jvp_in_y, _jvp_in_t)
@@ -65,5 +69,6 @@ common.define_lowerings(
     native.SOFTMAX_JACOBIAN_TARGET,
     reference.softmax_jacobian,
     lambda **_: {},
+    across_devices=_across_devices,
     reused=lambda *, reuses, **_: reuses,
 )

@@ -1,0 +1,115 @@
+"""Rows whose parts lie on several devices: their log-sums, and what each part has to know of its place.
+
+These functions run on every device, inside shard_map or the like. ``names`` are the mesh axes over which rows
+are divided, in their order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_softmax2p.primitives.logits import Given, mask_of
+
+Array = jax.Array
+Names = str | Sequence[str]
+
+
+def varying_axes(x: Array) -> frozenset[str]:
+    """The mesh axes along which JAX knows x to differ."""
+    kind = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", frozenset())  # jax < 0.10: vma
+
+
+def as_varying(x: Array, names: Names) -> Array:
+    """x as an array that may differ along mesh axes, where JAX keeps track of that."""
+    own, wanted = varying_axes(x), _as_tuple(names)
+    missing = tuple(name for name in wanted if name not in own)
+    if not missing or not _inside_shard_map(missing):
+        return x
+    if hasattr(jax.lax, "pvary"):  # jax < 0.9
+        return jax.lax.pvary(x, missing)
+    return jax.lax.pcast(x, missing, to="varying")
+
+
+def gather(x: Array, names: Names) -> Array:
+    """The arrays of all parts along a new first axis, which JAX knows to be the same everywhere."""
+    if not _inside_shard_map(names):
+        return jax.lax.all_gather(x, names)
+    if hasattr(jax.lax, "all_gather_invariant"):  # jax < 0.9
+        return jax.lax.all_gather_invariant(as_varying(x, names), names)
+    return jax.lax.all_gather(as_varying(x, names), names, to="invarying")
+
+
+def reduce_log_sums(high: Array, low: Array, names: Names) -> tuple[Array, Array]:
+    """The log-sums of whole rows from those of their parts: two all-reduces of one number a row."""
+    largest = _finite(jax.lax.pmax(high, names))
+    z, rest = relative(high, low, largest)
+    terms = jnp.exp(z)
+    return plus(largest, jnp.log(jax.lax.psum(terms + terms * rest, names)))
+
+
+def relative(high: Array, low: Array, largest: Array) -> tuple[Array, Array]:
+    """high + low - largest, as its rounding and the rest."""
+    difference, error = _two_sum(high, -largest)
+    rounded, rest = _two_sum(difference, error + low)
+    finite = jnp.isfinite(difference)
+    return jnp.where(finite, rounded, difference), jnp.where(finite, rest, 0)
+
+
+def plus(largest: Array, log: Array, rest: Array | float = 0.0) -> tuple[Array, Array]:
+    """largest + log + rest, as its rounding and the rest."""
+    total, error = _two_sum(largest, log)
+    high, low = _two_sum(total, error + rest)
+    finite = jnp.isfinite(total)
+    return jnp.where(finite, high, total), jnp.where(finite, low, 0)
+
+
+def largest_of(high: Array) -> Array:
+    """The largest log-sum along the first axis, to which others are relative; 0 where it is not finite."""
+    return _finite(jnp.max(high, 0))
+
+
+def part_number(names: Names) -> Array:
+    """Which of the parts this device has."""
+    return jax.lax.axis_index(names)
+
+
+def own_labels(labels: Array, size: int, names: Names) -> Array:
+    """Where labels of whole rows lie in this part of ``size`` elements; ``size`` if it does not have them."""
+    whole = size * jax.lax.psum(1, names)
+    local = jnp.where(labels < 0, labels + whole, labels) - part_number(names).astype(labels.dtype) * size
+    return jnp.where((local >= 0) & (local < size), local, size)
+
+
+def with_mask(
+    operands: Sequence[Array], given: Given, first_row: Array | int, first_column: Array | int
+) -> tuple[tuple[Array, ...], Given]:
+    """The operands of a primitive with the band as a mask, for rows and columns that count from these."""
+    if given.band is None:
+        return tuple(operands), given
+    own = operands[: len(operands) - len(given.names)]
+    named = given.named(operands)
+    where = mask_of(operands[0].shape, named.pop("where", None), given.band, first_row, first_column)
+    return (*own, *named.values(), where), Given((*named, "where"))
+
+
+def _two_sum(a: Array, b: Any) -> tuple[Array, Array]:
+    """a + b exactly, as its rounding and the rest (Knuth's TwoSum)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+def _finite(largest: Array) -> Array:
+    return jnp.where(jnp.isfinite(largest), largest, 0)
+
+
+def _inside_shard_map(names: Names) -> bool:
+    """Or else under a vmap with an axis_name."""
+    return set(_as_tuple(names)) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _as_tuple(names: Names) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

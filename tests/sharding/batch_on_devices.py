@@ -1,0 +1,191 @@
+"""Batch dimensions divided among eight devices: nothing crosses between them, and results keep their bits."""
+
+import functools
+
+import devices
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from devices import P, kinds, normal, place, run, with_vjp
+from jax.sharding import AxisType
+
+import jax_softmax2p as s2p
+
+X = normal(8, 6, 40)
+WHERE = normal(8, 1, 40, seed=1) < 0.9
+BIAS = normal(1, 6, 40, seed=2)
+SCALE = np.abs(normal(8, 6, 1, seed=3))
+LABELS = np.arange(48, dtype=np.int32).reshape(8, 6) - 5
+SOFT_LABELS = np.abs(normal(8, 6, 40, seed=4))
+
+OPERATIONS = {
+    "softmax": s2p.softmax,
+    "softmax of bfloat16": lambda x: s2p.softmax(x.astype(jnp.bfloat16)).astype(x.dtype),
+    "softmax, masked": lambda x: s2p.softmax(x, where=WHERE, scale=SCALE, bias=BIAS),
+    "softmax, banded": lambda x: s2p.softmax(x, where=s2p.Band(before=30, after=1), bias=BIAS),
+    "log_softmax": lambda x: s2p.log_softmax(x, scale=SCALE),
+    "logsumexp": lambda x: s2p.logsumexp(x, -1, where=WHERE),
+    "cross-entropy": lambda x: s2p.softmax_cross_entropy_with_integer_labels(x, LABELS),
+    "cross-entropy, soft": lambda x: s2p.softmax_cross_entropy(x, SOFT_LABELS),
+}
+
+
+def equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def sharded_alike(array, x):
+    return array.sharding.is_equivalent_to(
+        jax.sharding.NamedSharding(x.sharding.mesh, P(*x.sharding.spec[: array.ndim])), array.ndim
+    )
+
+
+def in_every_way(f, x, axis_type, *spec):
+    """f and its VJP without communication, with the bits of one device, sharded as x is."""
+    mesh = devices.make_mesh(axis_type)
+    both = with_vjp(f)
+    cotangent = np.cos(np.arange(np.prod(shape := jax.eval_shape(f, x).shape))).reshape(shape).astype(x.dtype)
+    expected = jax.jit(both)(x, cotangent)
+    with jax.set_mesh(mesh):
+        operands = place(x, mesh, *spec), place(cotangent, mesh, *spec)
+        actual, found = run(both, *operands)
+    assert not found
+    equal(actual, expected)
+    assert all(sharded_alike(array, operands[0]) for array in jax.tree.leaves(actual))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_over_two_dimensions(name):
+    in_every_way(OPERATIONS[name], X, AxisType.Auto, "data", "model")
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "cross-entropy"])
+def test_explicitly(name):
+    f = s2p.log_softmax if name == "log_softmax" else OPERATIONS[name]
+    if name == "logsumexp":
+        f = functools.partial(s2p.logsumexp, axis=-1)
+    in_every_way(f, X, AxisType.Explicit, ("data", "model"))
+
+
+def test_an_axis_that_is_not_the_last():
+    in_every_way(lambda x: s2p.softmax(x, 1), X, AxisType.Auto, "data", None, "model")
+    in_every_way(lambda x: s2p.log_softmax(x, 0), X, AxisType.Auto, None, "model", "data")
+
+
+@pytest.mark.parametrize("name", ["softmax, masked", "log_softmax", "cross-entropy"])
+def test_inside_shard_map(name):
+    """With JAX checking what varies along which mesh axes; operands that do not vary included."""
+    mesh = devices.make_mesh()
+    f = {
+        "softmax, masked": lambda x, scale: s2p.softmax(x, scale=scale, bias=BIAS),
+        "log_softmax": lambda x, scale: s2p.log_softmax(x, scale=scale),
+        "cross-entropy": lambda x, scale: (
+            s2p.softmax_cross_entropy_with_integer_labels(
+                x, jnp.arange(6, dtype=jnp.int32) * jnp.ones((x.shape[0], 1), jnp.int32)
+            )
+            + scale[..., 0]
+        ),
+    }[name]
+    both = with_vjp(f)
+    cotangent = jnp.cos(jnp.arange(X.size).reshape(X.shape))[
+        ..., 0 if name == "cross-entropy" else slice(None)
+    ]
+    operands = X, SCALE, cotangent.astype(X.dtype)
+    spec = P(("data", "model"))
+    actual, found = run(jax.shard_map(both, mesh=mesh, in_specs=spec, out_specs=spec), *operands)
+    assert not found
+    equal(actual, jax.jit(both)(*operands))
+
+
+def test_where_the_rest_of_the_mesh_is_automatic():
+    """Inside a shard_map over some axes of the mesh, XLA divides along the others."""
+    mesh = devices.make_mesh()
+    x = place(X, mesh, "data", "model")
+    for manual, spec in (("data", P("data")), ("model", P(None, "model"))):
+        f = jax.shard_map(s2p.softmax, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={manual})
+        y, found = run(f, x)
+        assert not found
+        equal(y, s2p.softmax(X))
+
+
+ATTENTION = {
+    "whole": {},
+    "causal, in blocks": {"is_causal": True, "query_block_size": 8},
+    "masked, in blocks": {"mask": normal(8, 1, 1, 32, seed=5) < 0.5, "query_block_size": 16},
+}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, axis_type):
+    """Divided by batch and heads. Matrix products of other sizes are rounded otherwise."""
+    q, k, v = normal(8, 32, 4, 8), normal(8, 32, 2, 8, seed=1), normal(8, 32, 2, 8, seed=2)
+    attend = lambda q, k, v: s2p.dot_product_attention(q, k, v, **ATTENTION[name])
+    options = {key: value for key, value in ATTENTION[name].items() if key != "query_block_size"}
+    exact = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)
+    cotangent = normal(*q.shape, seed=3)
+    wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v, cotangent)]
+    expected = jax.jit(with_vjp(exact))(*wide)
+    mesh = devices.make_mesh(axis_type)
+    with jax.set_mesh(mesh):
+        operands = [place(x, mesh, "data", None, "model") for x in (q, k, v, cotangent)]
+        actual, found = run(with_vjp(attend), *operands)
+    assert not found
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
+    assert all(sharded_alike(x, operands[0]) for x in jax.tree.leaves(actual))
+
+
+LOGITS = np.where(normal(8, 640, seed=6) < 1.5, 3 * normal(8, 640, seed=7), -np.inf)
+OF_ROWS = np.array([0, 639, -1, -640, 640, 5, 319, 320], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (s2p.softmax, jax.nn.softmax),
+        (s2p.log_softmax, jax.nn.log_softmax),
+        (functools.partial(s2p.logsumexp, axis=-1), functools.partial(jax.nn.logsumexp, axis=-1)),
+        (
+            lambda x: s2p.softmax_cross_entropy_with_integer_labels(x, OF_ROWS),
+            lambda x: (
+                jax.nn.logsumexp(x, -1)
+                - jnp.take_along_axis(x, OF_ROWS[:, None], -1, mode="fill", fill_value=jnp.nan)[:, 0]
+            ),
+        ),
+    ],
+    ids=["softmax", "log_softmax", "logsumexp", "cross-entropy"],
+)
+def test_the_axis_itself_divided_under_jit(ours, theirs):
+    """Right, and with no more communication than jax.nn needs, in collectives and in bytes."""
+    mesh = devices.make_mesh()
+    y = jax.eval_shape(theirs, LOGITS)
+    operands = LOGITS.astype(np.float32), normal(*y.shape, seed=8)
+    of_both = lambda f: run(
+        with_vjp(f), *(place(x, mesh, None, ("data", "model")) for x in operands[:1]), operands[1]
+    )
+    expected = jax.jit(with_vjp(theirs))(*(jnp.asarray(x, jnp.float64) for x in operands))
+    actual, found = of_both(ours)
+    _, found_in_theirs = of_both(theirs)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6), actual, expected)
+    assert "all-gather" not in kinds(found)
+    assert len(found) <= len(found_in_theirs)
+    assert sum(size for _, size in found) <= sum(size for _, size in found_in_theirs)
+
+
+def test_a_band_whose_columns_are_divided():
+    mesh = devices.make_mesh()
+    f = lambda x: s2p.softmax(x, where=s2p.Band(before=9, after=3))
+    y, found = run(f, place(X, mesh, None, "model", "data"))
+    np.testing.assert_allclose(y, f(X), rtol=1e-6, atol=1e-7)
+    assert "all-gather" not in kinds(found)
+
+
+def test_export_for_several_devices_takes_the_reference():
+    mesh = devices.make_mesh()
+    x = place(X, mesh, "data")
+    exported = jax.export.export(jax.jit(s2p.softmax), disabled_checks=s2p.export_disabled_checks())(x)
+    loaded = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(jax.jit(loaded.call)(x), s2p.softmax(X), rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="implementation='native' cannot run: a program for several devices"):
+        jax.export.export(jax.jit(functools.partial(s2p.softmax, implementation="native")))(x)
