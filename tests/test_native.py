@@ -129,7 +129,7 @@ def test_plans():
     far = native.softmax_plan((1, last, 1))
     assert far == {"maximum_first": False, "reload": False, "stream": True}
     assert native.softmax_plan((1, 1000, 1), algorithm="three_pass_reload")["maximum_first"]
-    with pytest.raises(TypeError, match="dtype must be one of float32, .* got int32"):
+    with pytest.raises(TypeError, match=r"dtype must be one of float32, .* got int32"):
         native.softmax_plan((1, 8, 1), dtype=np.int32)
 
 
