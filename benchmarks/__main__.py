@@ -1,9 +1,9 @@
 """``python -m benchmarks``: all tables and pictures of this package, from measurements kept as JSON."""
 
 import argparse
+import contextlib
 import pathlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import compare, environment, pictures
@@ -13,8 +13,8 @@ from benchmarks.results import Results
 from benchmarks.sections import SECTIONS
 from jax_softmax2p import native
 
-FULL = Effort(rounds=9, seconds=0.2)
-QUICK = Effort(rounds=3, seconds=0.03, elements=2**23)
+FULL = Effort(rounds=9, few=3, seconds=0.2)
+QUICK = Effort(rounds=3, few=1, seconds=0.03, elements=2**23)
 
 TRAINING = "training"
 """A section that is no table: ``benchmarks.train_lm``."""
@@ -26,28 +26,22 @@ def main() -> None:
     """Measures, or takes what was measured, and prints, keeps, draws and compares it."""
     parser = make_parser()
     options = parser.parse_args()
-    if unknown := set(options.section) - {*SECTIONS, TRAINING}:
-        known = ", ".join([*SECTIONS, TRAINING])
-        parser.error(f"unknown section {', '.join(sorted(unknown))}: there are {known}")
-    # A file of that name, or a revision.
-    before, revision = None, options.compare
-    try:
-        if options.compare and options.compare.endswith(".json"):
-            before, revision = Results.load(pathlib.Path(options.compare)), None
-        if options.plot:
+    is_json = options.compare is not None and options.compare.endswith(".json")
+    revision = None if is_json else options.compare
+    if options.plot and revision:
+        parser.error("--plot measures nothing: --compare needs a JSON beside it, not a revision")
+    with contextlib.ExitStack() as stack:
+        try:
+            before = Results.load(pathlib.Path(options.compare)) if is_json else None
+            stored = Results.load(options.plot) if options.plot else None
+            sections = {} if options.plot else choose_tables(options)
             if revision:
-                parser.error("--plot measures nothing: --compare needs a JSON with it, not a revision")
-            results = Results.load(options.plot)
-        elif revision:
-            with compare.installed(revision) as folder:
-                results = measure(options, lambda table: compare.against(table, folder, revision))
-        else:
-            results = measure(options, lambda table: table)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if not options.plot:
-        results.save(options.json)
-        print(f"\nThe measurements are in {options.json}, the tables in {options.json.with_suffix('.md')}.")
+                folder = stack.enter_context(compare.installed(revision))
+                sections = compare.against_revision(sections, folder, revision)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        trains = TRAINING in (options.section or [TRAINING]) and not (options.only or revision)
+        results = stored or measure(sections, trains, options)
     draw(results, options.figures)
     if before is not None:
         print("\n".join(compare.report(before, results)))
@@ -100,37 +94,43 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(options: argparse.Namespace, adapt: Callable[[Table], Table | None]) -> Results:
-    """Runs the chosen sections, each table as ``adapt`` makes it, and prints them.
+def choose_tables(options: argparse.Namespace) -> dict[str, list[Table]]:
+    """What is to be measured, by section.
 
     Raises:
-      ValueError: there is nothing to measure, or an option is wrong.
+      ValueError: an option is wrong, or leaves nothing.
     """
     if reason := native.unavailable_reason():
-        sys.exit(f"there are no kernels to measure: {reason}")
-    effort = QUICK if options.quick else FULL
-    chosen = options.section or [*SECTIONS, TRAINING]
-    every = {name: SECTIONS[name](_isas(options.isa)) for name in chosen if name in SECTIONS}
-    sections = {
-        name: [adapted.within(effort, options.only) for table in tables if (adapted := adapt(table))]
-        for name, tables in every.items()
-    }
-    sections = {name: tables for name in sections if (tables := [t for t in sections[name] if t.cases])}
-    if options.section != [TRAINING] and not sections:
+        raise ValueError(f"there are no kernels to measure: {reason}")
+    if unknown := set(options.section) - {*SECTIONS, TRAINING}:
+        known = ", ".join([*SECTIONS, TRAINING])
+        raise ValueError(f"unknown section {', '.join(sorted(unknown))}: there are {known}")
+    isas = _isas(options.isa)
+    every = {name: SECTIONS[name](isas) for name in options.section or SECTIONS if name in SECTIONS}
+    sections = {}
+    for name, tables in every.items():
+        within = [table.within(_effort(options), options.only) for table in tables]
+        sections[name] = [table for table in within if table.cases]
+    if every and not any(sections.values()):
         names = sorted({case.name for tables in every.values() for table in tables for case in table.cases})
         raise ValueError(f"--only {options.only!r} leaves none of: {', '.join(names)}")
-    facts = environment.describe()
-    for key, value in facts.items():
+    return sections
+
+
+def measure(sections: Mapping[str, Sequence[Table]], trains: bool, options: argparse.Namespace) -> Results:
+    """Runs the tables, and the training if asked for; prints what they give and keeps it, section by section."""
+    results = Results(environment.describe(), environment.caches(), environment.auto_crossovers(), {})
+    for key, value in results.environment.items():
         print(f"{key:>16}  {value}")
     with Progress(sum(len(table.cases) for tables in sections.values() for table in tables)) as progress:
-        measured = {
-            name: [run_table(table, effort, progress) for table in tables]
-            for name, tables in sections.items()
-        }
-    training = (
-        train(options.quick) if TRAINING in chosen and not options.only and not options.compare else None
-    )
-    return Results(facts, environment.caches(), environment.auto_crossovers(), measured, training)
+        for name, tables in sections.items():
+            results.sections[name] = [run_table(table, _effort(options), progress) for table in tables]
+            results.save(options.json)
+    if trains:
+        results = results._replace(training=train(options.quick))
+        results.save(options.json)
+    print(f"\nThe measurements are in {options.json}, the tables in {options.json.with_suffix('.md')}.")
+    return results
 
 
 def train(quick: bool) -> dict[str, Any] | None:
@@ -153,6 +153,10 @@ def draw(results: Results, folder: pathlib.Path) -> None:
         return
     for file in files:
         print(f"  {file}")
+
+
+def _effort(options: argparse.Namespace) -> Effort:
+    return QUICK if options.quick else FULL
 
 
 def _isas(chosen: Sequence[str] | None) -> list[str]:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.contenders import Ours
@@ -81,19 +81,27 @@ def installed(revision: str) -> Iterator[pathlib.Path]:
         yield pathlib.Path(site)
 
 
-def against(table: Table, folder: pathlib.Path, revision: str) -> Table | None:
-    """The table with this package alone, as it is and as installed in the folder; None if it is not in it."""
-    if Ours not in table.contenders:
-        return None
-    there = functools.partial(Ours, revision)
+def against_revision(
+    sections: Mapping[str, Sequence[Table]], folder: pathlib.Path, revision: str
+) -> dict[str, list[Table]]:
+    """The tables that this package takes part in, with it alone: as it is, and as installed in the folder."""
+    there = Elsewhere(folder, functools.partial(Ours, revision))
     ratio = Ratio(f"{revision} / ours", (revision,), "ours")
-    return Table(
-        f"{table.title}: ours and {revision}",
-        table.cases,
-        (Ours, Elsewhere(folder, there)),
-        (ratio,),
-        (Summary(ratio, (Goal("geometric mean", 1.0), Goal("least", 1.0))),),
-    )
+    goals = (Goal("geometric mean", 1.0), Goal("least", 1.0))
+    return {
+        name: [
+            Table(
+                f"{table.title}: ours and {revision}",
+                table.cases,
+                (Ours, there),
+                (ratio,),
+                (Summary(ratio, goals),),
+            )
+            for table in tables
+            if Ours in table.contenders and table.quantity == "seconds"
+        ]
+        for name, tables in sections.items()
+    }
 
 
 def _run(*command: str) -> None:

@@ -201,7 +201,10 @@ OPERATIONS = {
         lambda axis: lambda x: jax.nn.logsumexp(x, axis),
         lambda axis: lambda x: _torch().logsumexp(x, axis),
         lambda axis: lambda x: _scipy().logsumexp(x, axis),
-        lambda node, case: [node("ReduceLogSumExp", ["x"], ["y"], axes=[case.axis], keepdims=0)],
+        lambda node, case: [
+            node("Constant", [], ["axes"], value_ints=[case.axis]),
+            node("ReduceLogSumExp", ["x", "axes"], ["y"], keepdims=0),
+        ],
     ),
     "cross-entropy": Operation(
         _labels,

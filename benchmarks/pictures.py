@@ -74,7 +74,8 @@ def draw_training(training: Mapping[str, Mapping[str, Any]], file: pathlib.Path)
         above.set_ylabel("loss (nats per byte)")
         above.legend()
         first, second = (np.array(figures["losses"]) for figures in training.values())
-        below.semilogy(np.maximum(np.abs(first - second), 1e-9), color=BLACK, linewidth=1)
+        gaps = np.abs(first - second)
+        below.semilogy(np.where(gaps > 0, gaps, np.nan), ".", color=BLACK)  # A logarithm has no 0.
         below.set_ylabel("difference")
         below.set_xlabel("training step")
         figure.suptitle("A language model trained with jax.nn and with ours: the same losses")
@@ -120,6 +121,8 @@ def _over_length(
             panel.set_title(table.isa)
             panel.set_xlabel("length of the row (elements)")
             _mark(panel, [(f"x fills {name}", size / 4) for name, size in results.caches.items()])
+            if "auto" in panel.get_legend_handles_labels()[1]:
+                _mark(panel, [("auto changes", elements) for elements in results.crossovers["n"]])
         np.atleast_1d(panels)[0].set_ylabel(unit)
         _legend_below(figure, np.atleast_1d(panels)[0])
         figure.suptitle(title)
@@ -140,10 +143,10 @@ def _passes(results: Results, file: pathlib.Path) -> bool:
             panel.bar_label(bars, fmt="%.1f", padding=3)
             panel.margins(x=0.15)
             panel.grid(axis="y", visible=False)
-            panel.set_title(f"{table.isa}, {row.case.elements / 1e6:,.1f} million elements")
+            panel.set_title(f"{table.isa}, x of {row.case.bytes / 1e6:,.0f} MB")
             panel.set_xlabel("GB/s")
         np.atleast_1d(panels)[0].invert_yaxis()
-        figure.suptitle("Every pass out of cache (dark) beside what memory allows (light), one thread")
+        figure.suptitle("Every pass (dark) beside what memory allows (light), on one thread")
     return True
 
 
@@ -212,11 +215,13 @@ def _ulp(results: Results, file: pathlib.Path) -> bool:
 
 
 def _growth(results: Results, file: pathlib.Path) -> bool:
-    return _growth_of(results, file, "seconds", lambda value: value * 1e3, "milliseconds a call", "Time")
+    return _growth_of(results, file, "seconds", lambda value: value * 1e3, 0, "milliseconds a call", "Time")
 
 
 def _memory(results: Results, file: pathlib.Path) -> bool:
-    return _growth_of(results, file, "bytes", lambda value: value / 2**20, "MiB beyond the operand", "Memory")
+    # Below 1 MiB, memory that is there already serves.
+    scale = lambda value: value / 2**20
+    return _growth_of(results, file, "bytes", scale, 1, "MiB beyond the operand", "Memory")
 
 
 def _growth_of(
@@ -224,6 +229,7 @@ def _growth_of(
     file: pathlib.Path,
     quantity: str,
     scale: Callable[[float], float],
+    least: float,
     unit: str,
     title: str,
 ) -> bool:
@@ -234,7 +240,7 @@ def _growth_of(
         for panel, (along, (table,)) in zip(panels, tables.items(), strict=True):
             for name in table.rows[0].samples:
                 points = [(row.case.elements, scale(row.medians[name])) for row in table.rows]
-                _line(panel, name, [(x, y) for x, y in points if y > 0], _with_slope(table, name))
+                _line(panel, name, [(x, y) for x, y in points if y > least], _with_slope(table, name))
             panel.set_xscale("log")
             panel.set_yscale("log")
             panel.set_title("one row of n" if along == "n" else "batch × 1,024")
@@ -309,8 +315,10 @@ def _dots(panel: Any, labels: Sequence[str], ratios: Mapping[str, Sequence[float
         panel.plot(values, places, linestyle="", marker=marker, markersize=7, color=colour, label=name)
     panel.axvline(1, color=BLACK, linewidth=1)
     panel.set_xscale("log")
-    panel.xaxis.set_major_formatter("{x:g}×")
-    panel.xaxis.set_minor_formatter("{x:g}×")
+    low, high = panel.get_xlim()
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
+    panel.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    panel.minorticks_off()
     panel.set_yticks(places, labels)
     panel.invert_yaxis()
     panel.legend(loc="best")

@@ -28,7 +28,6 @@ STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
 """Of ratios. The greatest should stay below its target, the others above."""
 
 
-FEW_ROUNDS = 3
 SLOW = 0.5
 """Seconds from which on a call counts as slow: it has few turns."""
 
@@ -38,11 +37,13 @@ class Effort(NamedTuple):
 
     Attributes:
       rounds: turns of each contender.
+      few: turns of a slow one.
       seconds: for all its turns in one case.
       elements: the largest case.
     """
 
     rounds: int
+    few: int
     seconds: float
     elements: float = float("inf")
 
@@ -161,17 +162,18 @@ def measure(
 
 def _seconds(contenders: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
     """Seconds for an output of a contender, as often as it has a turn."""
-    calls, rounds = {}, {}
+    calls: dict[str, int] = {}
+    samples: Samples = {}
     for name, contender in contenders.items():
         once = contender.seconds_per_call(1)
-        rounds[name] = min(effort.rounds, FEW_ROUNDS) if once > SLOW else effort.rounds
-        if once <= SLOW:
+        samples[name] = [once / outputs[name]] if once > SLOW else []
+        if not samples[name]:
             once = min(once, contender.seconds_per_call(1))
         calls[name] = max(1, round(effort.seconds / effort.rounds / max(once, 1e-7)))
-    samples: Samples = {name: [] for name in contenders}
-    for i in range(effort.rounds):
+    rounds = {name: effort.few if samples[name] else effort.rounds for name in contenders}
+    for _ in range(effort.rounds):
         for name, contender in contenders.items():
-            if i < rounds[name]:
+            if len(samples[name]) < rounds[name]:
                 samples[name].append(contender.seconds_per_call(calls[name]) / outputs[name])
     return samples
 
@@ -179,7 +181,7 @@ def _seconds(contenders: Mapping[str, Worker], outputs: Mapping[str, int], effor
 def _peak_bytes(contenders: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
     samples: Samples = {}
     for name, contender in contenders.items():
-        peaks = [contender.peak_bytes() for _ in range(FEW_ROUNDS)]
+        peaks = [contender.peak_bytes() for _ in range(effort.few)]
         samples[name] = [float(peak) for peak in peaks if peak is not None]
     return samples if all(samples.values()) else {}
 

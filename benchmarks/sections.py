@@ -196,8 +196,8 @@ def growth(isas: Sequence[str]) -> list[Table]:
             (Ours, JaxNN),
             quantity=quantity,
             name=f"growth of {quantity} in {along}",
-            # Below, a call costs more than what it does, or memory that is there already is enough.
-            derive=partial(slopes, what=f"{quantity} against {along}", least_elements=10**5),
+            # Below, a call costs more than what it does, and memory that is there already serves.
+            derive=partial(slopes, what=f"{quantity} against {along}", least_elements=10**6),
         )
         for along in ("n", "batch")
         for quantity in ("seconds", "bytes")

@@ -146,7 +146,7 @@ def train(size: Size, steps: int) -> dict[str, Training]:
     """Trains all contenders on the same batches."""
     text, rng = load_text(), np.random.default_rng(0)
     trainings = {name: Training(contender, size) for name, contender in CONTENDERS.items()}
-    with tqdm(range(steps), unit="step") as bar:
+    with tqdm(range(steps), unit="step", disable=None) as bar:
         for _ in bar:
             starts = rng.integers(len(text) - size.context - 1, size=(size.batch, 1))
             batch = jnp.asarray(text[starts + np.arange(size.context + 1)])
