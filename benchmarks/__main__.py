@@ -118,7 +118,7 @@ def choose_tables(options: argparse.Namespace) -> dict[str, list[Table]]:
 
 
 def measure(sections: Mapping[str, Sequence[Table]], trains: bool, options: argparse.Namespace) -> Results:
-    """Runs the tables, and the training if asked for; prints what they give and keeps it, section by section."""
+    """Runs the tables, and the training if asked for; prints what they give, keeps it section by section."""
     results = Results(environment.describe(), environment.caches(), environment.auto_crossovers(), {})
     for key, value in results.environment.items():
         print(f"{key:>16}  {value}")

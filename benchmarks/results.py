@@ -94,7 +94,7 @@ class Results(NamedTuple):
                 name: [_result(each) for each in section] for name, section in data["sections"].items()
             }
             return cls(**{**data, "sections": sections})
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} does not hold results of benchmarks: {error!r}") from error
 
     def tables(self, name: str | None = None) -> Iterator[Result]:
