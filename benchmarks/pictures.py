@@ -116,7 +116,7 @@ def _over_length(
                     if (value := of(name, row.case, row.medians[name])) is not None
                 ]
                 _line(panel, name, points)
-            panel.set_xscale("log")
+            _logarithmic(panel, "x")
             panel.set_ylim(bottom=0)
             panel.set_title(table.isa)
             panel.set_xlabel("length of the row (elements)")
@@ -171,6 +171,7 @@ def _speed_up(results: Results, file: pathlib.Path) -> bool:
     with _picture(file, 4.4) as (figure, panel):
         _dots(panel, labels, ratios)
         panel.set_xlabel("time of the other, by ours")
+        _legend_below(figure, panel)
         figure.suptitle("softmax in float32: how much faster than jax.nn and torch, by shape")
     return True
 
@@ -179,14 +180,15 @@ def _peers(results: Results, file: pathlib.Path) -> bool:
     tables = list(results.tables("peers"))
     if not tables:
         return False
-    rows = [row for table in tables for row in table.rows]
+    rows = [row for table in tables for row in table.rows if row.case.dtype == "float32"]
     labels = [row.case.name.removesuffix(" float32") for row in rows]
-    labels = [label if " " in label else f"softmax {label}" for label in labels]
+    labels = [f"softmax {label}" if label.startswith("(") else label for label in labels]
     others = [name for name in LOOKS if any(f"{name} / ours" in row.ratios for row in rows)]
     ratios = {name: [row.ratios.get(f"{name} / ours", np.nan) for row in rows] for name in others}
-    with _picture(file, 4.8) as (figure, panel):
+    with _picture(file, 5.4) as (figure, panel):
         _dots(panel, labels, ratios)
         panel.set_xlabel("time of the other, by ours")
+        _legend_below(figure, panel)
         figure.suptitle("How much faster than other libraries, by operation and shape")
     return True
 
@@ -203,8 +205,7 @@ def _ulp(results: Results, file: pathlib.Path) -> bool:
                 points = [(row.case.shape[-1], max(row.medians[name], 0.1)) for row in rows]
                 _line(panel, name, points)
             panel.axhline(2, color=BLACK, linewidth=0.8)
-            panel.set_xscale("log", base=4)
-            panel.set_yscale("log")
+            _logarithmic(panel, "xy")
             panel.set_title(title)
             panel.set_xlabel("length of the row (elements)")
         panels[0].text(0.01, 2.1, "2 ULP", fontsize=8, transform=panels[0].get_yaxis_transform())
@@ -241,8 +242,7 @@ def _growth_of(
             for name in table.rows[0].samples:
                 points = [(row.case.elements, scale(row.medians[name])) for row in table.rows]
                 _line(panel, name, [(x, y) for x, y in points if y > least], _with_slope(table, name))
-            panel.set_xscale("log")
-            panel.set_yscale("log")
+            _logarithmic(panel, "xy")
             panel.set_title("one row of n" if along == "n" else "batch × 1,024")
             panel.set_xlabel("elements")
             panel.legend(loc="upper left")
@@ -314,14 +314,19 @@ def _dots(panel: Any, labels: Sequence[str], ratios: Mapping[str, Sequence[float
         colour, _, marker = LOOKS[name]
         panel.plot(values, places, linestyle="", marker=marker, markersize=7, color=colour, label=name)
     panel.axvline(1, color=BLACK, linewidth=1)
-    panel.set_xscale("log")
+    _logarithmic(panel, "x")
     low, high = panel.get_xlim()
     ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
     panel.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
-    panel.minorticks_off()
     panel.set_yticks(places, labels)
     panel.invert_yaxis()
-    panel.legend(loc="best")
+
+
+def _logarithmic(panel: Any, axes: str) -> None:
+    """Those of x and y that ``axes`` names, with numbers at powers alone."""
+    for axis in axes:
+        panel.set(**{f"{axis}scale": "log"})
+        getattr(panel, f"{axis}axis").set_minor_formatter("")
 
 
 def _mark(panel: Any, places: Sequence[tuple[str, float]]) -> None:
@@ -343,4 +348,5 @@ def _mark(panel: Any, places: Sequence[tuple[str, float]]) -> None:
 
 def _legend_below(figure: Any, panel: Any) -> None:
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    layout = {"ncols": 6, "fontsize": 9, "columnspacing": 1.2, "handlelength": 2.4}
+    figure.legend(handles, labels, loc="outside lower center", **layout)

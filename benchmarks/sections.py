@@ -120,7 +120,7 @@ def family(isas: Sequence[str]) -> list[Table]:
             OURS_OVER_READ,
         ),
         _family("cross-entropy", (Ours, JaxNN, Torch), (4.0, 4.0, 1.0), (4.0, 4.0, 1.0)),
-        _family("gradient", (Ours, JaxNN, Torch), (2.0, 2.0, 2.0), (0.0, 1.5, 1.5)),
+        _family("gradient", (Ours, JaxNN, Torch), (2.0, 2.0, 2.0), (0.0, 1.5, 1.5))._replace(name="peers"),
         _family("masked", (Ours, JaxNN, Torch, OursPlain), (1.5,), (0.0,), OURS_OVER_PLAIN),
     ]
 
