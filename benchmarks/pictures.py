@@ -150,6 +150,30 @@ def _passes(results: Results, file: pathlib.Path) -> bool:
     return True
 
 
+def _threads(results: Results, file: pathlib.Path) -> bool:
+    tables = list(results.tables("threads"))
+    if not tables:
+        return False
+    isas = list(dict.fromkeys(table.isa for table in tables))
+    least = min(table.rows[0].case.elements for table in tables)
+    with _picture(file, 4, columns=len(isas), sharey=True) as (figure, panels):
+        for panel, isa in zip(np.atleast_1d(panels), isas, strict=True):
+            rows = [row for table in tables if table.isa == isa for row in table.rows]
+            for name in rows[0].samples:
+                points = [
+                    (row.case.elements // least, row.case.elements / row.medians[name] / 1e9) for row in rows
+                ]
+                _line(panel, name, points)
+            panel.set_ylim(bottom=0)
+            panel.set_xticks([row.case.elements // least for row in rows])
+            panel.set_title(isa)
+            panel.set_xlabel("threads")
+        np.atleast_1d(panels)[0].set_ylabel("10⁹ elements per second")
+        _legend_below(figure, np.atleast_1d(panels)[0])
+        figure.suptitle(f"Weak scaling: one row of {least / 2**20:.0f} Mi elements for each thread")
+    return True
+
+
 def _is_loop(name: str) -> bool:
     return name.startswith("memory: ")
 
@@ -268,6 +292,7 @@ PICTURES: dict[str, Callable[[Results, pathlib.Path], bool]] = {
     "bandwidth": _bandwidth,
     "throughput": _throughput,
     "passes": _passes,
+    "threads": _threads,
     "speed_up": _speed_up,
     "ulp": _ulp,
     "peers": _peers,

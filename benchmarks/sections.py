@@ -49,6 +49,12 @@ OVER_OURS = (JAX_OVER_OURS, TORCH_OVER_OURS, ORT_OVER_OURS, OPENVINO_OVER_OURS, 
 THREADS = 2
 """Where a target is for several threads. XLA and torch have as many as there are cores."""
 
+LONG_ROW = 2**24
+"""Elements a thread, out of cache."""
+
+CACHED_ROWS = (8, 16384)
+"""Rows a thread, and their length, that stay in the second-level cache."""
+
 WHAT_KERNELS_ARE = "softmax_into, warm, preallocated, aligned to 64 bytes"
 
 
@@ -206,8 +212,10 @@ def growth(isas: Sequence[str]) -> list[Table]:
 
 def paper(isas: Sequence[str]) -> list[Table]:
     """The experiments of arXiv 2001.04438: algorithms over length, their passes, and threads."""
-    return [make(isa) for isa in isas for make in (_algorithms, _passes)] + [
-        _weak_scaling(where) for where in WEAK_SCALING
+    return [
+        *(make(isa) for isa in isas for make in (_algorithms, _passes)),
+        *(_long_row(isa, threads) for isa in isas for threads in _thread_counts()),
+        _weak_scaling(),
     ]
 
 
@@ -302,45 +310,49 @@ def _passes(isa: str) -> Table:
     )
 
 
-WEAK_SCALING = {"in cache": (8, 16384), "out of cache": (1024, 16384)}
-"""Rows a thread, and their length."""
-
-
-def _weak_scaling(where: str) -> Table:
-    rows, n = WEAK_SCALING[where]
-    threads = _thread_counts()
+def _long_row(isa: str, threads: int) -> Table:
     return Table(
-        f"Weak scaling {where}: {rows} rows of {n} a thread, softmax_into; each contender on all cases",
-        tuple(Case((rows * count, n)) for count in threads),
-        tuple(partial(Kernel, _on_threads(count), threads=count) for count in threads),
-        derive=partial(_weak_efficiency, where),
+        f"Weak scaling out of cache: one row of {LONG_ROW:,} elements a thread, {isa}, "
+        f"{_threads(threads)}: {WHAT_KERNELS_ARE}",
+        (Case((1, LONG_ROW * threads)),),
+        tuple(partial(Kernel, name, algorithm=name, isa=isa, threads=threads) for name in native.ALGORITHMS),
+        (BEST_OVER_TWO_PASS,),
+        name="threads",
+        isa=isa,
     )
 
 
-def _on_threads(count: int) -> str:
+def _weak_scaling() -> Table:
+    counts = _thread_counts()
+    rows, n = CACHED_ROWS
+    return Table(
+        f"Weak scaling in cache: {rows} rows of {n} a thread, {WHAT_KERNELS_ARE}; all thread counts on all",
+        tuple(Case((rows * count, n)) for count in counts),
+        tuple(partial(Kernel, _threads(count), threads=count) for count in counts),
+        derive=_weak_efficiency,
+    )
+
+
+def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _thread_counts() -> list[int]:
     """Powers of two, and all there are."""
-    return sorted({*(2**k for k in range(cores().bit_length()) if 2**k <= cores()), cores()})
+    return sorted({*(2**k for k in range(cores().bit_length())), cores()})
 
 
-def _weak_efficiency(where: str, rows: Sequence[Row]) -> list[Figure]:
+def _weak_efficiency(rows: Sequence[Row]) -> list[Figure]:
     """The time of one thread for its share over that of several for theirs: 1 if none disturbs the others."""
-    own = {row.case.shape[0]: row.medians for row in rows}
-    share = WEAK_SCALING[where][0]
-    if share not in own:
+    share = CACHED_ROWS[0]
+    medians = {row.case.shape[0] // share: row.medians for row in rows}
+    if 1 not in medians:
         return []
-    alone = own[share][_on_threads(1)]
+    alone = medians[1][_threads(1)]
     return [
-        Figure(
-            f"weak scaling {where}, {_on_threads(count)}",
-            "efficiency",
-            alone / own[share * count][_on_threads(count)],
-        )
-        for count in _thread_counts()
-        if count > 1 and share * count in own
+        Figure(f"weak scaling in cache, {_threads(count)}", "efficiency", alone / those[_threads(count)])
+        for count, those in medians.items()
+        if count > 1
     ]
 
 

@@ -128,6 +128,7 @@ def stored(tmp_path):
         result(both, "peers"),
         result(algorithms, "algorithms", isa="avx2"),
         result(passes, "passes", isa="avx2"),
+        result(algorithms[:1], "threads", isa="avx2"),
         result(ulp, "accuracy", "ULP"),
         *(
             result(rows, f"growth of {quantity} in {along}", quantity)
