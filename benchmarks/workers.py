@@ -178,7 +178,9 @@ class _Bench:
     def _peak_bytes(self) -> int | None:
         if not os.path.exists("/proc/self/clear_refs"):
             return None
-        ctypes.CDLL(None).malloc_trim(0)  # What was freed would be used again unnoticed.
+        _wait_for_threads()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)  # What was freed would be used again unnoticed.
         with open("/proc/self/clear_refs", "w") as clear:
             clear.write("5")  # The peak is counted anew.
         before = _status("VmRSS")
@@ -193,6 +195,14 @@ class _Bench:
 def _outputs_beyond_caches(nbytes: int) -> int:
     """As the authors of the paper have it in XNNPACK's bench/f32-softmax.cc."""
     return 1 + -(-native.cache_bytes()[1] // nbytes)
+
+
+def _wait_for_threads() -> None:
+    """Until the process's memory stays the same: JAX frees that of a result in a thread of its own."""
+    last = None
+    while last != (now := _status("VmRSS")):
+        last = now
+        time.sleep(0.05)
 
 
 def _status(name: str) -> int:
