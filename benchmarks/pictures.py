@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.cases import Case
 from benchmarks.results import Result, Results
-from benchmarks.traffic import ELEMENTS_MOVED, LOOP_TRAFFIC, TRAFFIC, bytes_per_second
+from benchmarks.traffic import LOOP_TRAFFIC, gigabytes_per_second
 
 # Okabe and Ito's palette.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
@@ -82,12 +82,8 @@ def draw_training(training: Mapping[str, Mapping[str, Any]], file: pathlib.Path)
 
 
 def _bandwidth(results: Results, file: pathlib.Path) -> bool:
-    def of(algorithm: str, case: Case, seconds: float) -> float | None:
-        moved = ELEMENTS_MOVED.get(algorithm)
-        return None if moved is None else bytes_per_second(moved, case.elements, seconds) / 1e9
-
     title = "Bandwidth: the bytes that an algorithm must move, by its time"
-    return _over_length(results, file, of, title, "GB/s")
+    return _over_length(results, file, gigabytes_per_second, title, "GB/s")
 
 
 def _throughput(results: Results, file: pathlib.Path) -> bool:
@@ -136,10 +132,9 @@ def _passes(results: Results, file: pathlib.Path) -> bool:
     with _picture(file, 4, columns=len(tables), sharey=True, sharex=True) as (figure, panels):
         for panel, table in zip(np.atleast_1d(panels), tables, strict=True):
             row = table.rows[-1]
-            speeds = {name: _pass_speed(name, row.case, seconds) for name, seconds in row.medians.items()}
-            names = list(speeds)
-            colours = [SKY if _is_loop(name) else BLUE for name in names]
-            bars = panel.barh(names, list(speeds.values()), color=colours)
+            speeds = [gigabytes_per_second(name, row.case, seconds) for name, seconds in row.medians.items()]
+            colours = [SKY if name in LOOP_TRAFFIC else BLUE for name in row.medians]
+            bars = panel.barh(list(row.medians), speeds, color=colours)
             panel.bar_label(bars, fmt="%.1f", padding=3)
             panel.margins(x=0.15)
             panel.grid(axis="y", visible=False)
@@ -172,15 +167,6 @@ def _threads(results: Results, file: pathlib.Path) -> bool:
         _legend_below(figure, np.atleast_1d(panels)[0])
         figure.suptitle(f"Weak scaling: one row of {least / 2**20:.0f} Mi elements for each thread")
     return True
-
-
-def _is_loop(name: str) -> bool:
-    return name.startswith("memory: ")
-
-
-def _pass_speed(name: str, case: Case, seconds: float) -> float:
-    traffic = LOOP_TRAFFIC[name.removeprefix("memory: ")] if _is_loop(name) else TRAFFIC[name]
-    return bytes_per_second(traffic.elements, case.elements, seconds) / 1e9
 
 
 def _speed_up(results: Results, file: pathlib.Path) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.cases import Case
+from benchmarks.traffic import ELEMENTS_MOVED, gigabytes_per_second
 
 DIGITS = 4
 """Of a sample, in JSON."""
@@ -152,9 +153,30 @@ def _markdown(result: Result) -> str:
     )
     lines = [["case", *contenders, *ratios], ["---"] * (1 + len(contenders) + len(ratios))]
     lines += [[row.case.name, *cells(row, result.quantity, contenders, ratios)] for row in result.rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = _table(lines)
     said = "\n".join(f"- {sentence}" for sentence in sentences(result.figures))
-    return f"## {result.title}\n\n{table}" + (f"\n\n{said}" if said else "")
+    parts = [f"## {result.title}", table, said, *_bandwidths(result)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _bandwidths(result: Result) -> Iterator[str]:
+    """The table again, as bandwidths, if it is about what moves known amounts of memory."""
+    names = [name for name in result.rows[0].samples if name in ELEMENTS_MOVED]
+    if not names:
+        return
+    yield "In GB/s of what each must move, and 10⁹ elements per second:"
+    lines = [["case", *names], ["---"] * (1 + len(names))]
+    for row in result.rows:
+        pairs = (
+            (gigabytes_per_second(name, row.case, row.medians[name]), row.case.elements / row.medians[name])
+            for name in names
+        )
+        lines.append([row.case.name, *(f"{speed:.1f}, {elements / 1e9:.2f}" for speed, elements in pairs)])
+    yield _table(lines)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-import numpy as np
+from benchmarks.cases import Case
 
 
 class Traffic(NamedTuple):
@@ -29,10 +29,10 @@ TRAFFIC = {
 paper. ``scale`` reads x beside what was kept; the paper's reads only that."""
 
 LOOP_TRAFFIC = {
-    "read": Traffic(1, 0),
-    "copy": Traffic(1, 1),
-    "non-temporal copy": Traffic(1, 1),
-    "scale": Traffic(1, 1),
+    "memory: read": Traffic(1, 0),
+    "memory: copy": Traffic(1, 1),
+    "memory: non-temporal copy": Traffic(1, 1),
+    "memory: scale": Traffic(1, 1),
 }
 """Of the loops of ``benchmarks.memory``."""
 
@@ -45,9 +45,10 @@ PASSES_OF = {
 """The passes of each algorithm. In the last, pass 1 moves what ``exp_store`` does."""
 
 ELEMENTS_MOVED = {
-    algorithm: sum(TRAFFIC[name].elements for name in passes) for algorithm, passes in PASSES_OF.items()
+    **{algorithm: sum(TRAFFIC[name].elements for name in passes) for algorithm, passes in PASSES_OF.items()},
+    **{name: traffic.elements for name, traffic in (TRAFFIC | LOOP_TRAFFIC).items()},
 }
-"""By each algorithm, for each element of a row."""
+"""By each algorithm, pass and loop, for each element of a row."""
 
 PAPER_ELEMENTS_MOVED = {"three_pass_recompute": 4, "three_pass_reload": 5, "two_pass": 3}
 """The same by the paper's algorithms."""
@@ -56,6 +57,7 @@ PAPER_BEST_OVER_TWO_PASS = {"avx512": 1.28, "avx2": 1.18}
 """The best three-pass algorithm's time over the two-pass algorithm's, out of cache, at most, on Skylake-X."""
 
 
-def bytes_per_second(elements_moved: float, elements: int, seconds: float, dtype: str = "float32") -> float:
-    """Of an algorithm or a pass that moves so much for each element of a row of ``elements``."""
-    return elements_moved * elements * np.dtype(dtype).itemsize / seconds
+def gigabytes_per_second(name: str, case: Case, seconds: float) -> float | None:
+    """At which an algorithm, a pass or a loop moves what it must; None if that depends, as for ``auto``."""
+    moved = ELEMENTS_MOVED.get(name)
+    return None if moved is None else moved * case.bytes / seconds / 1e9

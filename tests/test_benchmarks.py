@@ -100,7 +100,9 @@ def test_bytes_moved():
     moved = {name: traffic.ELEMENTS_MOVED[name] for name in paper}
     assert moved == {**paper, "three_pass_reload": paper["three_pass_reload"] + 1}
     assert traffic.ELEMENTS_MOVED["two_pass_reload"] == 5
-    assert traffic.bytes_per_second(3, 10**9, seconds=2) == 6e9
+    assert traffic.gigabytes_per_second("two_pass", Case((1, 10**9)), seconds=2) == 6
+    assert traffic.gigabytes_per_second("memory: copy", Case((1, 10**9)), seconds=2) == 4
+    assert traffic.gigabytes_per_second("auto", Case((1, 10**9)), seconds=2) is None
 
 
 def test_tables_are_consistent():
@@ -138,6 +140,7 @@ def stored(tmp_path):
     ]
     figures = {name: {"losses": [2.0, 1.0], "tokens_per_second": 9.0} for name in ("jax.nn", "jax_softmax2p")}
     results(*tables)._replace(training=figures).save(tmp_path / "all.json")
+    assert "| (1,1048576) float32 | 12.6, 1.05 |" in (tmp_path / "all.md").read_text()
     return tmp_path / "all.json"
 
 
