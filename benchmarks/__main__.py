@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import compare, environment, pictures
+from benchmarks.markdown import markdown
 from benchmarks.progress import Progress
 from benchmarks.race import Effort, Table, run_table
 from benchmarks.results import Results
@@ -125,12 +126,18 @@ def measure(sections: Mapping[str, Sequence[Table]], trains: bool, options: argp
     with Progress(sum(len(table.cases) for tables in sections.values() for table in tables)) as progress:
         for name, tables in sections.items():
             results.sections[name] = [run_table(table, _effort(options), progress) for table in tables]
-            results.save(options.json)
+            keep(results, options.json)
     if trains:
         results = results._replace(training=train(options.quick))
-        results.save(options.json)
+        keep(results, options.json)
     print(f"\nThe measurements are in {options.json}, the tables in {options.json.with_suffix('.md')}.")
     return results
+
+
+def keep(results: Results, file: pathlib.Path) -> None:
+    """Writes the measurements, and the tables as Markdown beside them."""
+    results.save(file)
+    file.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
 
 
 def train(quick: bool) -> dict[str, Any] | None:

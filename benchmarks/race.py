@@ -11,7 +11,8 @@ from benchmarks.cases import Case
 from benchmarks.contenders import Contender
 from benchmarks.neighbours import Neighbours
 from benchmarks.progress import Progress
-from benchmarks.results import Figure, Result, Row, cells, sentences
+from benchmarks.results import Figure, Result, Row
+from benchmarks.text import cells, sentences
 from benchmarks.workers import Elsewhere, Worker
 
 NOTEWORTHY = 0.1
@@ -195,7 +196,7 @@ MEASURES: dict[str, Callable[[Mapping[str, Worker], Mapping[str, int], Effort], 
     "bytes": _peak_bytes,
     "ULP": _ulp_errors,
 }
-"""By quantity. Each has an entry in ``results.QUANTITIES``."""
+"""By quantity. Each has an entry in ``text.QUANTITIES``."""
 
 
 def _able(workers: Sequence[Worker], progress: Progress) -> tuple[dict[str, Worker], set[str]]:

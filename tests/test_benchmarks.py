@@ -14,7 +14,9 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import compare, growth, pictures, race, sections, traffic
 from benchmarks.cases import Case
+from benchmarks.claims import claims
 from benchmarks.contenders import Ours, Torch
+from benchmarks.markdown import markdown
 from benchmarks.results import Figure, Result, Results, Row
 
 CACHES = {"L1": 2**15, "L2": 2**20, "L3": 2**25}
@@ -40,7 +42,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     saved = saved._replace(training={"ours": {"losses": [0.123456789]}})
     saved.save(tmp_path / "folder" / "a.json")
     assert Results.load(tmp_path / "folder" / "a.json") == saved
-    table = (tmp_path / "folder" / "a.md").read_text().splitlines()
+    table = markdown(saved).splitlines()
     assert "| logsumexp (2,1024) axis 0 bfloat16 ramp | 1.00 ms | 1.2 µs | 2.00× |" in table
     assert "- jax.nn / ours: least 1.50 (target 1.2)" in table
     (tmp_path / "b.json").write_text('{"sections": 3}')
@@ -140,8 +142,28 @@ def stored(tmp_path):
     ]
     figures = {name: {"losses": [2.0, 1.0], "tokens_per_second": 9.0} for name in ("jax.nn", "jax_softmax2p")}
     results(*tables)._replace(training=figures).save(tmp_path / "all.json")
-    assert "| (1,1048576) float32 | 12.6, 1.05 |" in (tmp_path / "all.md").read_text()
     return tmp_path / "all.json"
+
+
+def test_claims():
+    slow, far = Case((1, 2**10)), Case((1, 2**26))
+    times = {"two_pass": 1.0, "three_pass_reload": 0.5, "three_pass_recompute": 0.8}
+    algorithms = [row(slow, 1.0, **times), row(far, 1.0, **{**times, "two_pass": 0.25})]
+    passes = [row(far, 1.0, **{"max": 2.0, "exp_store": 2.5, "memory: read": 1.0, "memory: copy": 2.5})]
+    tables = [
+        result(algorithms, "algorithms", isa="avx512"),
+        result(passes, "passes", isa="avx512"),
+        *(result([each], "threads", isa="avx512") for each in reversed(algorithms)),
+    ]
+    assert [(claim.here, claim.holds) for claim in claims(results(*tables))] == [
+        ("2.00×", True),
+        ("0.50×", True),
+        ("max 50%, exp_store 100%", False),
+        ("0.50×", False),
+    ]
+    text = markdown(results(*tables))
+    assert "| avx512: in the first caches, they are not | 0.50× | yes |" in text
+    assert "| (1,67108864) float32 | 3.2, 0.27 | 3.2, 0.13 | 1.3, 0.08 |" in text
 
 
 def test_pictures(stored, tmp_path):
