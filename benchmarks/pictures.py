@@ -38,7 +38,7 @@ LOOKS = {
 }
 
 WIDTH = 8.0
-DPI = 120
+DPI = 110
 STYLE: Any = {
     "font.size": 10,
     "axes.grid": True,
@@ -306,7 +306,7 @@ def _picture(
         try:
             yield figure, axes
             file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file, dpi=DPI)
+            figure.savefig(file, dpi=DPI, pil_kwargs={"optimize": True})
         finally:
             pyplot.close(figure)
 
