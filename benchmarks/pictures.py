@@ -180,7 +180,7 @@ def _speed_up(results: Results, file: pathlib.Path) -> bool:
     }
     with _picture(file, 4.4) as (figure, panel):
         _dots(panel, labels, ratios)
-        panel.set_xlabel("time of the other, by ours")
+        panel.set_xlabel("time of the other ÷ ours")
         _legend_below(figure, panel)
         figure.suptitle("softmax in float32: how much faster than jax.nn and torch, by shape")
     return True
@@ -197,7 +197,7 @@ def _peers(results: Results, file: pathlib.Path) -> bool:
     ratios = {name: [row.ratios.get(f"{name} / ours", np.nan) for row in rows] for name in others}
     with _picture(file, 5.4) as (figure, panel):
         _dots(panel, labels, ratios)
-        panel.set_xlabel("time of the other, by ours")
+        panel.set_xlabel("time of the other ÷ ours")
         _legend_below(figure, panel)
         figure.suptitle("How much faster than other libraries, by operation and shape")
     return True
