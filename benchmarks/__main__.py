@@ -1,56 +1,176 @@
-"""``python -m benchmarks``: ours against others and against memory, as ratios within one run."""
+"""``python -m benchmarks``: all tables and pictures of this package, from measurements kept as JSON."""
 
 import argparse
-import json
+import contextlib
 import pathlib
-import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from benchmarks.race import Effort, run_table
+from benchmarks import compare, environment, pictures
+from benchmarks.markdown import markdown
+from benchmarks.progress import Progress
+from benchmarks.race import Effort, Table, run_table
+from benchmarks.results import Results
 from benchmarks.sections import SECTIONS
 from jax_softmax2p import native
-from jax_softmax2p.__main__ import describe_environment
 
-FULL = Effort(rounds=9, seconds=0.2)
-QUICK = Effort(rounds=3, seconds=0.06)
+FULL = Effort(rounds=9, few=3, seconds=0.2)
+QUICK = Effort(rounds=3, few=1, seconds=0.03, elements=2**23)
+
+TRAINING = "training"
+"""A section that is no table: ``benchmarks.train_lm``."""
+
+RESULTS = pathlib.Path("results/benchmarks.json")
 
 
 def main() -> None:
-    """Runs the sections and prints their tables."""
-    if reason := native.unavailable_reason():
-        sys.exit(f"there are no kernels to measure: {reason}")
+    """Measures, or takes what was measured, and prints, keeps, draws and compares it."""
+    parser = make_parser()
+    options = parser.parse_args()
+    is_json = options.compare is not None and options.compare.endswith(".json")
+    revision = None if is_json else options.compare
+    if options.plot and revision:
+        parser.error("--plot measures nothing: --compare needs a JSON beside it, not a revision")
+    with contextlib.ExitStack() as stack:
+        try:
+            before = Results.load(pathlib.Path(options.compare)) if is_json else None
+            stored = Results.load(options.plot) if options.plot else None
+            sections = {} if options.plot else choose_tables(options)
+            if revision:
+                folder = stack.enter_context(compare.installed(revision))
+                sections = compare.against_revision(sections, folder, revision)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        trains = TRAINING in (options.section or [TRAINING]) and not (options.only or revision)
+        results = stored or measure(sections, trains, options)
+    draw(results, options.figures)
+    if before is not None:
+        print("\n".join(compare.report(before, results)))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What may stand on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "section", nargs="*", metavar="SECTION", help=f"any of {', '.join(SECTIONS)}; all by default"
+        "section",
+        nargs="*",
+        metavar="SECTION",
+        help=f"any of {', '.join(SECTIONS)}, {TRAINING}; all by default",
     )
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
     parser.add_argument(
         "--isa",
         action="append",
-        choices=native.supported_isas(),
-        help="instruction set for the section kernels, may be repeated; all but portable by default",
+        help="instruction set for sections kernels and paper, may be repeated; all but portable by default",
     )
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9, and shorter ones")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there too")
-    options = parser.parse_args()
-    if unknown := set(options.section) - SECTIONS.keys():
-        parser.error(f"unknown section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
-    isas = options.isa or [isa for isa in native.supported_isas() if isa != "portable"]
-    tables = {name: SECTIONS[name](isas) for name in options.section or SECTIONS}
-    names = {case.name for section in tables.values() for table in section for case in table.cases}
-    if not any(options.only in name for name in names):
-        parser.error(f"--only {options.only!r} matches none of: {', '.join(sorted(names))}")
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9, shorter, no large cases")
+    parser.add_argument(
+        "--json",
+        type=pathlib.Path,
+        metavar="FILE",
+        default=RESULTS,
+        help="where to keep the measurements, and the tables beside them as Markdown (%(default)s)",
+    )
+    parser.add_argument(
+        "--figures",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        default=RESULTS.parent / "figures",
+        help="where to draw the pictures (%(default)s)",
+    )
+    parser.add_argument(
+        "--plot",
+        type=pathlib.Path,
+        metavar="JSON",
+        nargs="?",
+        const=RESULTS,
+        help="draw the pictures of an earlier run from its JSON (%(const)s), instead of measuring",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="REV_OR_JSON",
+        help="race this package against itself at a git revision; or say which ratios differ from an earlier "
+        "run's, from its JSON",
+    )
+    return parser
 
-    environment = describe_environment()
-    for key, value in environment.items():
+
+def choose_tables(options: argparse.Namespace) -> dict[str, list[Table]]:
+    """What is to be measured, by section.
+
+    Raises:
+      ValueError: an option is wrong, or leaves nothing.
+    """
+    if reason := native.unavailable_reason():
+        raise ValueError(f"there are no kernels to measure: {reason}")
+    if unknown := set(options.section) - {*SECTIONS, TRAINING}:
+        known = ", ".join([*SECTIONS, TRAINING])
+        raise ValueError(f"unknown section {', '.join(sorted(unknown))}: there are {known}")
+    isas = _isas(options.isa)
+    every = {name: SECTIONS[name](isas) for name in options.section or SECTIONS if name in SECTIONS}
+    sections = {}
+    for name, tables in every.items():
+        within = [table.within(_effort(options), options.only) for table in tables]
+        sections[name] = [table for table in within if table.cases]
+    if every and not any(sections.values()):
+        names = sorted({case.name for tables in every.values() for table in tables for case in table.cases})
+        raise ValueError(f"--only {options.only!r} leaves none of: {', '.join(names)}")
+    return sections
+
+
+def measure(sections: Mapping[str, Sequence[Table]], trains: bool, options: argparse.Namespace) -> Results:
+    """Runs the tables, and the training if asked for; prints what they give, keeps it section by section."""
+    results = Results(environment.describe(), environment.caches(), environment.auto_crossovers(), {})
+    for key, value in results.environment.items():
         print(f"{key:>16}  {value}")
-    effort = QUICK if options.quick else FULL
-    results = {
-        name: [result for table in section if (result := run_table(table, effort, options.only))]
-        for name, section in tables.items()
-    }
-    if options.json:
-        figures = {"environment": environment, "sections": results}
-        options.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False), encoding="utf-8")
+    with Progress(sum(len(table.cases) for tables in sections.values() for table in tables)) as progress:
+        for name, tables in sections.items():
+            results.sections[name] = [run_table(table, _effort(options), progress) for table in tables]
+            keep(results, options.json)
+    if trains:
+        results = results._replace(training=train(options.quick))
+        keep(results, options.json)
+    print(f"\nThe measurements are in {options.json}, the tables in {options.json.with_suffix('.md')}.")
+    return results
+
+
+def keep(results: Results, file: pathlib.Path) -> None:
+    """Writes the measurements, and the tables as Markdown beside them."""
+    results.save(file)
+    file.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+
+
+def train(quick: bool) -> dict[str, Any] | None:
+    """The section ``training``; None where flax or optax is not installed."""
+    try:
+        from benchmarks import train_lm
+    except ImportError as error:
+        print(f"\n{TRAINING} left out: {error}")
+        return None
+    print("\nTraining a language model")
+    return train_lm.run(train_lm.QUICK if quick else train_lm.Size(), steps=10 if quick else 80)
+
+
+def draw(results: Results, folder: pathlib.Path) -> None:
+    """All pictures for which there are measurements."""
+    try:
+        files = pictures.draw(results, folder)
+    except ImportError as error:
+        print(f"No pictures: {error}")
+        return
+    for file in files:
+        print(f"  {file}")
+
+
+def _effort(options: argparse.Namespace) -> Effort:
+    return QUICK if options.quick else FULL
+
+
+def _isas(chosen: Sequence[str] | None) -> list[str]:
+    known = native.supported_isas()
+    if unknown := set(chosen or ()) - set(known):
+        raise ValueError(f"--isa {', '.join(sorted(unknown))} is not among {', '.join(known)}")
+    return list(chosen) if chosen else [isa for isa in known if isa != "portable"]
 
 
 if __name__ == "__main__":

@@ -7,24 +7,46 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """An operation of ``benchmarks.operations`` over one axis of an array."""
+    """An operation of ``benchmarks.operations`` over one axis of an array, filled as ``data`` says."""
 
     shape: tuple[int, ...]
     axis: int = -1
     dtype: str = "float32"
     operation: str = "softmax"
+    data: str = "normal"
 
     @property
     def name(self) -> str:
         """As it appears in tables."""
         axis = "" if self.axis == -1 else f" axis {self.axis}"
         operation = "" if self.operation == "softmax" else f"{self.operation} "
-        return f"{operation}({','.join(map(str, self.shape))}){axis} {self.dtype}"
+        data = "" if self.data == "normal" else f" {self.data}"
+        return f"{operation}({','.join(map(str, self.shape))}){axis} {self.dtype}{data}"
+
+    @property
+    def elements(self) -> int:
+        """Of the input."""
+        return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
         """Size of the input."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return self.elements * np.dtype(self.dtype).itemsize
+
+
+def fill(x: np.ndarray, data: str) -> None:
+    """With numbers that are always the same: ``"normal"``, ``"uniform"`` (±1000), ``"ramp"`` (±90)."""
+    rng = np.random.default_rng(0)
+    if data == "normal" and x.dtype == np.float32:
+        rng.standard_normal(dtype=np.float32, out=x)
+    elif data == "normal":
+        x[:] = rng.standard_normal(x.shape, np.float32)
+    elif data == "uniform":
+        rng.random(dtype=np.float32, out=x)
+        x -= 0.5
+        x *= 2000
+    else:
+        x[:] = np.linspace(-90, 90, x.shape[-1], dtype=np.float32)
 
 
 _TEN_SHAPES = (
@@ -53,6 +75,17 @@ def _of(operation: str, *shapes: tuple[int, ...]) -> tuple[Case, ...]:
     return tuple(
         Case(shape, dtype=dtype, operation=operation) for dtype in ("float32", "bfloat16") for shape in shapes
     )
+
+
+_LENGTHS = (*(1024 * m * 10**k for k in range(5) for m in (1, 2, 5)), 1024 * 10**5)
+"""As the paper's, 10^3 to 10^8, in whole cache lines."""
+
+_POWERS_OF_FOUR = tuple(4**k for k in range(2, 14))
+
+
+def _rows(n: int) -> int:
+    """So many that the largest error is not one row's chance."""
+    return max(1, 2**16 // n)
 
 
 CASES = {
@@ -94,11 +127,27 @@ CASES = {
         Case((64, 128256)),
         Case((1, 2**26)),
     ),
+    "paper": tuple(Case((1, n), data="uniform") for n in _LENGTHS),
+    "passes": tuple(Case((1, n), data="uniform") for n in (10240, 102400, 1024000, 10240000, 51200000)),
     "peers": (
         Case((1024, 1024)),
         Case((49152, 512)),
         Case((64, 128256)),
         Case((1, 2**26)),
     ),
+    "peers, log_softmax": tuple(
+        Case(shape, operation="log_softmax") for shape in ((1024, 1024), (64, 128256))
+    ),
+    "peers, logsumexp": tuple(Case(shape, operation="logsumexp") for shape in ((1024, 1024), (64, 128256))),
+    "peers, cross-entropy": tuple(
+        Case(shape, operation="cross-entropy") for shape in ((1024, 1024), (64, 128256))
+    ),
+    "peers, attention": (Case(_ATTENTION_SHAPES[0], operation="attention"),),
+    "accuracy": (
+        *(Case((_rows(n), n)) for n in _POWERS_OF_FOUR),
+        *(Case((_rows(n), n), data="ramp") for n in _POWERS_OF_FOUR[:-1]),
+    ),
+    "growth in n": tuple(Case((1, n)) for n in _LENGTHS[::2]),
+    "growth in batch": tuple(Case((4**k, 1024)) for k in range(9)),
 }
 """What each table of ``benchmarks.sections`` measures."""

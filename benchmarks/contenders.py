@@ -27,6 +27,9 @@ class Contender(abc.ABC):
     name: str
     computes = True
     """Whether the result is the case's, to be checked; else this is something to compare with."""
+    rotates = False
+    """Whether a call computes several times, into one output after the other, which together exceed the last
+    cache: each is out of the caches when its turn comes."""
 
     def bind(self, case: Case, x: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
         """What is called and timed.
@@ -34,7 +37,8 @@ class Contender(abc.ABC):
         Args:
           case: what to compute, along which axis.
           x: the input, which stays as it is.
-          out: where an implementation that can be given its output has to put it.
+          out: where an implementation that can be given its output has to put it; a stack of such arrays for
+            one that rotates.
 
         Returns:
           A function that computes, waits for and returns the result: ``out``, or new arrays of the library's
@@ -50,7 +54,8 @@ class Contender(abc.ABC):
 class Ours(Contender):
     """This package's function, in jit."""
 
-    name = "ours"
+    def __init__(self, name: str = "ours"):
+        self.name = name
 
     def _bind(self, case, x, out):
         operation = OPERATIONS[case.operation]
@@ -109,50 +114,89 @@ class Torch(Contender):
         return call
 
 
+class SciPy(Contender):
+    """scipy.special, which is NumPy on one thread."""
+
+    name = "scipy"
+
+    def __init__(self):
+        importlib.import_module("scipy.special")
+
+    def _bind(self, case, x, out):
+        operation = OPERATIONS[case.operation]
+        assert operation.scipy is not None
+        return functools.partial(operation.scipy(case.axis), x, *operation.operands(case))
+
+
 class OnnxRuntime(Contender):
-    """onnxruntime's Softmax, as a model of one node, into a preallocated output."""
+    """onnxruntime, into a preallocated output."""
 
     name = "onnxruntime"
 
     def __init__(self, threads: int):
         self._runtime = importlib.import_module("onnxruntime")
-        self._onnx = importlib.import_module("onnx")
+        importlib.import_module("onnx")
         self._threads = threads
 
     def _bind(self, case, x, out):
+        arrays = _onnx_inputs(case, x)
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
         session = self._runtime.InferenceSession(
-            self._model(x.shape, case.axis), options, providers=["CPUExecutionProvider"]
+            _onnx_model(case, arrays), options, providers=["CPUExecutionProvider"]
         )
         binding = session.io_binding()
-        binding.bind_input("x", "cpu", 0, x.dtype.type, x.shape, x.ctypes.data)
-        binding.bind_output("y", "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
+        for name, array in arrays.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        y = _like(session.run(None, arrays)[0], out)
+        binding.bind_output("y", "cpu", 0, y.dtype.type, y.shape, y.ctypes.data)
 
-        def call():
-            session.run_with_iobinding(binding)
-            return out
+        return _alive(arrays, lambda: session.run_with_iobinding(binding), y)
 
-        return call
 
-    def _model(self, shape: tuple[int, ...], axis: int) -> bytes:
-        helper, types = self._onnx.helper, self._onnx.TensorProto
-        graph = helper.make_graph(
-            [helper.make_node("Softmax", ["x"], ["y"], axis=axis)],
-            "softmax",
-            [helper.make_tensor_value_info("x", types.FLOAT, shape)],
-            [helper.make_tensor_value_info("y", types.FLOAT, shape)],
-        )
-        # Old versions of the operator and of the format, which every runtime of today reads.
-        opset = helper.make_opsetid("", 13)
-        return helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()
+class OpenVino(Contender):
+    """openvino, of the same model, in float32, into a preallocated output."""
+
+    name = "openvino"
+
+    def __init__(self, threads: int):
+        self._openvino = importlib.import_module("openvino")
+        importlib.import_module("onnx")
+        self._threads = threads
+
+    def _bind(self, case, x, out):
+        arrays = _onnx_inputs(case, x)
+        core = self._openvino.Core()
+        options = {
+            "INFERENCE_NUM_THREADS": self._threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        model = core.read_model(_onnx_model(case, arrays), b"")
+        request = core.compile_model(model, "CPU", options).create_infer_request()
+        for name, array in arrays.items():
+            request.set_tensor(name, self._openvino.Tensor(array, shared_memory=True))
+        request.infer()
+        y = _like(request.get_output_tensor().data, out)
+        request.set_output_tensor(self._openvino.Tensor(y, shared_memory=True))
+
+        return _alive(arrays, request.infer, y)
 
 
 class Kernel(Contender):
     """A kernel of ours without JAX, into a preallocated output."""
 
-    def __init__(self, name: str, *, algorithm: str = "auto", isa: str | None = None, threads: int = 1):
+    def __init__(
+        self,
+        name: str,
+        *,
+        algorithm: str = "auto",
+        isa: str | None = None,
+        threads: int = 1,
+        rotates: bool = False,
+    ):
         self.name = name
+        self.rotates = rotates
         self._options: dict[str, Any] = {"algorithm": algorithm, "isa": isa, "threads": threads}
 
     def _bind(self, case, x, out):
@@ -178,6 +222,23 @@ class EmptyCall(Contender):
         return functools.partial(native.softmax_into, one, one, isa=self._isa)
 
 
+class Pass(Contender):
+    """A pass of the algorithms by itself, on one thread."""
+
+    computes = False
+    rotates = True
+
+    def __init__(self, name: str, isa: str):
+        self.name = name
+        self._isa = isa
+
+    def _bind(self, case, x, out):
+        row, rows = x.reshape(-1), out.reshape(len(out), -1)
+        run = functools.partial(native.pass_into, x=row, out=rows, maximum=float(x.max()), isa=self._isa)
+        run("exp_store")  # What "scale" reads.
+        return functools.partial(run, self.name)
+
+
 class ReadAndCopy(Contender):
     """One read and one non-temporal copy of the same arrays, on one thread."""
 
@@ -189,39 +250,66 @@ class ReadAndCopy(Contender):
 
     def _bind(self, case, x, out):
         def call():
-            memory.read(x, 1)
-            memory.copy(x, out, 1)
+            memory.run("read", x, out, 1)
+            memory.run("non-temporal copy", x, out, 1)
 
         return call
 
 
-class Read(Contender):
-    """One read of the array."""
+class MemoryLoop(Contender):
+    """One of ``memory.LOOPS`` over the same arrays."""
 
-    name = "read"
     computes = False
 
-    def __init__(self, threads: int):
+    def __init__(self, loop: str, *, label: str | None = None, threads: int = 1, rotates: bool = False):
         memory.require()
+        self.name = label or loop
+        self.rotates = rotates
+        self._loop = loop
         self._threads = threads
 
     def _bind(self, case, x, out):
-        bits = x.view(np.float32)
-        return functools.partial(memory.read, bits, self._threads)
+        return functools.partial(
+            memory.run, self._loop, x.view(np.float32), out.view(np.float32), self._threads
+        )
 
 
-class Copy(Contender):
-    """One non-temporal copy of the same arrays."""
+def _onnx_inputs(case: Case, x: np.ndarray) -> dict[str, np.ndarray]:
+    operands = OPERATIONS[case.operation].operands(case)
+    return {"x": x, **{f"operand {i}": operand for i, operand in enumerate(operands)}}
 
-    name = "copy"
-    computes = False
 
-    def __init__(self, threads: int):
-        memory.require()
-        self._threads = threads
+def _onnx_model(case: Case, arrays: dict[str, np.ndarray]) -> bytes:
+    helper = importlib.import_module("onnx").helper
+    make_nodes = OPERATIONS[case.operation].onnx
+    assert make_nodes is not None
+    value = lambda name, dtype, shape: helper.make_tensor_value_info(
+        name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape
+    )
+    graph = helper.make_graph(
+        make_nodes(helper.make_node, case),
+        "graph",
+        [value(name, array.dtype, array.shape) for name, array in arrays.items()],
+        [value("y", case.dtype, None)],
+    )
+    # Old versions of the operators and of the format, which every runtime of today reads.
+    opset = helper.make_opsetid("", 18)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()
 
-    def _bind(self, case, x, out):
-        return functools.partial(memory.copy, x, out, self._threads)
+
+def _alive(arrays: Any, run: Callable[[], Any], y: np.ndarray) -> Callable[[], np.ndarray]:
+    """Runs and returns y, and keeps arrays of which the library has no more than the address."""
+
+    def call(_=arrays):
+        run()
+        return y
+
+    return call
+
+
+def _like(result: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """``out`` if it is as the result, or else an array that is."""
+    return out if result.shape == out.shape else np.empty_like(result)
 
 
 def _device_array(x: np.ndarray) -> jax.Array:

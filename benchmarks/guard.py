@@ -57,7 +57,7 @@ def ratio(unguarded: types.ModuleType, isa: str, algorithm: str, shape: tuple[in
     out = np.empty_like(x)
 
     def call(library):
-        return lambda: library.softmax_into(x, out, "float32", *shape, 1, algorithm, isa, 1)
+        return lambda: library.softmax_into(x, out, "float32", 1, *shape, 1, algorithm, isa, 1)
 
     times = measure.alternating_medians(
         {"guarded": call(_native), "unguarded": call(unguarded)}, rounds=15, seconds=0.4

@@ -1,4 +1,4 @@
-// Reading an array and copying it past the caches: what memory itself allows, for kernels to be held against.
+// Reading, copying and scaling an array: what memory itself allows, for kernels to be held against.
 //
 // Compiled by benchmarks/memory.py. Arrays are aligned to 64 bytes and hold a multiple of 16 floats.
 
@@ -14,6 +14,7 @@
 namespace {
 
 constexpr std::size_t kLine = 16;  // floats in 64 bytes
+constexpr float kScale = 3;
 
 #if defined(__SSE2__)
 
@@ -30,17 +31,32 @@ float Read(const float* x, std::size_t n) {
   return sums[0] + sums[1] + sums[2] + sums[3];
 }
 
-// Streams every cache line whole and in order.
-void Copy(const float* x, float* out, std::size_t n) {
+// Whole cache lines, in order: scale·x with plain stores, x with plain and with non-temporal ones.
+template <typename Of, typename Store>
+void Write(const float* x, float* out, std::size_t n, const Of& of, const Store& store) {
   for (std::size_t i = 0; i < n; i += kLine) {
-    const __m128 a = _mm_load_ps(x + i), b = _mm_load_ps(x + i + 4);
-    const __m128 c = _mm_load_ps(x + i + 8), d = _mm_load_ps(x + i + 12);
-    _mm_stream_ps(out + i, a);
-    _mm_stream_ps(out + i + 4, b);
-    _mm_stream_ps(out + i + 8, c);
-    _mm_stream_ps(out + i + 12, d);
+    const __m128 a = of(_mm_load_ps(x + i)), b = of(_mm_load_ps(x + i + 4));
+    const __m128 c = of(_mm_load_ps(x + i + 8)), d = of(_mm_load_ps(x + i + 12));
+    store(out + i, a);
+    store(out + i + 4, b);
+    store(out + i + 8, c);
+    store(out + i + 12, d);
   }
+}
+
+constexpr auto kItself = [](__m128 v) { return v; };
+
+void Copy(const float* x, float* out, std::size_t n) { Write(x, out, n, kItself, _mm_store_ps); }
+
+void StreamCopy(const float* x, float* out, std::size_t n) {
+  Write(x, out, n, kItself, _mm_stream_ps);
   _mm_sfence();
+}
+
+void Scale(const float* x, float* out, std::size_t n) {
+  const __m128 scale = _mm_set1_ps(kScale);
+  const auto scaled = [scale](__m128 v) { return _mm_mul_ps(v, scale); };
+  Write(x, out, n, scaled, _mm_store_ps);
 }
 
 #else  // Plain loops: other targets have no portable way to ask for non-temporal stores.
@@ -59,6 +75,12 @@ void Copy(const float* x, float* out, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) out[i] = x[i];
 }
 
+void StreamCopy(const float* x, float* out, std::size_t n) { Copy(x, out, n); }
+
+void Scale(const float* x, float* out, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) out[i] = kScale * x[i];
+}
+
 #endif
 
 }  // namespace
@@ -73,15 +95,31 @@ static void OnThreads(std::size_t n, int threads, const Body& body) {
   for (std::thread& helper : helpers) helper.join();
 }
 
-// The sum keeps the reads from being left out.
-extern "C" float read_all(const float* x, std::size_t n, int threads) {
+using Loop = void (*)(const float* x, float* out, std::size_t n);
+
+static void Run(Loop loop, const float* x, float* out, std::size_t n, std::size_t copies, int threads) {
+  OnThreads(n, threads, [&](std::size_t first, std::size_t end) {
+    for (std::size_t i = 0; i < copies; ++i) loop(x + first, out + i * n + first, end - first);
+  });
+}
+
+// As often as there are outputs, one after the other. The sum keeps the reads from being left out.
+extern "C" float read_all(const float* x, std::size_t n, std::size_t copies, int threads) {
   std::atomic<float> sum{0};
-  OnThreads(n, threads,
-            [&](std::size_t first, std::size_t end) { sum = sum + Read(x + first, end - first); });
+  OnThreads(n, threads, [&](std::size_t first, std::size_t end) {
+    for (std::size_t i = 0; i < copies; ++i) sum = sum + Read(x + first, end - first);
+  });
   return sum;
 }
 
-extern "C" void copy_all(const float* x, float* out, std::size_t n, int threads) {
-  OnThreads(n, threads,
-            [&](std::size_t first, std::size_t end) { Copy(x + first, out + first, end - first); });
+extern "C" void copy_all(const float* x, float* out, std::size_t n, std::size_t copies, int threads) {
+  Run(Copy, x, out, n, copies, threads);
+}
+
+extern "C" void stream_copy_all(const float* x, float* out, std::size_t n, std::size_t copies, int threads) {
+  Run(StreamCopy, x, out, n, copies, threads);
+}
+
+extern "C" void scale_all(const float* x, float* out, std::size_t n, std::size_t copies, int threads) {
+  Run(Scale, x, out, n, copies, threads);
 }

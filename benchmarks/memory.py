@@ -22,14 +22,21 @@ def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def read(x: np.ndarray, threads: int) -> None:
-    """Reads ``x`` once."""
-    _library().read_all(_pointer(x), _count(x), threads)
+LOOPS = ("read", "copy", "non-temporal copy", "scale")
+"""Where the plain loops stand in for it, on other CPUs than x86-64, non-temporal is plain."""
 
 
-def copy(x: np.ndarray, out: np.ndarray, threads: int) -> None:
-    """Copies ``x`` to ``out`` with non-temporal stores on x86-64, with plain ones elsewhere."""
-    _library().copy_all(_pointer(x), _pointer(out), _count(x), threads)
+def run(loop: str, x: np.ndarray, out: np.ndarray, threads: int) -> None:
+    """Runs one of :data:`LOOPS` from ``x`` to ``out``, or to each of several arrays that ``out`` stacks.
+
+    Nothing is written by ``"read"``, which runs as often.
+    """
+    copies, library = out.size // x.size, _library()
+    if loop == "read":
+        library.read_all(_pointer(x), _count(x), copies, threads)
+    else:
+        function = {"copy": library.copy_all, "scale": library.scale_all}.get(loop, library.stream_copy_all)
+        function(_pointer(x), _pointer(out), _count(x), copies, threads)
 
 
 def require() -> None:
@@ -58,10 +65,12 @@ def _library() -> ctypes.CDLL:
         except subprocess.CalledProcessError as error:
             raise ImportError(f"{compiler} cannot compile {source.name}: {error.stderr}") from error
         library = ctypes.CDLL(str(path))
-    library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    sizes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+    library.read_all.argtypes = [ctypes.c_void_p, *sizes]
     library.read_all.restype = ctypes.c_float
-    library.copy_all.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    library.copy_all.restype = None
+    for function in (library.copy_all, library.stream_copy_all, library.scale_all):
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *sizes]
+        function.restype = None
     return library
 
 

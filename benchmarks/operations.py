@@ -25,12 +25,17 @@ class Operation(NamedTuple):
       ours: the function of x and the operands, from the case's axis.
       jax_nn: the same with JAX's own functions, or optax's.
       torch: the same on tensors.
+      scipy: the same on NumPy arrays, where SciPy has it.
+      onnx: the same as ONNX nodes, from ``onnx.helper.make_node``, where ONNX has it. They lead from "x", or
+        "x", "operand 0" and so on, to "y".
     """
 
     operands: Callable[[Case], Sequence[np.ndarray]]
     ours: Callable[[int], Function]
     jax_nn: Callable[[int], Function]
     torch: Callable[[int], Function]
+    scipy: Callable[[int], Function] | None = None
+    onnx: Callable[[Function, Case], Sequence[Any]] | None = None
 
 
 def _nothing(case: Case) -> Sequence[np.ndarray]:
@@ -55,8 +60,45 @@ def _vjp_of(softmax: Callable[..., jax.Array]) -> Callable[[int], Function]:
     return lambda axis: lambda x, t: jax.vjp(lambda x: softmax(x, axis=axis), x)[1](t)[0]
 
 
+def _scipy() -> Any:
+    return importlib.import_module("scipy.special")
+
+
+def _scipy_loss(axis: int) -> Function:
+    def call(x, labels):
+        chosen = np.take_along_axis(x, labels[..., None], axis)[..., 0]
+        return (_scipy().logsumexp(x, axis) - chosen).mean()
+
+    return call
+
+
+def _scipy_attention(q, k, v):
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    scores = _scipy().softmax(q @ k.swapaxes(2, 3) * np.float32(q.shape[-1] ** -0.5), -1)
+    return np.ascontiguousarray((scores @ v).swapaxes(1, 2))
+
+
+def _onnx_attention(node: Function, case: Case) -> Sequence[Any]:
+    scale = np.float32(case.shape[-1] ** -0.5)
+    return [
+        node("Transpose", ["x"], ["q"], perm=[0, 2, 1, 3]),
+        node("Transpose", ["operand 0"], ["k"], perm=[0, 2, 3, 1]),
+        node("Transpose", ["operand 1"], ["v"], perm=[0, 2, 1, 3]),
+        node("Constant", [], ["scale"], value_float=scale),
+        node("Mul", ["q", "scale"], ["scaled q"]),
+        node("MatMul", ["scaled q", "k"], ["logits"]),
+        node("Softmax", ["logits"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v"], ["heads"]),
+        node("Transpose", ["heads"], ["y"], perm=[0, 2, 1, 3]),
+    ]
+
+
 def _loss_of(cross_entropy: Callable[..., jax.Array]) -> Callable[[int], Function]:
-    return lambda axis: jax.value_and_grad(lambda x, labels: cross_entropy(x, labels, axis=axis).mean())
+    return lambda axis: lambda x, labels: cross_entropy(x, labels, axis=axis).mean()
+
+
+def _gradient_of(loss: Callable[[int], Function]) -> Callable[[int], Function]:
+    return lambda axis: jax.value_and_grad(loss(axis))
 
 
 def _optax_loss(x, labels, axis):
@@ -78,9 +120,13 @@ def _torch_vjp(axis: int) -> Function:
 
 
 def _torch_loss(axis: int) -> Function:
+    return lambda x, labels: _torch().nn.functional.cross_entropy(x, labels.long())
+
+
+def _torch_loss_and_gradient(axis: int) -> Function:
     def call(x, labels):
         x = x.detach().requires_grad_()
-        loss = _torch().nn.functional.cross_entropy(x, labels.long())
+        loss = _torch_loss(axis)(x, labels)
         loss.backward()
         return loss.detach(), x.grad
 
@@ -117,9 +163,19 @@ def _attention(causal: bool, gradient: bool) -> Operation:
 
         return backward if gradient else lambda *operands: forward(*operands).contiguous()
 
+    elsewhere = not (causal or gradient)
     return Operation(
-        _key_and_value, of(jax_softmax2p.dot_product_attention), of(jax.nn.dot_product_attention), of_torch
+        _key_and_value,
+        of(jax_softmax2p.dot_product_attention),
+        of(jax.nn.dot_product_attention),
+        of_torch,
+        (lambda axis: _scipy_attention) if elsewhere else None,
+        _onnx_attention if elsewhere else None,
     )
+
+
+_OUR_LOSS = _loss_of(jax_softmax2p.softmax_cross_entropy_with_integer_labels)
+_OPTAX_LOSS = _loss_of(_optax_loss)
 
 
 OPERATIONS = {
@@ -128,21 +184,41 @@ OPERATIONS = {
         lambda axis: lambda x: jax_softmax2p.softmax(x, axis),
         lambda axis: lambda x: jax.nn.softmax(x, axis),
         lambda axis: lambda x: _torch().softmax(x, axis),
+        lambda axis: lambda x: _scipy().softmax(x, axis),
+        lambda node, case: [node("Softmax", ["x"], ["y"], axis=case.axis)],
+    ),
+    "log_softmax": Operation(
+        _nothing,
+        lambda axis: lambda x: jax_softmax2p.log_softmax(x, axis),
+        lambda axis: lambda x: jax.nn.log_softmax(x, axis),
+        lambda axis: lambda x: _torch().log_softmax(x, axis),
+        lambda axis: lambda x: _scipy().log_softmax(x, axis),
+        lambda node, case: [node("LogSoftmax", ["x"], ["y"], axis=case.axis)],
     ),
     "logsumexp": Operation(
         _nothing,
         lambda axis: lambda x: jax_softmax2p.logsumexp(x, axis),
         lambda axis: lambda x: jax.nn.logsumexp(x, axis),
         lambda axis: lambda x: _torch().logsumexp(x, axis),
+        lambda axis: lambda x: _scipy().logsumexp(x, axis),
+        lambda node, case: [
+            node("Constant", [], ["axes"], value_ints=[case.axis]),
+            node("ReduceLogSumExp", ["x", "axes"], ["y"], keepdims=0),
+        ],
+    ),
+    "cross-entropy": Operation(
+        _labels,
+        _OUR_LOSS,
+        _OPTAX_LOSS,
+        _torch_loss,
+        _scipy_loss,
+        lambda node, case: [node("SoftmaxCrossEntropyLoss", ["x", "operand 0"], ["y"], reduction="mean")],
     ),
     "softmax and VJP": Operation(
         _cotangent, _vjp_of(jax_softmax2p.softmax), _vjp_of(jax.nn.softmax), _torch_vjp
     ),
     "cross-entropy and gradient": Operation(
-        _labels,
-        _loss_of(jax_softmax2p.softmax_cross_entropy_with_integer_labels),
-        _loss_of(_optax_loss),
-        _torch_loss,
+        _labels, _gradient_of(_OUR_LOSS), _gradient_of(_OPTAX_LOSS), _torch_loss_and_gradient
     ),
     "masked softmax": Operation(
         _bias_and_mask,

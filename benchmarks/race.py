@@ -1,16 +1,19 @@
-"""A table: contenders that take turns on each of some cases, ratios of their times, and goals for these."""
+"""A table: contenders that take turns on each of some cases, ratios of what they need, goals for these."""
 
 import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.cases import Case
 from benchmarks.contenders import Contender
 from benchmarks.neighbours import Neighbours
-from benchmarks.workers import Worker
+from benchmarks.progress import Progress
+from benchmarks.results import Figure, Result, Row
+from benchmarks.text import cells, sentences
+from benchmarks.workers import Elsewhere, Worker
 
 NOTEWORTHY = 0.1
 """Cores that others keep busy."""
@@ -26,15 +29,28 @@ STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
 """Of ratios. The greatest should stay below its target, the others above."""
 
 
+SLOW = 0.5
+"""Seconds from which on a call counts as slow: it has few turns."""
+
+
 class Effort(NamedTuple):
-    """How long to measure: turns of each contender, and seconds for all its turns in one case."""
+    """How long to measure.
+
+    Attributes:
+      rounds: turns of each contender.
+      few: turns of a slow one.
+      seconds: for all its turns in one case.
+      elements: the largest case.
+    """
 
     rounds: int
+    few: int
     seconds: float
+    elements: float = float("inf")
 
 
 class Ratio(NamedTuple):
-    """The time of the fastest of ``above`` over that of ``below``, ``net_of`` taken from both."""
+    """What the best of ``above`` needs over what ``below`` does, ``net_of`` taken from both."""
 
     name: str
     above: tuple[str, ...]
@@ -45,10 +61,10 @@ class Ratio(NamedTuple):
         """Which contenders it is of."""
         return {*self.above, self.below} | ({self.net_of} if self.net_of else set())
 
-    def of(self, times: dict[str, float]) -> float:
+    def of(self, medians: Mapping[str, float]) -> float:
         """Its value."""
-        off = times[self.net_of] if self.net_of else 0.0
-        return (min(times[name] for name in self.above) - off) / (times[self.below] - off)
+        off = medians[self.net_of] if self.net_of else 0.0
+        return (min(medians[name] for name in self.above) - off) / (medians[self.below] - off)
 
 
 class Goal(NamedTuple):
@@ -67,93 +83,130 @@ class Summary(NamedTuple):
     among: Callable[[Case], bool] = lambda case: True
 
 
+Samples = dict[str, list[float]]
+
+
 class Table(NamedTuple):
-    """What is measured together, and what of it is said in the end."""
+    """What is measured together, and what of it is said in the end.
+
+    Attributes:
+      title: its heading.
+      cases: a row each.
+      contenders: what makes them, or those of another installation.
+      ratios: of what was measured.
+      summaries: of the ratios.
+      quantity: what is measured, one of :data:`MEASURES`.
+      name: what pictures know it by, if there is one of it.
+      isa: whose kernels it is about, if not about several.
+      derive: figures that are not ratios within a row.
+    """
 
     title: str
     cases: tuple[Case, ...]
-    contenders: tuple[Callable[[], Contender], ...]
-    ratios: tuple[Ratio, ...]
-    summaries: tuple[Summary, ...]
+    contenders: tuple[Callable[[], Contender] | Elsewhere, ...]
+    ratios: tuple[Ratio, ...] = ()
+    summaries: tuple[Summary, ...] = ()
+    quantity: str = "seconds"
+    name: str = ""
+    isa: str = ""
+    derive: Callable[[Sequence[Row]], list[Figure]] = lambda rows: []
+
+    def within(self, effort: Effort, only: str) -> "Table":
+        """Those cases whose names contain ``only`` and that are not too large."""
+        cases = (case for case in self.cases if only in case.name and case.elements <= effort.elements)
+        return self._replace(cases=tuple(cases))
 
 
-class Row(NamedTuple):
-    """What was measured in one case."""
-
-    case: Case
-    seconds: dict[str, float]
-    ratios: dict[str, float]
-
-
-def run_table(table: Table, effort: Effort, only: str = "") -> dict[str, Any] | None:
-    """Measures and prints a table.
-
-    Args:
-      table: which one.
-      effort: for how long.
-      only: a part of the names of the cases to run.
-
-    Returns:
-      The figures, or None if there is no such case.
-    """
-    cases = [case for case in table.cases if only in case.name]
-    if not cases:
-        return None
-    print(f"\n{table.title}")
+def run_table(table: Table, effort: Effort, progress: Progress) -> Result:
+    """Measures and prints a table."""
+    progress.write(f"\n{table.title}")
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(factory)) for factory in table.contenders]
-        contenders, computing = _able(workers)
+        contenders, computing = _able(workers, progress)
         ratios = [ratio for ratio in table.ratios if ratio.needs() <= contenders.keys()]
-        columns = [*contenders, *(ratio.name for ratio in ratios)]
-        widths = [max(10, len(column)) for column in columns]
-        _print_line("case", columns, widths)
+        lines = _Lines(table, list(contenders), [ratio.name for ratio in ratios], progress)
         rows = []
         neighbours = Neighbours(lambda: sum(worker.cpu_seconds for worker in workers))
-        for case in cases:
-            seconds = run_case(case, contenders, computing, effort)
-            row = Row(case, seconds, {ratio.name: ratio.of(seconds) for ratio in ratios})
-            times = [_duration(seconds[name]) for name in contenders]
-            _print_line(case.name, [*times, *(f"{value:.2f}×" for value in row.ratios.values())], widths)
+        for case in table.cases:
+            progress.begin(case.name)
+            row = Row(case, measure(case, contenders, computing, table.quantity, effort), {})
+            if not row.samples:
+                progress.write(f"  left out: this system does not tell {table.quantity}")
+                break
+            row = row._replace(ratios={ratio.name: ratio.of(row.medians) for ratio in ratios})
+            lines.write(row)
             rows.append(row)
+            progress.advance()
         others = neighbours.cores()
     if others is not None and others > NOTEWORTHY:
-        print(
+        progress.write(
             f"  other processes kept {others:.2f} cores busy meanwhile: no figure for several threads counts"
         )
     figures = [figure for summary in table.summaries for figure in _summarise(summary, rows)]
-    return {
-        "title": table.title,
-        "rows": [row._asdict() | {"case": row.case.name} for row in rows],
-        "figures": figures,
-        "cores_used_by_others": others,
-    }
+    figures += table.derive(rows)
+    for sentence in sentences(figures):
+        progress.write(f"  {sentence}")
+    return Result(table.title, table.name, table.quantity, table.isa, rows, figures, others)
 
 
-def run_case(
-    case: Case, contenders: Mapping[str, Worker], computing: set[str], effort: Effort
-) -> dict[str, float]:
-    """Compares the contenders' results and times them in turn: seconds a call, the median, by name."""
-    results = {name: contender.prepare(case) for name, contender in contenders.items()}
-    _check({name: results[name] for name in results if name in computing}, TOLERANCES[case.dtype])
-    calls = {}
+def measure(
+    case: Case, contenders: Mapping[str, Worker], computing: set[str], quantity: str, effort: Effort
+) -> Samples:
+    """Compares the contenders' results, then measures."""
+    prepared = {name: contender.prepare(case) for name, contender in contenders.items()}
+    results = {name: prepared[name].result for name in prepared if name in computing}
+    if quantity != "ULP":  # Which is about how much they differ.
+        _check(results, TOLERANCES[case.dtype])
+    outputs = {name: one.outputs for name, one in prepared.items()}
+    return MEASURES[quantity](contenders, outputs, effort)
+
+
+def _seconds(contenders: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
+    """Seconds for an output of a contender, as often as it has a turn."""
+    calls: dict[str, int] = {}
+    samples: Samples = {}
     for name, contender in contenders.items():
-        once = min(contender.seconds_per_call(1) for _ in range(2))
+        once = contender.seconds_per_call(1)
+        samples[name] = [once / outputs[name]] if once > SLOW else []
+        if not samples[name]:
+            once = min(once, contender.seconds_per_call(1))
         calls[name] = max(1, round(effort.seconds / effort.rounds / max(once, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    rounds = {name: effort.few if samples[name] else effort.rounds for name in contenders}
     for _ in range(effort.rounds):
         for name, contender in contenders.items():
-            times[name].append(contender.seconds_per_call(calls[name]))
-    return {name: statistics.median(of_one) for name, of_one in times.items()}
+            if len(samples[name]) < rounds[name]:
+                samples[name].append(contender.seconds_per_call(calls[name]) / outputs[name])
+    return samples
 
 
-def _able(workers: Sequence[Worker]) -> tuple[dict[str, Worker], set[str]]:
+def _peak_bytes(contenders: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
+    samples: Samples = {}
+    for name, contender in contenders.items():
+        peaks = [contender.peak_bytes() for _ in range(effort.few)]
+        samples[name] = [float(peak) for peak in peaks if peak is not None]
+    return samples if all(samples.values()) else {}
+
+
+def _ulp_errors(contenders: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
+    return {name: [contender.ulp_error()] for name, contender in contenders.items()}
+
+
+MEASURES: dict[str, Callable[[Mapping[str, Worker], Mapping[str, int], Effort], Samples]] = {
+    "seconds": _seconds,
+    "bytes": _peak_bytes,
+    "ULP": _ulp_errors,
+}
+"""By quantity. Each has an entry in ``text.QUANTITIES``."""
+
+
+def _able(workers: Sequence[Worker], progress: Progress) -> tuple[dict[str, Worker], set[str]]:
     """Those that can run here, by name, and which of them compute the cases; says why others cannot."""
     able, computing = {}, set()
     for worker in workers:
         try:
             name, computes = worker.introduce()
         except ImportError as error:
-            print(f"  left out: {error}")
+            progress.write(f"  left out: {error}")
             continue
         able[name] = worker
         if computes:
@@ -161,38 +214,42 @@ def _able(workers: Sequence[Worker]) -> tuple[dict[str, Worker], set[str]]:
     return able, computing
 
 
-def _check(results: Mapping[str, np.ndarray], tolerance: float) -> None:
+def _check(results: Mapping[str, np.ndarray | None], tolerance: float) -> None:
     """That all results are the same; how exact each is, the tests say."""
     expected = None
     for name, result in results.items():
+        assert result is not None
         expected = result if expected is None else expected
         least = tolerance * 0.02 * np.abs(expected).max()  # Differences come near 0.
         np.testing.assert_allclose(result, expected, rtol=tolerance, atol=least, err_msg=name)
 
 
-def _summarise(summary: Summary, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Prints the line of a summary, if there is anything to say, and returns its figures."""
+def _summarise(summary: Summary, rows: Sequence[Row]) -> list[Figure]:
     name = summary.ratio.name
     values = [row.ratios[name] for row in rows if name in row.ratios and summary.among(row.case)]
     if not values:
         return []
-    label = f"{name}{summary.note}"
-    figures, texts = [], []
+    figures = []
     for statistic, target in summary.goals:
         value = STATISTICS[statistic](values)
         met = value <= target if statistic == "greatest" else value >= target
-        figures.append({"of": label, "statistic": statistic, "value": value, "target": target, "met": met})
-        said = f"{statistic} {value:.2f}" if len(values) > 1 or len(summary.goals) > 1 else f"{value:.2f}"
-        bound = "at most " if statistic == "greatest" else ""
-        texts.append(f"{said} (target {bound}{target}{'' if met else ', missed'})")
-    print(f"  {label}: {', '.join(texts)}", flush=True)
+        figures.append(Figure(f"{name}{summary.note}", statistic, value, target, met))
     return figures
 
 
-def _print_line(first: str, columns: Sequence[str], widths: Sequence[int]) -> None:
-    cells = (f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))
-    print(f"{first:>40}  {'  '.join(cells)}", flush=True)
+class _Lines:
+    """Writes a table line by line, as it is measured."""
 
+    def __init__(self, table: Table, contenders: list[str], ratios: list[str], progress: Progress):
+        self._quantity, self._contenders, self._ratios = table.quantity, contenders, ratios
+        self._progress = progress
+        columns = [*contenders, *ratios]
+        self._widths = [max(10, len(column)) for column in columns]
+        self._write("case", columns)
 
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+    def write(self, row: Row) -> None:
+        self._write(row.case.name, cells(row, self._quantity, self._contenders, self._ratios))
+
+    def _write(self, first: str, columns: Sequence[str]) -> None:
+        texts = (f"{column:>{width}}" for column, width in zip(columns, self._widths, strict=True))
+        self._progress.write(f"{first:>40}  {'  '.join(texts)}")

@@ -3,22 +3,29 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from benchmarks import memory
 from benchmarks.cases import CASES, SHORT_ROWS, SMALL_CALL, Case
 from benchmarks.contenders import (
     AddOne,
     Contender,
-    Copy,
     EmptyCall,
     JaxNN,
     Kernel,
+    MemoryLoop,
     OnnxRuntime,
+    OpenVino,
     Ours,
     OursPlain,
-    Read,
+    Pass,
     ReadAndCopy,
+    SciPy,
     Torch,
+    cores,
 )
-from benchmarks.race import Goal, Ratio, Summary, Table
+from benchmarks.growth import slopes
+from benchmarks.race import STATISTICS, Goal, Ratio, Summary, Table
+from benchmarks.results import Figure, Row
+from benchmarks.traffic import PAPER_BEST_OVER_TWO_PASS
 from jax_softmax2p import native
 
 JAX_OVER_OURS = Ratio("jax.nn / ours", ("jax.nn",), "ours")
@@ -31,13 +38,22 @@ THREE_PASS = ("three_pass_recompute", "three_pass_reload")
 BEST_OVER_TWO_PASS = Ratio("best three-pass / two_pass", THREE_PASS, "two_pass")
 AUTO_OVER_READ_AND_COPY = Ratio("auto / (read + copy)", ("auto",), "read + copy")
 RELOAD_OVER_AUTO = Ratio("reload / auto net of the call", ("three_pass_reload",), "auto", net_of="a call")
-AUTO_OVER_COPY = Ratio("auto / copy", ("auto",), "copy")
+AUTO_OVER_COPY = Ratio("auto / copy", ("auto",), "non-temporal copy")
 SPEED_UP = Ratio("1 thread / 2 threads", ("1 thread",), "2 threads")
 
 ORT_OVER_OURS = Ratio("onnxruntime / ours", ("onnxruntime",), "ours")
+OPENVINO_OVER_OURS = Ratio("openvino / ours", ("openvino",), "ours")
+SCIPY_OVER_OURS = Ratio("scipy / ours", ("scipy",), "ours")
+OVER_OURS = (JAX_OVER_OURS, TORCH_OVER_OURS, ORT_OVER_OURS, OPENVINO_OVER_OURS, SCIPY_OVER_OURS)
 
 THREADS = 2
 """Where a target is for several threads. XLA and torch have as many as there are cores."""
+
+LONG_ROW = 2**24
+"""Elements a thread, out of cache."""
+
+CACHED_ROWS = (8, 16384)
+"""Rows a thread, and their length, that stay in the second-level cache."""
 
 WHAT_KERNELS_ARE = "softmax_into, warm, preallocated, aligned to 64 bytes"
 
@@ -72,6 +88,7 @@ def jit(isas: Sequence[str]) -> list[Table]:
             (Ours, JaxNN, AddOne, Torch),
             (JAX_OVER_OURS, TORCH_OVER_OURS, OURS_OVER_ADD),
             (*summaries, small),
+            name="jit",
         )
     ]
 
@@ -102,10 +119,14 @@ def family(isas: Sequence[str]) -> list[Table]:
     """Whole calls in jit of what is made of sums of exponentials, and of gradients."""
     return [
         _family(
-            "logsumexp", (Ours, JaxNN, Torch, partial(Read, THREADS)), (8.0, 2.0), (0.0, 0.0), OURS_OVER_READ
+            "logsumexp",
+            (Ours, JaxNN, Torch, partial(MemoryLoop, "read", threads=THREADS)),
+            (8.0, 2.0),
+            (0.0, 0.0),
+            OURS_OVER_READ,
         ),
         _family("cross-entropy", (Ours, JaxNN, Torch), (4.0, 4.0, 1.0), (4.0, 4.0, 1.0)),
-        _family("gradient", (Ours, JaxNN, Torch), (2.0, 2.0, 2.0), (0.0, 1.5, 1.5)),
+        _family("gradient", (Ours, JaxNN, Torch), (2.0, 2.0, 2.0), (0.0, 1.5, 1.5))._replace(name="peers"),
         _family("masked", (Ours, JaxNN, Torch, OursPlain), (1.5,), (0.0,), OURS_OVER_PLAIN),
     ]
 
@@ -134,15 +155,67 @@ def kernels(isas: Sequence[str]) -> list[Table]:
 
 
 def peers(isas: Sequence[str]) -> list[Table]:
-    """The kernels, in the active instruction set, beside other libraries with preallocated output."""
+    """What other libraries have of the same, on as many threads."""
+    elsewhere = (partial(OnnxRuntime, cores()), partial(OpenVino, cores()), SciPy)
+    softmax = Table(
+        f"Peers: softmax, {cores()} threads; ours is {WHAT_KERNELS_ARE}, and so are onnxruntime and openvino",
+        CASES["peers"],
+        (partial(Kernel, "ours", threads=cores()), Torch, *elsewhere),
+        OVER_OURS,
+        (Summary(ORT_OVER_OURS, (Goal("least", 1.2),)),),
+        name="peers",
+    )
+    return [
+        softmax,
+        *(
+            Table(
+                f"Peers: {operation}, {cores()} threads; ours, jax.nn and optax in jit",
+                CASES[f"peers, {operation}"],
+                (Ours, JaxNN, Torch, *elsewhere),
+                OVER_OURS,
+                name="peers",
+            )
+            for operation in ("log_softmax", "logsumexp", "cross-entropy", "attention")
+        ),
+    ]
+
+
+def accuracy(isas: Sequence[str]) -> list[Table]:
+    """The largest error of every library, over length."""
     return [
         Table(
-            f"Peers with preallocated output, {THREADS} threads; ours is {WHAT_KERNELS_ARE}",
-            CASES["peers"],
-            (partial(Kernel, "ours", threads=THREADS), partial(OnnxRuntime, THREADS)),
-            (ORT_OVER_OURS,),
-            (Summary(ORT_OVER_OURS, (Goal("least", 1.2),)),),
+            "Error of softmax against float64, normal data and a ramp from -90 to 90",
+            CASES["accuracy"],
+            (Ours, JaxNN, Torch, partial(OnnxRuntime, cores()), partial(OpenVino, cores()), SciPy),
+            quantity="ULP",
+            name="accuracy",
         )
+    ]
+
+
+def growth(isas: Sequence[str]) -> list[Table]:
+    """Time and memory of a call in jit against the length of a row and against the number of rows."""
+    return [
+        Table(
+            f"Growth: {quantity} against {along}, in jit",
+            CASES[f"growth in {along}"],
+            (Ours, JaxNN),
+            quantity=quantity,
+            name=f"growth of {quantity} in {along}",
+            # Below, a call costs more than what it does, and memory that is there already serves.
+            derive=partial(slopes, what=f"{quantity} against {along}", least_elements=10**6),
+        )
+        for along in ("n", "batch")
+        for quantity in ("seconds", "bytes")
+    ]
+
+
+def paper(isas: Sequence[str]) -> list[Table]:
+    """The experiments of arXiv 2001.04438: algorithms over length, their passes, and threads."""
+    return [
+        *(make(isa) for isa in isas for make in (_algorithms, _passes)),
+        *(_long_row(isa, threads) for isa in isas for threads in _thread_counts()),
+        _weak_scaling(),
     ]
 
 
@@ -152,9 +225,12 @@ SECTIONS: dict[str, Callable[[Sequence[str]], list[Table]]] = {
     "family": family,
     "attention": attention,
     "kernels": kernels,
+    "paper": paper,
     "peers": peers,
+    "accuracy": accuracy,
+    "growth": growth,
 }
-"""The tables of each section, from the instruction sets that `kernels` is to measure."""
+"""The tables of each section, from the instruction sets that `kernels` and `paper` are to measure."""
 
 
 BOUNDS = {OURS_OVER_READ: 1.5, OURS_OVER_PLAIN: 1.15}
@@ -185,8 +261,9 @@ def _family(
 
 def _out_of_cache(isa: str) -> Table:
     summaries = [Summary(AUTO_OVER_READ_AND_COPY, (Goal("greatest", 1.2),), f", {isa}")]
-    if isa in (headline := {"avx512": 1.28, "avx2": 1.18}):
-        summaries.insert(0, Summary(BEST_OVER_TWO_PASS, (Goal("least", headline[isa]),), f", {isa}"))
+    if isa in PAPER_BEST_OVER_TWO_PASS:
+        goal = Goal("least", PAPER_BEST_OVER_TWO_PASS[isa])
+        summaries.insert(0, Summary(BEST_OVER_TWO_PASS, (goal,), f", {isa}"))
     return Table(
         f"Kernels out of cache, {isa}, 1 thread: {WHAT_KERNELS_ARE}",
         CASES["kernels, out of cache"],
@@ -194,6 +271,90 @@ def _out_of_cache(isa: str) -> Table:
         (BEST_OVER_TWO_PASS, AUTO_OVER_READ_AND_COPY),
         tuple(summaries),
     )
+
+
+PAPER_PROTOCOL = "uniform data; outputs take turns and are out of the caches, x is where it was left"
+
+
+def _algorithms(isa: str) -> Table:
+    return Table(
+        f"The paper's algorithms and auto over length, {isa}, 1 thread: {PAPER_PROTOCOL}",
+        CASES["paper"],
+        tuple(partial(Kernel, name, algorithm=name, isa=isa, rotates=True) for name in native.ALGORITHMS),
+        (BEST_OVER_TWO_PASS,),
+        name="algorithms",
+        isa=isa,
+        derive=partial(_best_out_of_cache, isa),
+    )
+
+
+def _best_out_of_cache(isa: str, rows: Sequence[Row]) -> list[Figure]:
+    ratios = [row.ratios[BEST_OVER_TWO_PASS.name] for row in rows if row.case.bytes > native.cache_bytes()[1]]
+    if not ratios:
+        return []
+    paper = PAPER_BEST_OVER_TWO_PASS.get(isa)
+    beside = f" (the paper, on Skylake-X: up to {paper})" if paper else ""
+    label = f"{BEST_OVER_TWO_PASS.name}, {isa}, x larger than the last cache{beside}"
+    return [Figure(label, statistic, of(ratios)) for statistic, of in STATISTICS.items()]
+
+
+def _passes(isa: str) -> Table:
+    return Table(
+        f"The passes by themselves and the loops of memory.cc, {isa}, 1 thread: {PAPER_PROTOCOL}",
+        CASES["passes"],
+        (
+            *(partial(Pass, name, isa) for name in native.PASSES),
+            *(partial(MemoryLoop, name, label=f"memory: {name}", rotates=True) for name in memory.LOOPS),
+        ),
+        name="passes",
+        isa=isa,
+    )
+
+
+def _long_row(isa: str, threads: int) -> Table:
+    return Table(
+        f"Weak scaling out of cache: one row of {LONG_ROW:,} elements a thread, {isa}, "
+        f"{_threads(threads)}: {WHAT_KERNELS_ARE}",
+        (Case((1, LONG_ROW * threads)),),
+        tuple(partial(Kernel, name, algorithm=name, isa=isa, threads=threads) for name in native.ALGORITHMS),
+        (BEST_OVER_TWO_PASS,),
+        name="threads",
+        isa=isa,
+    )
+
+
+def _weak_scaling() -> Table:
+    counts = _thread_counts()
+    rows, n = CACHED_ROWS
+    return Table(
+        f"Weak scaling in cache: {rows} rows of {n} a thread, {WHAT_KERNELS_ARE}; all thread counts on all",
+        tuple(Case((rows * count, n)) for count in counts),
+        tuple(partial(Kernel, _threads(count), threads=count) for count in counts),
+        derive=_weak_efficiency,
+    )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def _thread_counts() -> list[int]:
+    """Powers of two, and all there are."""
+    return sorted({*(2**k for k in range(cores().bit_length())), cores()})
+
+
+def _weak_efficiency(rows: Sequence[Row]) -> list[Figure]:
+    """The time of one thread for its share over that of several for theirs: 1 if none disturbs the others."""
+    share = CACHED_ROWS[0]
+    medians = {row.case.shape[0] // share: row.medians for row in rows}
+    if 1 not in medians:
+        return []
+    alone = medians[1][_threads(1)]
+    return [
+        Figure(f"weak scaling in cache, {_threads(count)}", "efficiency", alone / those[_threads(count)])
+        for count, those in medians.items()
+        if count > 1
+    ]
 
 
 def _in_cache(isa: str) -> Table:
@@ -217,7 +378,10 @@ def _against_copy(isa: str) -> Table:
     return Table(
         f"Rows in cache, together out of it, {isa}, {THREADS} threads: {WHAT_KERNELS_ARE}",
         CASES["kernels, against a copy"],
-        (partial(Kernel, "auto", isa=isa, threads=THREADS), partial(Copy, THREADS)),
+        (
+            partial(Kernel, "auto", isa=isa, threads=THREADS),
+            partial(MemoryLoop, "non-temporal copy", threads=THREADS),
+        ),
         (AUTO_OVER_COPY,),
         (Summary(AUTO_OVER_COPY, (Goal("greatest", 1.3),), f", {isa}"),),
     )

@@ -23,6 +23,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import jax_softmax2p
+from benchmarks import pictures
 from jax_softmax2p import integrations, measure
 from jax_softmax2p.__main__ import describe_environment
 
@@ -145,7 +146,7 @@ def train(size: Size, steps: int) -> dict[str, Training]:
     """Trains all contenders on the same batches."""
     text, rng = load_text(), np.random.default_rng(0)
     trainings = {name: Training(contender, size) for name, contender in CONTENDERS.items()}
-    with tqdm(range(steps), unit="step") as bar:
+    with tqdm(range(steps), unit="step", disable=None) as bar:
         for _ in bar:
             starts = rng.integers(len(text) - size.context - 1, size=(size.batch, 1))
             batch = jnp.asarray(text[starts + np.arange(size.context + 1)])
@@ -193,31 +194,13 @@ def _value_and_gradient(function: Callable[..., jax.Array], x: jax.Array) -> Cal
     return functools.partial(jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * function(x)))), x)
 
 
-def draw(trainings: dict[str, Training], size: Size, file: pathlib.Path) -> None:
-    """The losses as curves, and by how much they differ, in a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(
-        2, sharex=True, figsize=(7, 6), height_ratios=(3, 1), constrained_layout=True
-    )
-    for (name, training), style in zip(trainings.items(), ("-", "--"), strict=True):
-        tokens = size.batch * size.context / training.seconds_per_step()
-        above.plot(training.losses, style, label=f"{name}: {tokens:,.0f} tokens per second")
-    above.set_ylabel("cross-entropy of the next byte")
-    above.legend()
-    first, second = (np.array(training.losses) for training in trainings.values())
-    below.semilogy(np.maximum(np.abs(first - second), 1e-9), color="grey")
-    below.set_ylabel("difference")
-    below.set_xlabel("step")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+def run(size: Size, steps: int) -> dict[str, dict[str, Any]]:
+    """Trains, prints the table and returns its figures, by contender."""
+    print(f"{'model':>16}  {', '.join(f'{name} {n}' for name, n in size._asdict().items())}", flush=True)
+    return report(train(size, steps), size)
 
 
-def report(trainings: dict[str, Training], size: Size) -> dict[str, Any]:
+def report(trainings: dict[str, Training], size: Size) -> dict[str, dict[str, Any]]:
     """Prints the table; returns its figures."""
     parts = seconds_of_parts(size)
     print(f"\n{'':>16}  {'loss':>8}  {'ms/step':>8}  {'tokens/s':>9}  " + "".join(f"{p:>16}" for p in parts))
@@ -263,10 +246,8 @@ def main() -> None:
     environment = describe_environment()
     for key, value in environment.items():
         print(f"{key:>16}  {value}")
-    print(f"{'model':>16}  {', '.join(f'{name} {n}' for name, n in size._asdict().items())}", flush=True)
-    trainings = train(size, steps)
-    figures = report(trainings, size)
-    draw(trainings, size, options.output)
+    figures = run(size, steps)
+    pictures.draw_training(figures, options.output)
     print(f"The losses' curves are in {options.output}.")
     if options.json:
         options.json.write_text(json.dumps({"environment": environment, "size": size._asdict(), **figures}))

@@ -4,6 +4,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -14,6 +15,8 @@
 #include "ffi/runtime/algorithm.h"
 #include "ffi/runtime/dispatch.h"
 #include "ffi/runtime/jacobian.h"
+#include "ffi/runtime/memory.h"
+#include "ffi/runtime/passes.h"
 #include "ffi/runtime/softmax.h"
 #include "ffi/runtime/workers.h"
 
@@ -61,11 +64,17 @@ void DispatchType(const std::string& dtype, const Body& body) {
   throw nb::value_error(("there are no kernels for dtype " + dtype).c_str());
 }
 
-void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, std::int64_t outer,
-                 std::int64_t n, std::int64_t inner, const std::string& algorithm, const std::string& isa,
-                 int threads) {
-  const std::optional<Algorithm> chosen = FindAlgorithm(algorithm);
-  if (!chosen) throw nb::value_error(UnknownAlgorithm(algorithm).c_str());
+Algorithm RequireAlgorithm(const std::string& name) {
+  const std::optional<Algorithm> found = FindAlgorithm(name);
+  if (!found) throw nb::value_error(UnknownAlgorithm(name).c_str());
+  return *found;
+}
+
+// Into `copies` outputs, one after the other.
+void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, std::int64_t copies,
+                 std::int64_t outer, std::int64_t n, std::int64_t inner, const std::string& algorithm,
+                 const std::string& isa, int threads) {
+  const Algorithm chosen = RequireAlgorithm(algorithm);
   const Kernels& kernels = Require(FindKernels(isa, "isa"));
   DispatchType(dtype, [&](auto zero) {
     using E = decltype(zero);
@@ -73,8 +82,43 @@ void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, st
     E* const to = static_cast<E*>(out.data());
     nb::gil_scoped_release release;
     Workers executor(threads);
-    Softmax(kernels, executor, *chosen, from, to, {outer, n, inner});
+    for (std::int64_t i = 0; i < copies; ++i) {
+      Softmax(kernels, executor, chosen, from, to + i * outer * n * inner, {outer, n, inner});
+    }
   });
+}
+
+// The last of the copies tells what the pass finds.
+std::optional<double> PassInto(const std::string& name, const Input& x, const Output& out,
+                               std::int64_t copies, std::int64_t n, float maximum, const std::string& isa,
+                               int threads) {
+  const std::optional<Pass> pass = FindPass(name);
+  if (!pass) throw nb::value_error(("there is no pass called " + name).c_str());
+  const Kernels& kernels = Require(FindKernels(isa, "isa"));
+  const float* const from = static_cast<const float*>(x.data());
+  float* const to = static_cast<float*>(out.data());
+  nb::gil_scoped_release release;
+  Workers executor(threads);
+  std::optional<double> found;
+  for (std::int64_t i = 0; i < copies; ++i) {
+    found = RunPass(kernels, executor, *pass, from, to + i * n, n, maximum);
+  }
+  return found;
+}
+
+nb::dict PlanOf(const std::string& dtype, std::int64_t outer, std::int64_t n, std::int64_t inner,
+                const std::string& algorithm, const std::string& isa) {
+  const Algorithm chosen = RequireAlgorithm(algorithm);
+  const Kernels& kernels = Require(FindKernels(isa, "isa"));
+  nb::dict properties;
+  DispatchType(dtype, [&](auto zero) {
+    using E = decltype(zero);
+    const SoftmaxPlan plan = PlanSoftmax<E>(chosen, {outer, n, inner}, kernels.Of<E>().lanes);
+    properties["maximum_first"] = plan.maximum_first;
+    properties["reload"] = plan.reload;
+    properties["stream"] = plan.stream;
+  });
+  return properties;
 }
 
 void JacobianInto(const Input& y, const Input& t, const Output& out, const std::string& dtype,
@@ -98,13 +142,23 @@ NB_MODULE(_native, module) {
     for (const NamedAlgorithm& known : kAlgorithms) names.emplace_back(known.name);
     return names;
   });
+  module.def("passes", [] {
+    std::vector<std::string> names;
+    for (const NamedPass& known : kPasses) names.emplace_back(known.name);
+    return names;
+  });
+  module.def("cache_bytes", [] { return nb::make_tuple(SecondLevelCacheBytes(), LastLevelCacheBytes()); });
   module.def("supported_isas", [] { return Names(SupportedKernels()); });
   module.def("active_isa", [] { return std::string(Require(ActiveKernels()).name); });
   module.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   module.attr("GUARDED") = kGuarded;
   module.def("softmax_into", SoftmaxInto, nb::arg("x").noconvert(), nb::arg("out").noconvert(),
-             nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"), nb::arg("algorithm"),
-             nb::arg("isa"), nb::arg("threads"));
+             nb::arg("dtype"), nb::arg("copies"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
+             nb::arg("algorithm"), nb::arg("isa"), nb::arg("threads"));
+  module.def("pass_into", PassInto, nb::arg("name"), nb::arg("x").noconvert(), nb::arg("out").noconvert(),
+             nb::arg("copies"), nb::arg("n"), nb::arg("maximum"), nb::arg("isa"), nb::arg("threads"));
+  module.def("softmax_plan", PlanOf, nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
+             nb::arg("algorithm"), nb::arg("isa"));
   module.def("softmax_jacobian_into", JacobianInto, nb::arg("y").noconvert(), nb::arg("t").noconvert(),
              nb::arg("out").noconvert(), nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
              nb::arg("isa"), nb::arg("threads"));

@@ -40,6 +40,9 @@ TARGETS = (
 ALGORITHMS = ("auto", "two_pass", "two_pass_reload", "three_pass_recompute", "three_pass_reload")
 """The names that ``algorithm`` may have."""
 
+PASSES = ("max", "sum_exp", "exp_store", "scale", "extended_sum", "extended_write")
+"""The passes of which the algorithms consist, for :func:`pass_into`."""
+
 _DTYPE_NAMES = {np.dtype(d): np.dtype(d).name for d in (np.float32, np.float64, jnp.bfloat16, np.float16)}
 
 DTYPES = tuple(_DTYPE_NAMES)
@@ -121,8 +124,9 @@ def softmax_into(
 
     Args:
       x: C-contiguous array of one of :data:`DTYPES`.
-      out: writable array like ``x``, for the result; may be ``x`` itself.
-      axis: the axis whose elements sum to one.
+      out: writable array like ``x``, for the result; may be ``x`` itself. Or several of them, stacked along a
+        new first axis: the kernel runs once for each, without Python in between.
+      axis: the axis of ``x`` whose elements sum to one.
       algorithm: one of :data:`ALGORITHMS`.
       isa: one of :func:`supported_isas`; None is :func:`active_isa`.
       threads: how many threads share the work, the caller's included; no more than 64 do.
@@ -139,17 +143,108 @@ def softmax_into(
       [0.25, 0.25, 0.25, 0.25]
     """
     library = _library_or_raise()
-    _check_arrays(x=x, out=out)
+    copies = _checked_copies(x, out)
     check_algorithm(algorithm)
     library.softmax_into(
         _as_integers(x),
         _as_integers(out),
         _DTYPE_NAMES[x.dtype],
+        copies,
         *_layout(x, axis),
         algorithm,
         _checked_isa(isa),
         _checked_threads(threads),
     )
+
+
+def pass_into(
+    name: str,
+    x: np.ndarray,
+    out: np.ndarray,
+    *,
+    maximum: float,
+    isa: str | None = None,
+    threads: int = 1,
+) -> float | None:
+    """Runs one pass of an algorithm alone, over a row. For measurement.
+
+    Args:
+      name: one of :data:`PASSES`. ``"max"``, ``"sum_exp"`` and ``"extended_write"`` make up
+        ``three_pass_recompute``; ``"max"``, ``"exp_store"`` and ``"scale"`` ``three_pass_reload``;
+        ``"extended_sum"`` and ``"extended_write"`` ``two_pass``; ``two_pass_reload`` has a pass like
+        ``"exp_store"`` that finds the maximum itself.
+      x: C-contiguous float32 array of one dimension.
+      out: as in :func:`softmax_into`. ``"extended_write"`` writes e^x·2^-k there, with k the largest integer
+        not above maximum·log2 e; ``"scale"`` does so from what ``"exp_store"`` has left there.
+      maximum: of ``x``.
+      isa: as in :func:`softmax_into`.
+      threads: as in :func:`softmax_into`.
+
+    Returns:
+      The maximum or the sum of e^x, if the pass finds one.
+
+    Raises:
+      ImportError, TypeError, ValueError: as :func:`softmax_into`.
+
+    Example:
+      >>> x = np.zeros(4, np.float32)
+      >>> pass_into("extended_sum", x, np.empty_like(x), maximum=0.0)
+      4.0
+    """
+    library = _library_or_raise()
+    copies = _checked_copies(x, out)
+    if name not in PASSES:
+        raise ValueError(f"name must be one of {', '.join(PASSES)}; got {name!r}")
+    if x.dtype != np.float32 or x.ndim != 1:
+        raise TypeError(f"x must be float32 of one dimension, got {x.dtype} of {x.ndim}")
+    found = library.pass_into(
+        name, x, out, copies, x.size, maximum, _checked_isa(isa), _checked_threads(threads)
+    )
+    return None if found is None else float(found)
+
+
+def softmax_plan(
+    shape: tuple[int, int, int],
+    *,
+    dtype: np.dtype | type = np.float32,
+    algorithm: str = "auto",
+    isa: str | None = None,
+) -> dict[str, bool]:
+    """How an algorithm computes an array. For tests and measurement.
+
+    Args:
+      shape: the sizes of what lies outside, along and inside of the axis.
+      dtype: one of :data:`DTYPES`.
+      algorithm: one of :data:`ALGORITHMS`.
+      isa: as in :func:`softmax_into`.
+
+    Returns:
+      Whether the maximum comes first (``"maximum_first"``), whether the exponentials of pass 1 are kept
+      (``"reload"``), and whether the result is written past the caches (``"stream"``).
+
+    Raises:
+      ImportError: the compiled library cannot be loaded.
+      TypeError, ValueError: an argument is not one of those listed.
+
+    Example:
+      >>> softmax_plan((1, 1000, 1), algorithm="two_pass")
+      {'maximum_first': False, 'reload': False, 'stream': False}
+    """
+    library = _library_or_raise()
+    check_algorithm(algorithm)
+    if (dtype := np.dtype(dtype)) not in _DTYPE_NAMES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
+    return dict(library.softmax_plan(_DTYPE_NAMES[dtype], *shape, algorithm, _checked_isa(isa)))
+
+
+def cache_bytes() -> tuple[int, int]:
+    """The sizes of the second-level and of the last cache that the kernels go by.
+
+    Raises:
+      ImportError: the compiled library cannot be loaded.
+    """
+    second, last = _library_or_raise().cache_bytes()
+    return second, last
 
 
 def softmax_jacobian_into(
@@ -303,6 +398,18 @@ def _check_arrays(**arrays: np.ndarray) -> None:
             raise ValueError(f"out must be {name} itself or share no memory with it, got a partial overlap")
     if not out.flags.writeable:
         raise ValueError("out must be writable, got a read-only array")
+
+
+def _checked_copies(x: np.ndarray, out: np.ndarray) -> int:
+    """How many arrays like ``x`` there are in ``out``."""
+    arrays = isinstance(x, np.ndarray) and isinstance(out, np.ndarray)
+    if not arrays or out.ndim != x.ndim + 1 or len(out) == 0:
+        _check_arrays(x=x, out=out)
+        return 1
+    _check_arrays(x=x, out=out[0])
+    if not out.flags.c_contiguous or np.may_share_memory(x, out):
+        raise ValueError("out must be C-contiguous and share no memory with x, where it is a stack of arrays")
+    return len(out)
 
 
 def _checked_isa(isa: str | None) -> str:

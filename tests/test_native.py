@@ -1,5 +1,6 @@
 """Introspection, and the kernels on NumPy arrays."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -75,6 +76,61 @@ def test_partial_overlap():
     x = np.zeros(17, np.float32)
     with pytest.raises(ValueError, match="out must be x itself or share no memory with it"):
         native.softmax_into(x[:16], x[1:])
+
+
+def test_a_stack_of_outputs():
+    x = cases.make("normal", 200, np.float32).reshape(2, 100)
+    out = np.empty((3, *x.shape), np.float32)
+    native.softmax_into(x, out, axis=0)
+    assert all(cases.ulp_error(y.T, cases.exact_softmax(x.T)) <= 2 for y in out)
+    with pytest.raises(ValueError, match="share no memory with x, where it is a stack"):
+        native.softmax_into(out[0], out)
+    with pytest.raises(ValueError, match="out must be C-contiguous"):
+        native.softmax_into(x, np.empty((3, 2, 200), np.float32)[..., ::2])
+
+
+def test_passes(isa):
+    """Segments, vectors and what is left of them; as often as there are outputs."""
+    assert tuple(native._library.passes()) == native.PASSES
+    x = cases.make("normal", 40_001, np.float32)
+    maximum, wide = float(x.max()), x.astype(np.float64)
+    out = np.full((2, x.size), np.nan, np.float32)
+    run = functools.partial(native.pass_into, x=x, out=out, maximum=maximum, isa=isa, threads=2)
+    assert run("max") == maximum
+    for name in ("sum_exp", "extended_sum"):
+        np.testing.assert_allclose(run(name), np.exp(wide).sum(), rtol=1e-7)
+    assert np.isnan(out).all()
+    expected = np.exp(wide) / 2.0 ** np.floor(maximum / np.log(2))
+    for names in (["extended_write"], ["exp_store", "scale"]):
+        out[:] = np.nan
+        found = [run(name) for name in names]
+        assert found[-1] is None
+        assert max(cases.ulp_error(y, expected) for y in out) <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "error", "words"),
+    [
+        ("pass", X[0], ValueError, "name must be one of max, .* got 'pass'"),
+        ("max", X, TypeError, "x must be float32 of one dimension, got float32 of 2"),
+        ("max", X[0].astype(np.float64), TypeError, "x must be float32 .* got float64"),
+    ],
+)
+def test_bad_passes(name, x, error, words):
+    with pytest.raises(error, match=words):
+        native.pass_into(name, x, np.empty_like(x), maximum=0.0)
+
+
+def test_plans():
+    """Two passes by recomputing, streamed past the caches, where one row is larger than these."""
+    second, last = native.cache_bytes()
+    assert 2**16 <= second <= last
+    assert native.softmax_plan((1, second // 16, 1))["reload"]
+    far = native.softmax_plan((1, last, 1))
+    assert far == {"maximum_first": False, "reload": False, "stream": True}
+    assert native.softmax_plan((1, 1000, 1), algorithm="three_pass_reload")["maximum_first"]
+    with pytest.raises(TypeError, match=r"dtype must be one of float32, .* got int32"):
+        native.softmax_plan((1, 8, 1), dtype=np.int32)
 
 
 def test_more_threads_than_there_can_be():

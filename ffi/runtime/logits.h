@@ -11,6 +11,7 @@
 
 #include "ffi/kernels/table.h"
 #include "ffi/runtime/column_tiles.h"
+#include "ffi/runtime/memory.h"
 #include "ffi/runtime/row_work.h"
 #include "ffi/simd/portable.h"
 
@@ -285,6 +286,18 @@ RowSum<ComputeOf<E>> SumOf(const LogitsRow<E>& row, const Segments& segments, Co
         return row.Sum(at, size, kept == nullptr ? nullptr : kept + at, known);
       },
       [](Sum& a, const Sum& b) { a.Combine(b); });
+}
+
+// y is where the first element's result goes.
+template <typename E>
+void WriteOf(const LogitsRow<E>& row, const Segments& segments, const ComputeOf<E>* kept, E* y,
+             const RowScale<ComputeOf<E>>& scale, bool stream) {
+  // In the caches, what pass 1 did last is nearest: 2^20 float32 on two threads took 0.098 ns an element so,
+  // and 0.110 forward. From memory, forward is faster: 0.26 against 0.29, at 2^24 on one (Zen 5).
+  segments.ForEach(stream ? Order::kForward : Order::kBackward, [&](std::int64_t at, std::int64_t size) {
+    row.Write(at, size, kept == nullptr ? nullptr : kept + at, y + at, scale, stream);
+    if (stream && row.size() > kSegment) FinishStreaming();
+  });
 }
 
 // Pass 1, and the guard: where the row's largest element takes the sum out of the range in which kernels are

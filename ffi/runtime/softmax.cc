@@ -7,8 +7,6 @@
 #include "ffi/runtime/row_work.h"
 
 namespace jax_softmax2p {
-namespace {
-
 template <typename E>
 SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes) {
   const std::int64_t elements = layout.outer * layout.n * layout.inner;
@@ -39,6 +37,8 @@ SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes) {
   plan.stream = far && (near_row || !plan.reload);
   return plan;
 }
+
+namespace {
 
 template <typename E>
 void ShortRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
@@ -108,12 +108,16 @@ void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algor
   }
 }
 
+template SoftmaxPlan PlanSoftmax<float>(Algorithm, const Layout&, int);
 template void Softmax(const Kernels&, Executor&, Algorithm, const float*, float*, const Layout&);
 template void SoftmaxOfLogits(const Kernels&, Executor&, Algorithm, Logits<float>, float*);
+template SoftmaxPlan PlanSoftmax<double>(Algorithm, const Layout&, int);
 template void Softmax(const Kernels&, Executor&, Algorithm, const double*, double*, const Layout&);
 template void SoftmaxOfLogits(const Kernels&, Executor&, Algorithm, Logits<double>, double*);
+template SoftmaxPlan PlanSoftmax<BFloat16>(Algorithm, const Layout&, int);
 template void Softmax(const Kernels&, Executor&, Algorithm, const BFloat16*, BFloat16*, const Layout&);
 template void SoftmaxOfLogits(const Kernels&, Executor&, Algorithm, Logits<BFloat16>, BFloat16*);
+template SoftmaxPlan PlanSoftmax<Float16>(Algorithm, const Layout&, int);
 template void Softmax(const Kernels&, Executor&, Algorithm, const Float16*, Float16*, const Layout&);
 template void SoftmaxOfLogits(const Kernels&, Executor&, Algorithm, Logits<Float16>, Float16*);
 

@@ -24,6 +24,10 @@ struct SoftmaxPlan {
   bool stream;         // y is written past the caches
 };
 
+// `lanes` is KernelTable::lanes.
+template <typename E>
+SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes);
+
 // y = softmax(x) along n. y may be x, but not overlap it otherwise. Two passes give the same bits with and
 // without reload, and so does auto.
 template <typename E>

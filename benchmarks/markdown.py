@@ -1,0 +1,52 @@
+"""All of a run as Markdown: what it ran on, which of the paper's claims hold, and every table."""
+
+from collections.abc import Iterator, Sequence
+
+from benchmarks.claims import claims
+from benchmarks.results import Result, Results
+from benchmarks.text import cells, sentences
+from benchmarks.traffic import ELEMENTS_MOVED, gigabytes_per_second
+
+
+def markdown(results: Results) -> str:
+    """The whole document."""
+    facts = "\n".join(f"- {key}: {value}" for key, value in results.environment.items())
+    lines = [[claim.says, claim.here, "yes" if claim.holds else "no"] for claim in claims(results)]
+    said = "## What the paper claims\n\n" + _table([["claim", "here", "holds"], *lines]) if lines else ""
+    parts = ["# Measurements", facts, said, *map(_section, results.tables())]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(result: Result) -> str:
+    contenders, ratios = (
+        list(dict.fromkeys(name for row in result.rows for name in columns(row)))
+        for columns in (lambda row: row.samples, lambda row: row.ratios)
+    )
+    lines = [["case", *contenders, *ratios]]
+    lines += [[row.case.name, *cells(row, result.quantity, contenders, ratios)] for row in result.rows]
+    table = _table(lines)
+    said = "\n".join(f"- {sentence}" for sentence in sentences(result.figures))
+    parts = [f"## {result.title}", table, said, *_bandwidths(result)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _bandwidths(result: Result) -> Iterator[str]:
+    """The table again, as bandwidths, if it is about what moves known amounts of memory."""
+    names = [name for name in result.rows[0].samples if name in ELEMENTS_MOVED]
+    if not names:
+        return
+    yield "In GB/s of what each must move, and 10⁹ elements per second:"
+    lines = [["case", *names]]
+    for row in result.rows:
+        pairs = (
+            (gigabytes_per_second(name, row.case, row.medians[name]), row.case.elements / row.medians[name])
+            for name in names
+        )
+        lines.append([row.case.name, *(f"{speed:.1f}, {elements / 1e9:.2f}" for speed, elements in pairs)])
+    yield _table(lines)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    """Its first line is the heading."""
+    heading, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([heading, f"|{'---|' * len(lines[0])}", *rows])

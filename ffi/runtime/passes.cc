@@ -1,0 +1,58 @@
+#include "ffi/runtime/passes.h"
+
+#include <cmath>
+
+#include "ffi/runtime/float_mode.h"
+#include "ffi/runtime/logits.h"
+#include "ffi/runtime/memory.h"
+#include "ffi/runtime/row_work.h"
+#include "ffi/runtime/softmax.h"
+
+namespace jax_softmax2p {
+namespace {
+
+double ValueOf(const RowSum<float>& total) { return std::ldexp(total.sum.mantissa.high, total.sum.exponent); }
+
+void WriteResult(const LogitsRow<float>& row, const Segments& segments, const float* kept, float* y,
+                 float maximum, bool stream) {
+  RowScale<float> scale{};
+  scale.high = 1;
+  scale.exponent = static_cast<int>(std::floor(maximum * 1.44269504F));
+  WriteOf(row, segments, kept, y, scale, stream);
+}
+
+}  // namespace
+
+std::optional<double> RunPass(const Kernels& kernels, Executor& executor, Pass pass, const float* x, float* y,
+                              std::int64_t n, float maximum) {
+  const ScopedFloatMode mode;
+  Logits<float> logits;
+  logits.x = x;
+  logits.rows = 1;
+  logits.n = n;
+  const LogitsRow<float> row(kernels, logits, 0, nullptr);
+  const Segments segments(executor, n);
+  const auto streams = [&](Algorithm algorithm) {
+    return PlanSoftmax<float>(algorithm, {1, n, 1}, kernels.f32.lanes).stream;
+  };
+  const KnownMaximum<float> known{KnownMaximum<float>::kReference, maximum};
+  switch (pass) {
+    case Pass::kMax:
+      return MaximumOf(row, segments);
+    case Pass::kSumExp:
+      return ValueOf(SumOf(row, segments, nullptr, known));
+    case Pass::kExpStore:
+      return ValueOf(SumOf(row, segments, y, known));
+    case Pass::kExtendedSum:
+      return ValueOf(SumOf(row, segments, nullptr, {}));
+    case Pass::kScale:
+      WriteResult(row, segments, y, y, maximum, streams(Algorithm::kThreePassReload));
+      break;
+    case Pass::kExtendedWrite:
+      WriteResult(row, segments, nullptr, y, maximum, streams(Algorithm::kTwoPass));
+      break;
+  }
+  return std::nullopt;
+}
+
+}  // namespace jax_softmax2p

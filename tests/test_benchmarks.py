@@ -1,0 +1,174 @@
+"""The benchmarks' parts that measure nothing: keeping, comparing, fitting, drawing."""
+
+import math
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from jax_softmax2p import native
+
+# Behind the installed package, whose sources lie in the same folder.
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks import compare, growth, pictures, race, sections, traffic
+from benchmarks.cases import Case
+from benchmarks.claims import claims
+from benchmarks.contenders import Ours, Torch
+from benchmarks.markdown import markdown
+from benchmarks.results import Figure, Result, Results, Row
+
+CACHES = {"L1": 2**15, "L2": 2**20, "L3": 2**25}
+
+
+def result(rows, name="jit", quantity="seconds", isa=""):
+    figure = Figure("jax.nn / ours", "least", 1.5, 1.2, True)
+    return Result("A table", name, quantity, isa, rows, [figure, Figure("ours", "slope", 1.0)], 0.25)
+
+
+def row(case, ratio, **medians):
+    return Row(case, {name: [m / 2, m, m * 2] for name, m in medians.items()}, {"jax.nn / ours": ratio})
+
+
+def results(*tables, **environment):
+    names = {"CPU": "a CPU", **environment}
+    return Results(names, CACHES, {"n": [2**22], "batch": [2**22]}, {"a section": list(tables)})
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    case = Case((2, 1024), axis=0, dtype="bfloat16", operation="logsumexp", data="ramp")
+    saved = results(result([row(case, 2.0, ours=1e-3, torch=1.25e-6)]))
+    saved = saved._replace(training={"ours": {"losses": [0.123456789]}})
+    saved.save(tmp_path / "folder" / "a.json")
+    assert Results.load(tmp_path / "folder" / "a.json") == saved
+    table = markdown(saved).splitlines()
+    assert "| logsumexp (2,1024) axis 0 bfloat16 ramp | 1.00 ms | 1.2 µs | 2.00× |" in table
+    assert "- jax.nn / ours: least 1.50 (target 1.2)" in table
+    (tmp_path / "b.json").write_text('{"sections": 3}')
+    with pytest.raises(ValueError, match=r"b\.json does not hold results of benchmarks"):
+        Results.load(tmp_path / "b.json")
+
+
+def test_ratios_that_differ_are_told():
+    one, other = Case((1, 1024)), Case((64, 64))
+    before = results(result([row(one, 2.0, ours=1), row(other, 3.0, ours=1)]), commit="before")
+    now = results(result([row(one, 2.3, ours=1), row(other, 2.5, ours=1)]), commit="now")
+    assert list(compare.report(before, now)) == [
+        "commit: before before, now now",
+        "1 of 2 ratios differ by more than 15%",
+        "  3.00 → 2.50  jax.nn / ours, (64,64) float32  [A table]",
+    ]
+    renamed = now._replace(sections={"a section": [result([row(one, 2.3, ours=1)])._replace(title="Other")]})
+    assert "0 of 0 ratios differ by more than 15%" in compare.report(before, renamed)
+
+
+def test_a_revision_races_what_it_has():
+    table = race.Table("softmax", (Case((1, 8)),), (Ours, Torch))
+    other = table._replace(contenders=(Torch,))
+    folder = pathlib.Path("folder")
+    (raced,) = compare.against_revision({"jit": [table, other]}, folder, "v1")["jit"]
+    assert raced.contenders[0] is Ours
+    assert raced.contenders[1].folder == folder
+    assert raced.contenders[1].factory().name == "v1"
+    with pytest.raises(ValueError, match="no-such-revision"), compare.installed("no-such-revision"):
+        pass
+
+
+def test_slopes():
+    x = np.geomspace(10, 1e6, 7)
+    assert math.isclose(growth.slope(x, 3 * x**1.5), 1.5)
+    with pytest.raises(ValueError, match="at least two different x"):
+        growth.slope([2.0, 2.0], [1.0, 3.0])
+    rows = [row(Case((1, n)), 1.0, ours=n**2 if n >= 100 else 7.0) for n in (10, 100, 1000, 10000)]
+    (figure,) = growth.slopes(rows, "time", least_elements=100)
+    assert figure.of == "time of ours"
+    assert math.isclose(figure.value, 2)
+
+
+def test_crossovers_are_where_auto_changes():
+    for elements in growth.crossovers(lambda n: (1, n, 1)):
+        plans = [native.softmax_plan((1, n, 1)) for n in (elements - 1, elements)]
+        assert plans[0] != plans[1]
+    last = native.cache_bytes()[1]
+    assert last // 8 + 1 in growth.crossovers(lambda n: (1, n, 1))  # x and y exceed it together.
+
+
+def test_bytes_moved():
+    """As in arXiv 2001.04438, except that reloading reads x once more."""
+    assert set(traffic.TRAFFIC) == set(native.PASSES)
+    assert set(traffic.PASSES_OF) == set(native.ALGORITHMS) - {"auto"}
+    paper = traffic.PAPER_ELEMENTS_MOVED
+    moved = {name: traffic.ELEMENTS_MOVED[name] for name in paper}
+    assert moved == {**paper, "three_pass_reload": paper["three_pass_reload"] + 1}
+    assert traffic.ELEMENTS_MOVED["two_pass_reload"] == 5
+    assert traffic.gigabytes_per_second("two_pass", Case((1, 10**9)), seconds=2) == 6
+    assert traffic.gigabytes_per_second("memory: copy", Case((1, 10**9)), seconds=2) == 4
+    assert traffic.gigabytes_per_second("auto", Case((1, 10**9)), seconds=2) is None
+
+
+def test_tables_are_consistent():
+    """Every ratio is of contenders that there are, every quantity can be measured."""
+    for make in sections.SECTIONS.values():
+        for table in make(native.supported_isas()[:1]):
+            assert table.quantity in race.MEASURES
+            assert {summary.ratio for summary in table.summaries} <= set(table.ratios)
+            assert table.within(race.Effort(1, 1, 0.1, elements=0), "").cases == ()
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Results in which every picture finds something, as JSON."""
+    long, longer = Case((1, 2**20)), Case((1, 2**24))
+    both = [row(long, 2.0, ours=1e-3, **{"jax.nn": 2e-3}), row(longer, 3.0, ours=1e-2, **{"jax.nn": 3e-2})]
+    sizes = [row(case, 1.0, ours=case.bytes) for case in (long, longer)]
+    algorithms = [row(case, 1.0, **dict.fromkeys(native.ALGORITHMS, 1e-3)) for case in (long, longer)]
+    passes = [row(longer, 1.0, **dict.fromkeys((*native.PASSES, "memory: read"), 1e-2))]
+    ulp = [
+        row(case._replace(data=data), 1.0, ours=1.5) for case in (long, longer) for data in ("normal", "ramp")
+    ]
+    tables = [
+        result(both),
+        result(both, "peers"),
+        result(algorithms, "algorithms", isa="avx2"),
+        result(passes, "passes", isa="avx2"),
+        result(algorithms[:1], "threads", isa="avx2"),
+        result(ulp, "accuracy", "ULP"),
+        *(
+            result(rows, f"growth of {quantity} in {along}", quantity)
+            for quantity, rows in (("seconds", both), ("bytes", sizes))
+            for along in ("n", "batch")
+        ),
+    ]
+    figures = {name: {"losses": [2.0, 1.0], "tokens_per_second": 9.0} for name in ("jax.nn", "jax_softmax2p")}
+    results(*tables)._replace(training=figures).save(tmp_path / "all.json")
+    return tmp_path / "all.json"
+
+
+def test_claims():
+    slow, far = Case((1, 2**10)), Case((1, 2**26))
+    times = {"two_pass": 1.0, "three_pass_reload": 0.5, "three_pass_recompute": 0.8}
+    algorithms = [row(slow, 1.0, **times), row(far, 1.0, **{**times, "two_pass": 0.25})]
+    passes = [row(far, 1.0, **{"max": 2.0, "exp_store": 2.5, "memory: read": 1.0, "memory: copy": 2.5})]
+    tables = [
+        result(algorithms, "algorithms", isa="avx512"),
+        result(passes, "passes", isa="avx512"),
+        *(result([each], "threads", isa="avx512") for each in reversed(algorithms)),
+    ]
+    assert [(claim.here, claim.holds) for claim in claims(results(*tables))] == [
+        ("2.00×", True),
+        ("0.50×", True),
+        ("max 50%, exp_store 100%", False),
+        ("0.50×", False),
+    ]
+    text = markdown(results(*tables))
+    assert "| avx512: in the first caches, they are not | 0.50× | yes |" in text
+    assert "| (1,67108864) float32 | 3.2, 0.27 | 3.2, 0.13 | 1.3, 0.08 |" in text
+
+
+def test_pictures(stored, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = pictures.draw(Results.load(stored), tmp_path / "figures")
+    assert {file.stem for file in files} == set(pictures.PICTURES)
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    assert pictures.draw(results(), tmp_path) == []
