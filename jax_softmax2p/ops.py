@@ -49,6 +49,8 @@ def softmax(
       bias: is added to scale·x: a real array that broadcasts to x's shape. With scale and bias the result has
         the dtype of x * scale + bias, and no array for that is made: scale·x + bias is rounded once, in
         float32 for 16-bit logits.
+      axis_name: inside :func:`jax.shard_map`, the axis of the mesh, or several, along which ``axis`` is
+        divided among devices: x, where and bias are this device's part, and so is the result. See below.
       algorithm: "auto", or by name "two_pass" (the second pass recomputes every exponential) or
         "two_pass_reload" (it loads what the first kept), which give the same bits; "three_pass_recompute"
         and "three_pass_reload" find the maximum first, to compare with.
@@ -63,7 +65,8 @@ def softmax(
       TypeError: x, scale or bias is not an array of numbers, or axis no integer.
       ValueError: axis is out of range or given twice; where is not boolean; where, scale or bias does not
         broadcast to x's shape; scale varies along the axis; where is a Band and axis not the last;
-        algorithm or implementation is unknown; implementation is "native" and cannot run.
+        axis_name names no axis here, or is combined with an algorithm; algorithm or implementation is
+        unknown; implementation is "native" and cannot run.
 
     Example:
       >>> import jax.numpy as jnp
@@ -86,6 +89,45 @@ def softmax(
       >>> kth = jnp.sort(router)[:, -2:-1]
       >>> jax_softmax2p.softmax(router, where=router >= kth).tolist()
       [[0.5, 0.0, 0.5, 0.0]]
+
+      A vocabulary in parts on all devices:
+
+      >>> import jax
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("vocab",), axis_types=(AxisType.Auto,))
+      >>> part = lambda x: jax_softmax2p.softmax(x, axis_name="vocab")
+      >>> f = jax.shard_map(part, mesh=mesh, in_specs=P(None, "vocab"), out_specs=P(None, "vocab"))
+      >>> jnp.sum(f(jnp.zeros((1, 8 * jax.device_count())))).item()
+      1.0
+
+    Rows in parts:
+      Each device reads its part once, for the log-sum of that; one all-gather brings the pairs of all S parts
+      to all devices, each of which then finishes its part. The usual way, the maximum and then the sum of
+      exponentials, takes two all-reduces, the second of which waits for a second read. Bytes that a device
+      receives for B rows of float32, where all-reduces are made of reduce-scatter and all-gather:
+
+      ==================  =======================  ====================================
+      forwards            here                     maximum, then sum
+      ==================  =======================  ====================================
+      softmax, logsumexp  1 · 8·B·(S - 1)          2 all-reduces, 16·B·(S - 1)/S
+      integer labels      1 · 12·B·(S - 1)         2 or 3 all-reduces, 24·B·(S - 1)/S
+      ==================  =======================  ====================================
+
+      (with a mask, 4·B·(S - 1) more for labels: whether a row has a True at all). The gradients of logsumexp
+      and of the cross-entropy take no collective more: their factor is one number a row, which all devices
+      have. Those of softmax and log_softmax take one all-reduce of one number a row, <y, t> or the sum of the
+      cotangents, as any way does: it is a sum over the whole row of what the backward pass brings. (Where
+      shard_map is told not to check what varies, JAX adds one of its own, as for jax.lax.psum.)
+
+      With a latency of L for each of the log2(S) steps of an all-gather, twice as many for an all-reduce, and
+      W bytes a second, one collective is faster up to some B = L·W·log2(S)/(4·S) rows. Carried on paper to 64
+      machines with 10^7 classes, 50 µs and 10 Gbit/s: 0.3 ms against 1.2 ms for one row, 0.9 against 1.2 ms
+      for 1,024, equal at some 1,500. Of 1,024 rows a machine has 1.6·10^8 logits then, which take 0.15 s and
+      more: what counts is that they are read twice and not three times, with one exponential each time.
+
+      Results are as exact as of whole rows; but the gradient of softmax is within 4 ULP of the row's largest
+      \|y·t\| rather than of its own largest entry. Integers are not shifted by their maximum, and complex x
+      is an error.
 
     Source: M. Dukhan and A. Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, Algorithm 3.
     """
