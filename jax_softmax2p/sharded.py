@@ -58,6 +58,7 @@ def cross_entropy(logits: Logits, labels: Array, axis_name: across.Names) -> Arr
 
 def _prepared(logits: Logits, axis_name: across.Names) -> tuple[Any, ...]:
     params = dict(logits.params)
+    across.check_derivatives(logits.operands[0], axis_name)
     first = across.part_number(axis_name) * logits.operands[0].shape[params["axis"]]
     operands, params["given"] = across.with_mask(logits.operands, params["given"], 0, first)
     return (axis_name, tuple(params.items())), *(across.as_varying(x, axis_name) for x in operands)

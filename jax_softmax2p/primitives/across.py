@@ -28,18 +28,31 @@ def as_varying(x: Array, names: Names) -> Array:
     missing = tuple(name for name in wanted if name not in own)
     if not missing or not _inside_shard_map(missing):
         return x
-    if hasattr(jax.lax, "pvary"):  # jax < 0.9
-        return jax.lax.pvary(x, missing)
+    if not hasattr(jax.lax, "pcast"):  # jax < 0.9
+        return jax.lax.pvary(x, missing)  # type: ignore[attr-defined]
     return jax.lax.pcast(x, missing, to="varying")
+
+
+def check_derivatives(x: Array, names: Names) -> None:
+    """Raises ValueError where JAX would get reverse-mode derivatives of sums over parts wrong.
+
+    Before 0.10 it follows the rules of checked programs in derivatives of unchecked ones.
+    """
+    unchecked = _inside_shard_map(names) and not varying_axes(as_varying(x, names))
+    if unchecked and jax.__version_info__ < (0, 10):
+        raise ValueError("axis_name needs jax.shard_map(..., check_vma=True), or jax from 0.10 on")
 
 
 def gather(x: Array, names: Names) -> Array:
     """The arrays of all parts along a new first axis, which JAX knows to be the same everywhere."""
     if not _inside_shard_map(names):
         return jax.lax.all_gather(x, names)
-    if hasattr(jax.lax, "all_gather_invariant"):  # jax < 0.9
-        return jax.lax.all_gather_invariant(as_varying(x, names), names)
-    return jax.lax.all_gather(as_varying(x, names), names, to="invarying")
+    x = as_varying(x, names)
+    if jax.__version_info__ < (0, 10):
+        from jax._src.lax.parallel import all_gather_invariant  # It had no public name yet.
+
+        return all_gather_invariant(x, names)
+    return jax.lax.all_gather(x, names, to="invarying")
 
 
 def reduce_log_sums(high: Array, low: Array, names: Names) -> tuple[Array, Array]:

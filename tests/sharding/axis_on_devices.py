@@ -159,8 +159,12 @@ def test_higher_derivatives_and_forward_mode(operation):
 
 @pytest.mark.parametrize("operation", ["softmax, masked", "cross-entropy, masked"])
 def test_without_checks_of_what_varies(operation):
-    """Then JAX sums once more than it has to, as for its own psum."""
+    """Then JAX sums once more than it has to, as for its own psum; before 0.10, wrongly."""
     f = divided(OURS[operation], "model", SPECS["model"], reduced=is_reduced(operation), check_vma=False)
+    if jax.__version_info__ < (0, 10):
+        with pytest.raises(ValueError, match="axis_name needs"):
+            jax.jit(f)(FINITE, WHERE, LABELS)
+        return
     actual, _ = run(f, FINITE, WHERE, LABELS)
     close(actual, in_float64(THEIRS[operation], FINITE, WHERE, LABELS))
     labels = LABELS % N
@@ -216,10 +220,11 @@ def test_accuracy_of_logarithms_and_gradients(dtype):
     assert cases.log_error(y, cases.exact_log_softmax(rows), largest) <= 1
     p, t = cases.exact_softmax(rows), cotangent.astype(np.longdouble)
     expected = t - p * t.sum(-1, keepdims=True), p * (t - (p * t).sum(-1, keepdims=True))
-    # <p, t> is one rounded number on its way: where p is almost 1, the difference from t is of its size.
-    scales = np.abs(expected[0]), np.abs(p * t)
-    for gradient, exact, scale in zip(gradients, expected, scales, strict=True):
-        allowed = 4 * np.finfo(dtype).eps * scale.max(-1, keepdims=True)
+    # The sums over cotangents are XLA's: of log_softmax not compensated, of softmax rounded on their way, where
+    # p is almost 1 and the difference from t is of that size.
+    scales = expected[0], p * t
+    for gradient, exact, scale, ulp in zip(gradients, expected, scales, (32, 4), strict=True):
+        allowed = ulp * np.finfo(dtype).eps * np.abs(scale).max(-1, keepdims=True)
         assert (np.abs(gradient - exact) <= allowed).all()
 
 
