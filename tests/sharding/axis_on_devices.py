@@ -220,7 +220,7 @@ def test_accuracy_of_logarithms_and_gradients(dtype):
     assert cases.log_error(y, cases.exact_log_softmax(rows), largest) <= 1
     p, t = cases.exact_softmax(rows), cotangent.astype(np.longdouble)
     expected = t - p * t.sum(-1, keepdims=True), p * (t - (p * t).sum(-1, keepdims=True))
-    # The sums over cotangents are XLA's: of log_softmax not compensated, of softmax rounded on their way, where
+    # The sums over cotangents are XLA's: of log_softmax not compensated, of softmax rounded on the way, where
     # p is almost 1 and the difference from t is of that size.
     scales = expected[0], p * t
     for gradient, exact, scale, ulp in zip(gradients, expected, scales, (32, 4), strict=True):
