@@ -129,7 +129,7 @@ def as_logits(
         raise ValueError(f"implementation must be None, 'native' or 'reference'; got {implementation!r}")
     x = as_numeric_array(x, name)
     if axis_name is not None:
-        _check_axis_name(axis_name)
+        axis_name = _as_axis_name(axis_name)
         if jnp.iscomplexobj(x):
             raise TypeError(f"{name} must be real where axis_name is given, got dtype {x.dtype}")
     axes = canonical_axes(axis, x.ndim)
@@ -206,13 +206,15 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
     return mask
 
 
-def _check_axis_name(axis_name: Names) -> None:
+def _as_axis_name(axis_name: Names) -> Names:
     try:
-        across.part_number(axis_name)
+        hashable = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+        across.part_number(hashable)
     except (KeyError, NameError, TypeError, ValueError):
         raise ValueError(
             f"axis_name must name axes of the mesh of an enclosing jax.shard_map, got {axis_name!r}"
         ) from None
+    return hashable
 
 
 def _as_limits(band: Band, x: Array, axes: tuple[int, ...], name: str) -> tuple[int | None, int | None]:

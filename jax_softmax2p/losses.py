@@ -79,7 +79,7 @@ def softmax_cross_entropy_with_integer_labels(
         logits, axis, where, axis_name=axis_name, implementation=implementation, name="logits"
     )
     if axis_name is not None:
-        return sharded.cross_entropy(prepared, labels, axis_name).astype(prepared.dtype)
+        return sharded.cross_entropy(prepared, labels).astype(prepared.dtype)
     loss = _with_labels(prepared, labels).astype(prepared.dtype)
     return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
 

@@ -150,7 +150,7 @@ def softmax_of(logits: Logits, *, algorithm: str = "auto", in_place: bool = Fals
       in_place: that x, and cotangents of the result, are not needed afterwards.
     """
     if logits.axis_name is not None:
-        return logits.restore(sharded.softmax(logits, logits.axis_name))
+        return logits.restore(sharded.softmax(logits))
     if logits.params["implementation"] == "reference":
         return logits.restore(reference.softmax(logits.operands[0], **logits.reference_operands()))
     y = softmax_primitive.softmax(*logits.operands, algorithm=algorithm, in_place=in_place, **logits.params)
@@ -160,7 +160,7 @@ def softmax_of(logits: Logits, *, algorithm: str = "auto", in_place: bool = Fals
 def log_sum_of(logits: Logits) -> tuple[Array, Array]:
     """The log-sum of arguments that have been checked: its rounding, and what that leaves."""
     if logits.axis_name is not None:
-        return sharded.log_sum(logits, logits.axis_name)
+        return sharded.log_sum(logits)
     if logits.params["implementation"] == "reference":
         return reference.log_sum(logits.operands[0], **logits.reference_operands())
     return log_sum_primitive.log_sum(*logits.operands, **logits.params)
@@ -212,7 +212,7 @@ def log_softmax(
         x, axis, where, scale=scale, bias=bias, axis_name=axis_name, implementation=implementation
     )
     if axis_name is not None:
-        y = sharded.log_softmax(logits, axis_name)
+        y = sharded.log_softmax(logits)
     elif implementation == "reference":
         y, *_ = reference.log_softmax(logits.operands[0], **logits.reference_operands())
     else:

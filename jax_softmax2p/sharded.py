@@ -31,33 +31,35 @@ Array = jax.Array
 _Static = tuple[across.Names, tuple[tuple[str, Any], ...]]
 
 
-def softmax(logits: Logits, axis_name: across.Names) -> Array:
+def softmax(logits: Logits) -> Array:
     """The softmax of this part of the rows, in the merged x's shape."""
-    return _softmax(*_prepared(logits, axis_name))
+    return _softmax(*_prepared(logits))
 
 
-def log_softmax(logits: Logits, axis_name: across.Names) -> Array:
+def log_softmax(logits: Logits) -> Array:
     """The logarithm of the softmax of this part of the rows, in the merged x's shape."""
-    static, x, *operands = _prepared(logits, axis_name)
+    static, x, *operands = _prepared(logits)
     return less_log_sum(x, *_log_sum(static, x, *operands), *operands, **dict(static[1]))
 
 
-def log_sum(logits: Logits, axis_name: across.Names) -> tuple[Array, Array]:
+def log_sum(logits: Logits) -> tuple[Array, Array]:
     """The log-sum of whole rows, as (high, low)."""
-    return _log_sum(*_prepared(logits, axis_name))
+    return _log_sum(*_prepared(logits))
 
 
-def cross_entropy(logits: Logits, labels: Array, axis_name: across.Names) -> Array:
+def cross_entropy(logits: Logits, labels: Array) -> Array:
     """The log-sum of whole rows less the logit at the label, which counts the elements of the whole row.
 
     0 for rows without a True in their mask.
     """
-    static, x, *operands = _prepared(logits, axis_name)
+    static, x, *operands = _prepared(logits)
     return _cross_entropy(static, x, labels.astype(jnp.int32), *operands)[0]
 
 
-def _prepared(logits: Logits, axis_name: across.Names) -> tuple[Any, ...]:
-    params = dict(logits.params)
+def _prepared(logits: Logits) -> tuple[Any, ...]:
+    """What the functions below take: the static argument, then the operands."""
+    axis_name, params = logits.axis_name, dict(logits.params)
+    assert axis_name is not None, "for rows in parts"
     across.check_derivatives(logits.operands[0], axis_name)
     first = across.part_number(axis_name) * logits.operands[0].shape[params["axis"]]
     operands, params["given"] = across.with_mask(logits.operands, params["given"], 0, first)

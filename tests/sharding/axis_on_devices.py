@@ -248,6 +248,11 @@ def test_other_dtypes(dtype):
     np.testing.assert_allclose(y.astype(float), expected, rtol=0.1 if dtype != np.int32 else 1e-6, atol=1e-2)
 
 
+def test_a_list_of_names():
+    f = functools.partial(s2p.softmax, axis_name=["v"])
+    np.testing.assert_array_equal(on_eight(f)(np.zeros((1, 8))), np.full((1, 8), 1 / 8))
+
+
 def test_under_vmap():
     f = divided(OURS["softmax"], "model", SPECS["model"])
     x = np.stack([FINITE, X])
