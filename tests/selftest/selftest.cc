@@ -28,7 +28,10 @@
 #include "ffi/runtime/row_work.h"
 #include "ffi/runtime/softmax.h"
 #include "ffi/simd/inline.h"
+#include "tests/selftest/current_case.h"
 #include "tests/selftest/family.h"
+#include "tests/selftest/halves.h"
+#include "tests/selftest/memory.h"
 #include "tests/selftest/support.h"
 
 namespace jax_softmax2p {
@@ -412,31 +415,6 @@ void CheckJacobian(const std::vector<const Kernels*>& all, bool quick, Report& r
   check.Check(3, 70001);
 }
 
-// All 16-bit patterns, converted and converted back: 1·((t - 0) - 0).
-template <typename E>
-void CheckConversions(const std::vector<const Kernels*>& all, Report& report) {
-  constexpr int kPatterns = 1 << 16;
-  std::vector<E> ones(kPatterns), t(kPatterns), out(kPatterns);
-  for (int i = 0; i < kPatterns; ++i) {
-    Encode(1.0, ones[i]);
-    t[i].bits = static_cast<std::uint16_t>(i);
-  }
-  for (const Kernels* kernels : all) {
-    const ScopedFloatMode mode;
-    kernels->Of<E>().jacobian_write(ones.data(), t.data(), out.data(), kPatterns, SplitScalar<float>{0, 0},
-                                    false);
-    report.Of(*kernels).checks += kPatterns;
-    for (int i = 0; i < kPatterns; ++i) {
-      const double expected = Widen(t[i]), actual = Widen(out[i]);
-      const double smallest = flushes_halves && std::is_same_v<E, Float16> ? 0x1p-14 : 0x1p-126;
-      const bool flushed = actual == 0 && std::fabs(expected) < smallest;
-      if (expected == actual || flushed || (std::isnan(expected) && std::isnan(actual))) continue;
-      report.Fail(std::string(kernels->name) + " " + Element<E>::kName + " conversion of pattern " +
-                  std::to_string(i) + " gives pattern " + std::to_string(out[i].bits));
-    }
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // e^x of every float.
 
@@ -593,6 +571,7 @@ void CheckElement(const Options& options, Report& report) {
   if (!flushes_halves || !std::is_same_v<E, Float16>)
     CheckJacobian<E>(options.kernels, options.quick, report);
   CheckFamily<E>(options.kernels, options.quick, report);
+  CheckMemory<E>(options.kernels, options.quick, report);
 }
 
 int Main(const Options& options) {
@@ -604,6 +583,7 @@ int Main(const Options& options) {
     for (const Kernels* kernels : options.kernels) std::printf("%s\n", kernels->name);
     return 0;
   }
+  WatchCases(0);
   Report report;
   if (options.exhaustive) {
     for (const Kernels* kernels : options.kernels) EveryFloat(*kernels, report).Check();
@@ -613,8 +593,8 @@ int Main(const Options& options) {
   CheckElement<double>(options, report);
   CheckElement<BFloat16>(options, report);
   CheckElement<Float16>(options, report);
-  CheckConversions<BFloat16>(options.kernels, report);
-  CheckConversions<Float16>(options.kernels, report);
+  CheckHalves<BFloat16>(options.kernels, report);
+  CheckHalves<Float16>(options.kernels, report);
   for (const Kernels* kernels : options.kernels) report.PrintTally(*kernels);
   return report.Finish();
 }
