@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
+#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -70,9 +70,10 @@ void CheckRounding(const std::vector<const Kernels*>& all, Report& report) {
       E expected;
       Encode(z[i], expected);
       if (y[i].bits == expected.bits) continue;
-      report.Fail(std::string(kernels->name) + " " + Element<E>::kName + ": " + std::to_string(z[i]) +
-                  " is rounded to pattern " + std::to_string(y[i].bits) + ", not " +
-                  std::to_string(expected.bits));
+      char text[120];
+      std::snprintf(text, sizeof text, "%s %s: %a is rounded to pattern %d, not %d", kernels->name,
+                    Element<E>::kName, static_cast<double>(z[i]), y[i].bits, expected.bits);
+      report.Fail(text);
     }
   }
 }

@@ -2,6 +2,7 @@
 // for CPUs on which those do not run, emulated ones above all.
 //
 //   selftest [--quick] [--isa NAME]        arrays of every element type, algorithm and kind of shape
+//            --emulated-x86                the same where QEMU 7.2 stands in for an x86-64 CPU: see below
 //   selftest --exhaustive [--isa NAME]     e^x of all 2^32 floats
 //   selftest --list                        the instruction sets, best first
 
@@ -260,7 +261,10 @@ void CheckSoftmax(const std::vector<const Kernels*>& all, bool quick, Report& re
   layouts.insert(layouts.end(), columns.begin(), columns.end());
   for (const bool extreme : {false, true}) {
     const std::vector<DataClass> classes = ClassesOf(extreme);
-    for (const Layout& layout : layouts) check.Check(layout, classes);
+    for (const Layout& layout : layouts) {
+      // Rows longer than these are computed one by one: extreme ones do not change what becomes of others.
+      if (extreme || layout.inner != 1 || layout.n <= kShort) check.Check(layout, classes);
+    }
   }
 }
 
@@ -536,6 +540,9 @@ class EveryFloat {
 
 struct Options {
   bool quick = false, exhaustive = false, list = false;
+  // That emulator makes subnormal halves zero where MXCSR flushes, and a masked load of it touches what it
+  // leaves out: the real CPU's do neither. On that, these kernels are held to the rest anyway.
+  bool emulated_x86 = false;
   std::vector<const Kernels*> kernels = SupportedKernels();
   std::string error;
 };
@@ -548,8 +555,8 @@ Options Parse(int count, char** arguments) {
       options.quick = true;
     } else if (argument == "--exhaustive") {
       options.exhaustive = true;
-    } else if (argument == "--flushes") {
-      flushes_halves = true;
+    } else if (argument == "--emulated-x86") {
+      options.emulated_x86 = flushes_halves = true;
     } else if (argument == "--list") {
       options.list = true;
     } else if (argument == "--isa" && i + 1 < count) {
@@ -557,7 +564,7 @@ Options Parse(int count, char** arguments) {
       options.kernels = {choice.kernels};
       options.error += choice.error;
     } else {
-      options.error += "selftest [--quick | --exhaustive | --list] [--flushes] [--isa NAME]";
+      options.error += "selftest [--quick | --exhaustive | --list] [--emulated-x86] [--isa NAME]";
     }
   }
   return options;
@@ -568,10 +575,9 @@ void CheckElement(const Options& options, Report& report) {
   CheckSoftmax<E>(options.kernels, options.quick, report);
   // Most of the Jacobian's small results are such halves: under that emulator there is nothing to hold them
   // to.
-  if (!flushes_halves || !std::is_same_v<E, Float16>)
+  if (!options.emulated_x86 || !std::is_same_v<E, Float16>)
     CheckJacobian<E>(options.kernels, options.quick, report);
   CheckFamily<E>(options.kernels, options.quick, report);
-  CheckMemory<E>(options.kernels, options.quick, report);
 }
 
 int Main(const Options& options) {
@@ -589,12 +595,20 @@ int Main(const Options& options) {
     for (const Kernels* kernels : options.kernels) EveryFloat(*kernels, report).Check();
     return report.Finish();
   }
+  // First: what writes beyond its arrays might end the program before they can tell.
+  if (!options.emulated_x86) {
+    CheckMemory<float>(options.kernels, options.quick, report);
+    CheckMemory<double>(options.kernels, options.quick, report);
+    CheckMemory<BFloat16>(options.kernels, options.quick, report);
+    CheckMemory<Float16>(options.kernels, options.quick, report);
+    SetCurrentCase("the checks of values");
+    CheckHalves<BFloat16>(options.kernels, report);
+    CheckHalves<Float16>(options.kernels, report);
+  }
   CheckElement<float>(options, report);
   CheckElement<double>(options, report);
   CheckElement<BFloat16>(options, report);
   CheckElement<Float16>(options, report);
-  CheckHalves<BFloat16>(options.kernels, report);
-  CheckHalves<Float16>(options.kernels, report);
   for (const Kernels* kernels : options.kernels) report.PrintTally(*kernels);
   return report.Finish();
 }
