@@ -199,15 +199,19 @@ inline std::vector<Layout> MemoryLayouts(bool quick) {
   return layouts;
 }
 
-// Which operands such arrays have: none, all, and at few lengths each alone.
+// Which operands such arrays have: none, all, and at lengths that are likelier to go wrong each alone.
 inline std::vector<FamilyCase> MemoryCases(const Layout& layout) {
-  const bool few = layout.inner == 1 ? layout.n > 36 && layout.n % 16 != 0 : layout.n > 9;
+  constexpr int kScale = 1, kBias = 2, kWhere = 4, kBand = 8, kArrays = kScale | kBias | kWhere;
+  const bool rows = layout.inner == 1;
+  std::vector<int> all{0, layout.n % 2 == 0 || !rows ? kArrays : kArrays | kBand};
+  if (rows ? layout.n <= 36 || layout.n % 16 == 0 : layout.n <= 9) {
+    all.insert(all.end(), {kScale, kBias, kWhere});
+    if (rows) all.push_back(kBand);
+  }
   std::vector<FamilyCase> cases;
-  for (const int given : {0, 15, 7, 1, 2, 4, 8}) {
-    if (given == (layout.n % 2 == 0 ? 15 : 7) && few && layout.inner == 1) continue;
-    if (given != 0 && given != 7 && given != 15 && few) continue;
-    const FamilyCase of{layout, (given & 1) != 0, (given & 2) != 0, (given & 4) != 0, (given & 8) != 0};
-    if (!of.band || layout.inner == 1) cases.push_back(of);
+  for (const int given : all) {
+    cases.push_back(
+        {layout, (given & kScale) != 0, (given & kBias) != 0, (given & kWhere) != 0, (given & kBand) != 0});
   }
   return cases;
 }
