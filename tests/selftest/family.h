@@ -90,10 +90,16 @@ struct FamilyInput {
 template <typename E>
 struct Family : FamilyInput<E> {
   using T = ComputeOf<E>;
-  using Input = FamilyInput<E>;
+  using FamilyInput<E>::At;
+  using FamilyInput<E>::Masked;
+  using FamilyInput<E>::bias;
+  using FamilyInput<E>::given;
+  using FamilyInput<E>::layout;
+  using FamilyInput<E>::scale;
+  using FamilyInput<E>::x;
 
-  explicit Family(const FamilyCase& of) : Input(of), z(Input::x.size()), p(Input::x.size()) {
-    for (std::int64_t r = 0; r < Input::layout.outer * Input::layout.inner; ++r) SolveRow(r);
+  explicit Family(const FamilyCase& of) : FamilyInput<E>(of), z(x.size()), p(x.size()) {
+    for (std::int64_t r = 0; r < layout.outer * layout.inner; ++r) SolveRow(r);
   }
 
   std::vector<T> z;
@@ -101,27 +107,25 @@ struct Family : FamilyInput<E> {
 
  private:
   void SolveRow(std::int64_t r) {
-    const std::int64_t n = Input::layout.n;
     long double largest = -std::numeric_limits<long double>::infinity(), sum = 0;
     std::int64_t largest_at = -1;
-    for (std::int64_t i = 0; i < n; ++i) {
-      const std::size_t at = static_cast<std::size_t>(Input::At(r, i));
-      const T scaled = Input::scale[static_cast<std::size_t>(r)] * static_cast<T>(Widen(Input::x[at]));
-      z[at] = Input::given.bias ? scaled + static_cast<T>(Widen(Input::bias[at])) : scaled;
-      if (!Input::Masked(r, i) && z[at] > largest) {
+    for (std::int64_t i = 0; i < layout.n; ++i) {
+      const std::size_t at = static_cast<std::size_t>(At(r, i));
+      const T scaled = scale[static_cast<std::size_t>(r)] * static_cast<T>(Widen(x[at]));
+      z[at] = given.bias ? scaled + static_cast<T>(Widen(bias[at])) : scaled;
+      if (!Masked(r, i) && z[at] > largest) {
         largest = z[at];
         largest_at = i;
       }
     }
-    for (std::int64_t i = 0; i < n; ++i) {
-      if (Input::Masked(r, i) || i == largest_at) continue;
-      sum += std::exp(z[static_cast<std::size_t>(Input::At(r, i))] - largest);
+    for (std::int64_t i = 0; i < layout.n; ++i) {
+      if (!Masked(r, i) && i != largest_at) sum += std::exp(z[static_cast<std::size_t>(At(r, i))] - largest);
     }
     maximum.push_back(largest);
     log_sum.push_back(largest + std::log1p(sum));
-    for (std::int64_t i = 0; i < n; ++i) {
-      const std::size_t at = static_cast<std::size_t>(Input::At(r, i));
-      p[at] = Input::Masked(r, i) ? 0 : std::exp(z[at] - log_sum.back());
+    for (std::int64_t i = 0; i < layout.n; ++i) {
+      const std::size_t at = static_cast<std::size_t>(At(r, i));
+      p[at] = Masked(r, i) ? 0 : std::exp(z[at] - log_sum.back());
     }
   }
 };
