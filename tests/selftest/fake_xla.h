@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <deque>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -51,7 +50,7 @@ class FakePool {
       const std::lock_guard<std::mutex> lock(mutex_);
       ended_ = true;
     }
-    changed_.notify_all();
+    ready_.notify_all();
     for (std::thread& thread : threads_) thread.join();
   }
 
@@ -78,7 +77,8 @@ class FakePool {
       const std::lock_guard<std::mutex> lock(mutex_);
       tasks_.push_back({task, data});
     }
-    changed_.notify_all();
+    // To all only where one task more lets others start: waking 64 threads takes longer than a task.
+    start_ == Start::kReversed ? ready_.notify_all() : ready_.notify_one();
     return true;
   }
 
@@ -88,8 +88,8 @@ class FakePool {
     returned_ = true;
     late_tasks_ += static_cast<std::int64_t>(tasks_.size());
     while (start_ == Start::kAfterReturn && !tasks_.empty()) RunOne(lock);
-    changed_.notify_all();
-    changed_.wait(lock, [this] { return tasks_.empty() && running_ == 0; });
+    if (start_ == Start::kReversed) ready_.notify_all();
+    idle_.wait(lock, [this] { return tasks_.empty() && running_ == 0; });
     returned_ = false;
   }
 
@@ -107,7 +107,7 @@ class FakePool {
   void Work() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-      changed_.wait(lock, [this] { return ended_ || MayStart(); });
+      ready_.wait(lock, [this] { return ended_ || MayStart(); });
       if (ended_) return;
       RunOne(lock);
     }
@@ -122,15 +122,14 @@ class FakePool {
     if (start_ == Start::kLate) std::this_thread::sleep_for(std::chrono::microseconds(200));
     task.run(task.data);
     lock.lock();
-    --running_;
-    changed_.notify_all();
+    if (--running_ == 0) idle_.notify_all();
   }
 
   const std::string name_;
   const Start start_;
   const int size_;
   std::mutex mutex_;
-  std::condition_variable changed_;
+  std::condition_variable ready_, idle_;
   std::deque<Task> tasks_;
   int running_ = 0;
   bool returned_ = false;
