@@ -16,7 +16,22 @@ std::string Describe(const xla::ffi::AnyBuffer& buffer) {
   return "(" + shape + ") of XLA type " + std::to_string(static_cast<int>(buffer.element_type()));
 }
 
+// More than any memory holds, and so few that no size computed from them overflows: bytes of three arrays of
+// 64-bit elements.
+constexpr std::int64_t kMostElements = std::int64_t{1} << 56;
+
 }  // namespace
+
+std::optional<std::int64_t> ElementCount(const xla::ffi::AnyBuffer& buffer) {
+  std::int64_t count = 1;
+  bool empty = false;
+  for (const std::int64_t size : buffer.dimensions()) {
+    if (size < 0 || size > kMostElements / count) return std::nullopt;
+    empty = empty || size == 0;
+    count *= std::max<std::int64_t>(1, size);
+  }
+  return empty ? 0 : count;
+}
 
 xla::ffi::ErrorOr<Layout> CommonLayout(const char* handler,
                                        std::initializer_list<xla::ffi::AnyBuffer> buffers,
@@ -35,6 +50,11 @@ xla::ffi::ErrorOr<Layout> CommonLayout(const char* handler,
           xla::ffi::Error::InvalidArgument(std::string(handler) + ": operands and result must agree, not " +
                                            Describe(first) + " and " + Describe(other)));
     }
+  }
+  if (!ElementCount(first)) {
+    return xla::ffi::Unexpected(xla::ffi::Error::InvalidArgument(
+        std::string(handler) + ": operands must have no negative size, and no more than 2^56 elements, not " +
+        Describe(first)));
   }
   const std::int64_t rank = static_cast<std::int64_t>(dims.size());
   if (axis >= 0 || axis < -rank) {

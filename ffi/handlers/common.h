@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
+#include <new>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -27,33 +29,47 @@ class XlaExecutor : public Executor {
   xla::ffi::ThreadPool pool_;
 };
 
+// A handler as XLA may call it: no exception gets past it, since the caller is C.
+template <auto handle>
+struct NoThrow {
+  template <typename... Operands>
+  xla::ffi::Error operator()(Operands&&... operands) const {
+    try {
+      return handle(std::forward<Operands>(operands)...);
+    } catch (const std::bad_alloc&) {
+      // So short that it needs no memory itself.
+      return xla::ffi::Error(xla::ffi::ErrorCode::kResourceExhausted, "out of memory");
+    } catch (const std::exception& error) {
+      return xla::ffi::Error::Internal(error.what());
+    }
+  }
+};
+
+// How many elements a buffer has: none where a size is negative, or memory cannot hold so many.
+std::optional<std::int64_t> ElementCount(const xla::ffi::AnyBuffer& buffer);
+
 // The layout of all buffers along the axis. Fails unless they have one shape, of rank 1 at least, and one
 // element type, and the axis, counted from the end as -1, -2, ..., is one of theirs.
 xla::ffi::ErrorOr<Layout> CommonLayout(const char* handler,
                                        std::initializer_list<xla::ffi::AnyBuffer> buffers, std::int64_t axis);
 
 // Calls body(E{}) with the C++ type of a buffer's elements; fails for one that has no kernels.
-// No exception gets past it: the caller is C.
 template <typename Body>
 xla::ffi::Error DispatchType(const char* handler, xla::ffi::DataType type, const Body& body) {
-  try {
-    switch (type) {
-      case xla::ffi::DataType::F32:
-        return body(float{});
-      case xla::ffi::DataType::F64:
-        return body(double{});
-      case xla::ffi::DataType::BF16:
-        return body(BFloat16{});
-      case xla::ffi::DataType::F16:
-        return body(Float16{});
-      default:
-        return xla::ffi::Error::InvalidArgument(std::string(handler) +
-                                                ": operands must be float32, float64, bfloat16 or float16, "
-                                                "not XLA type " +
-                                                std::to_string(static_cast<int>(type)));
-    }
-  } catch (const std::exception& error) {
-    return xla::ffi::Error::Internal(std::string(handler) + ": " + error.what());
+  switch (type) {
+    case xla::ffi::DataType::F32:
+      return body(float{});
+    case xla::ffi::DataType::F64:
+      return body(double{});
+    case xla::ffi::DataType::BF16:
+      return body(BFloat16{});
+    case xla::ffi::DataType::F16:
+      return body(Float16{});
+    default:
+      return xla::ffi::Error::InvalidArgument(std::string(handler) +
+                                              ": operands must be float32, float64, bfloat16 or float16, "
+                                              "not XLA type " +
+                                              std::to_string(static_cast<int>(type)));
   }
 }
 

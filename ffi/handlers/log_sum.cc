@@ -25,8 +25,7 @@ ffi::Error Check(const char* handler, const ffi::AnyBuffer& x, const Layout& lay
       x.element_type() == ffi::DataType::F64 ? ffi::DataType::F64 : ffi::DataType::F32;
   for (const OnePerRow& one : all) {
     const ffi::DataType type = one.type == ffi::DataType::INVALID ? compute : one.type;
-    if (static_cast<std::int64_t>(one.buffer.element_count()) != layout.outer * layout.inner ||
-        one.buffer.element_type() != type) {
+    if (ElementCount(one.buffer) != layout.outer * layout.inner || one.buffer.element_type() != type) {
       return ffi::Error::InvalidArgument(std::string(handler) + ": " + one.name +
                                          " must have one element a row, of the type that goes with x's");
     }
@@ -46,6 +45,8 @@ ffi::Error WithLogits(const char* handler, ffi::ThreadPool pool, const ffi::AnyB
                       const Body& body) {
   const KernelChoice& choice = ActiveKernels();
   if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
+  const ffi::Error error = CheckOperands(handler, operands, given);
+  if (error.failure()) return error;
   XlaExecutor executor(pool);
   return DispatchType(handler, x.element_type(), [&](auto zero) {
     using E = decltype(zero);
@@ -93,13 +94,13 @@ ffi::Error HandleLogSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Remaini
 template <typename E>
 LogSums<E> ReadLogSums(ffi::AnyBuffer high, ffi::AnyBuffer low, ffi::AnyBuffer labels) {
   using T = ComputeOf<E>;
-  return {Data<T>(high), Data<T>(low), labels.element_count() == 0 ? nullptr : Data<std::int32_t>(labels)};
+  return {Data<T>(high), Data<T>(low), ElementCount(labels) == 0 ? nullptr : Data<std::int32_t>(labels)};
 }
 
 ffi::Error CheckLogSums(const char* handler, const ffi::AnyBuffer& x, const Layout& layout,
                         const ffi::AnyBuffer& high, const ffi::AnyBuffer& low, const ffi::AnyBuffer& labels) {
   const ffi::Error error = Check(handler, x, layout, {{"high", high}, {"low", low}});
-  if (error.failure() || labels.element_count() == 0) return error;
+  if (error.failure() || ElementCount(labels) == 0) return error;
   return Check(handler, x, layout, {{"labels", labels, ffi::DataType::S32}});
 }
 
@@ -149,7 +150,7 @@ ffi::Error HandleLogSoftmaxVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
   constexpr const char* kName = "jax_softmax2p_log_softmax_vjp_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, t, *out}, axis);
   if (layout.has_error()) return layout.error();
-  if (labels.element_count() != 0) {
+  if (ElementCount(labels) != 0) {
     return ffi::Error::InvalidArgument(std::string(kName) + ": there must be no labels");
   }
   const ffi::Error error = CheckLogSums(kName, x, *layout, high, low, labels);
@@ -170,7 +171,7 @@ ffi::Error HandleLogSoftmaxVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
       .Attr<std::int64_t>("before")   \
       .Attr<std::int64_t>("after")
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_v1, HandleLogSum,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_v1, NoThrow<HandleLogSum>{},
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
@@ -178,7 +179,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_v1, HandleLogSum,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_softmax_v1, HandleLogSoftmax,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_softmax_v1, NoThrow<HandleLogSoftmax>{},
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
@@ -187,7 +188,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_softmax_v1, HandleLogSoftmax,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_jvp_v1, HandleLogSumJvp,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_jvp_v1, NoThrow<HandleLogSumJvp>{},
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
@@ -198,7 +199,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_jvp_v1, HandleLogSumJvp,
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_vjp_v1, HandleLogSumVjp,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_vjp_v1, NoThrow<HandleLogSumVjp>{},
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
@@ -209,7 +210,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_vjp_v1, HandleLogSumVjp,
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_softmax_vjp_v1, HandleLogSoftmaxVjp,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_softmax_vjp_v1, NoThrow<HandleLogSoftmaxVjp>{},
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()

@@ -24,6 +24,19 @@ struct LogitsAttributes {
   bool None() const { return operands == 0 && before < 0 && after < 0; }
 };
 
+// Whether the operands are those that the attributes tell of.
+inline xla::ffi::Error CheckOperands(const char* handler, const xla::ffi::RemainingArgs& operands,
+                                     const LogitsAttributes& given) {
+  constexpr std::int64_t kAll = LogitsAttributes::kScale | LogitsAttributes::kBias | LogitsAttributes::kWhere;
+  const auto told = static_cast<std::size_t>(__builtin_popcountll(given.operands & kAll));
+  if ((given.operands & ~kAll) == 0 && operands.size() == told) return xla::ffi::Error::Success();
+  return xla::ffi::Error::InvalidArgument(
+      std::string(handler) +
+      ": attribute operands must add up 1 (scale), 2 (bias) and 4 (where) for those "
+      "that are given; it is " +
+      std::to_string(given.operands) + ", and " + std::to_string(operands.size()) + " are given");
+}
+
 // Of an operand that broadcasts against x: x's rank, and every size 1 or x's.
 template <typename T>
 xla::ffi::Error ReadOperand(const char* handler, const char* name, const xla::ffi::AnyBuffer& x,

@@ -20,6 +20,8 @@ ffi::Error HandleSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingA
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, axis);
   if (layout.has_error()) return layout.error();
   const LogitsAttributes attributes{axis, given, before, after};
+  const ffi::Error error = CheckOperands(kName, operands, attributes);
+  if (error.failure()) return error;
   const std::optional<Algorithm> chosen = FindAlgorithm(algorithm);
   if (!chosen) {
     return ffi::Error::InvalidArgument(std::string(kName) + ": " + UnknownAlgorithm(algorithm));
@@ -43,7 +45,7 @@ ffi::Error HandleSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingA
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_softmax_v1, HandleSoftmax,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_softmax_v1, NoThrow<HandleSoftmax>{},
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()

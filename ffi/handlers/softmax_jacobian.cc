@@ -26,7 +26,7 @@ ffi::Error SoftmaxJacobian(ffi::ThreadPool pool, ffi::AnyBuffer y, ffi::AnyBuffe
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_softmax_jacobian_v1, SoftmaxJacobian,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_softmax_jacobian_v1, NoThrow<SoftmaxJacobian>{},
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()

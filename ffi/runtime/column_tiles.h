@@ -55,6 +55,7 @@ class ColumnTile {
 // Calls some(first column, end, columns of a tile, executor for their rows) until every column had its turn.
 template <typename Some>
 void ForColumns(Executor& executor, std::int64_t columns, std::int64_t n, const Some& some) {
+  if (columns == 0) return;
   const std::int64_t width = std::min(columns, std::max(kTileColumns, kTileElements / n));
   if (SplitsRows(executor, CeilDiv(columns, width), n)) {
     const ScopedFloatMode mode;

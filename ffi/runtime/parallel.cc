@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <thread>
+#include <utility>
 
 namespace jax_softmax2p {
 namespace {
@@ -26,7 +28,7 @@ class Shared {
       while (true) {
         const std::int64_t i = range.taken.fetch_add(1, std::memory_order_relaxed);
         if (i >= range.size) break;
-        body_(range.begin + (order_ == Order::kForward ? i : range.size - 1 - i));
+        Run(range.begin + (order_ == Order::kForward ? i : range.size - 1 - i));
         ++finished;
       }
     }
@@ -35,7 +37,19 @@ class Shared {
 
   bool Done() const { return done_.load(std::memory_order_acquire) == count_; }
 
+  // When all is done: the exception that came first, if one came. Only the caller keeps hold of it.
+  std::exception_ptr TakeException() { return std::exchange(exception_, nullptr); }
+
  private:
+  // The pool that a helper belongs to would end the process, and the caller must not leave while others work.
+  void Run(std::int64_t index) noexcept {
+    try {
+      body_(index);
+    } catch (...) {
+      if (!failed_.exchange(true)) exception_ = std::current_exception();
+    }
+  }
+
   // On a cache line of its own: what many threads write, and the caller spins on.
   struct alignas(64) Range {
     std::atomic<std::int64_t> taken{0};
@@ -49,6 +63,8 @@ class Shared {
   const Order order_;
   const std::unique_ptr<Range[]> ranges_;
   alignas(64) std::atomic<std::int64_t> done_{0};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr exception_;
 };
 
 }  // namespace
@@ -61,7 +77,11 @@ void ParallelFor(Executor& executor, std::int64_t count, const std::function<voi
     return;
   }
   const auto shared = std::make_shared<Shared>(count, helpers + 1, body, order);
-  for (std::int64_t i = 1; i <= helpers; ++i) executor.Schedule([shared, i] { shared->Work(i); });
+  try {
+    for (std::int64_t i = 1; i <= helpers; ++i) executor.Schedule([shared, i] { shared->Work(i); });
+  } catch (...) {
+    // No memory for a task: those helpers that there are will do.
+  }
   shared->Work(0);
   // What is left is being computed right now, and takes about as long as one index: microseconds. The
   // yield is for machines with more runnable threads than cores.
@@ -73,6 +93,7 @@ void ParallelFor(Executor& executor, std::int64_t count, const std::function<voi
       std::this_thread::yield();
     }
   }
+  if (const std::exception_ptr exception = shared->TakeException()) std::rethrow_exception(exception);
 }
 
 }  // namespace jax_softmax2p

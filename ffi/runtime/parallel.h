@@ -12,13 +12,15 @@ class Executor {
   virtual ~Executor() = default;
   // How many threads may run tasks beside the caller's.
   virtual int Helpers() const = 0;
-  // Runs the task sometime, perhaps only after the caller is done, perhaps at once in the caller's thread.
+  // Runs the task, which throws nothing, sometime, perhaps only after the caller is done, perhaps at once in
+  // the caller's thread. Or throws, and will not run it.
   virtual void Schedule(std::function<void()> task) = 0;
 };
 
 // Calls body(i) for every i in [0, count), and returns when all are done. The caller takes indices like any
 // helper, and waits only for those that a helper has already taken: it finishes alone where the pool has
-// one thread, none, or only threads that wait themselves.
+// one thread, none, or only threads that wait themselves. An exception of body's, in whichever thread, is
+// thrown here when all are done; of several the first.
 //
 // Every thread has a range of indices of its own, and helps with the others' when it is done: adjacent
 // indices mean adjacent memory, and from one call to the next a thread finds its own part in its cache.

@@ -86,10 +86,10 @@ void Softmax(const Kernels& all, Executor& executor, Algorithm algorithm, const 
 template <typename E>
 void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algorithm, Logits<E> logits,
                      E* y) {
-  const Layout layout{logits.rows / logits.inner, logits.n, logits.inner};
-  if (logits.Plain()) return Softmax(kernels, executor, algorithm, logits.x, y, layout);
   const std::int64_t size = logits.rows * logits.n;
   if (size == 0) return;
+  const Layout layout{logits.rows / logits.inner, logits.n, logits.inner};
+  if (logits.Plain()) return Softmax(kernels, executor, algorithm, logits.x, y, layout);
   Simplify(logits);
   AdviseHugePages(y, static_cast<std::size_t>(size) * sizeof(E));
   if (logits.inner > 1) {

@@ -6,8 +6,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -16,12 +16,12 @@ namespace {
 
 class Pool {
  public:
-  // There may be fewer where the system has no more threads: helpers are optional.
+  // There may be fewer where the system has no more threads, or no memory for them: helpers are optional.
   void Grow(int threads) {
     const std::lock_guard<std::mutex> lock(mutex_);
     try {
       for (; threads_ < threads; ++threads_) std::thread([this] { Run(); }).detach();
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
     }
   }
 

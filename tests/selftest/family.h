@@ -20,12 +20,12 @@ struct FamilyCase {
   bool scale, bias, where, band;
 };
 
-// Inputs of one case, and the exact values of logits, of their log-sums and probabilities, in arrays like x.
+// Inputs of one case.
 template <typename E>
-struct Family {
+struct FamilyInput {
   using T = ComputeOf<E>;
 
-  explicit Family(const FamilyCase& of) : layout(of.layout), given(of) {
+  explicit FamilyInput(const FamilyCase& of) : layout(of.layout), given(of) {
     const std::int64_t rows = layout.outer * layout.inner;
     const std::size_t size = static_cast<std::size_t>(rows * layout.n);
     Random random(static_cast<std::uint64_t>(layout.n * 7 + layout.inner));
@@ -41,10 +41,13 @@ struct Family {
       factor.push_back(static_cast<T>(random.Normal()));
       labels.push_back(static_cast<std::int32_t>(random.Next() % static_cast<std::uint64_t>(layout.n + 2)) -
                        1);
+      for (std::int64_t i = 0; i < layout.n; ++i) {
+        if (!Masked(r, i)) continue;
+        const std::size_t at = static_cast<std::size_t>(At(r, i));
+        t[at] = E{};
+        Encode(std::numeric_limits<double>::quiet_NaN(), x[at]);
+      }
     }
-    z.resize(size);
-    p.resize(size);
-    for (std::int64_t r = 0; r < rows; ++r) SolveRow(r);
   }
 
   std::int64_t At(std::int64_t row, std::int64_t i) const {
@@ -81,6 +84,24 @@ struct Family {
   std::vector<std::uint8_t> where;
   std::vector<T> scale, factor;
   std::vector<std::int32_t> labels;
+};
+
+// And the exact values of logits, of their log-sums and probabilities, in arrays like x.
+template <typename E>
+struct Family : FamilyInput<E> {
+  using T = ComputeOf<E>;
+  using FamilyInput<E>::At;
+  using FamilyInput<E>::Masked;
+  using FamilyInput<E>::bias;
+  using FamilyInput<E>::given;
+  using FamilyInput<E>::layout;
+  using FamilyInput<E>::scale;
+  using FamilyInput<E>::x;
+
+  explicit Family(const FamilyCase& of) : FamilyInput<E>(of), z(x.size()), p(x.size()) {
+    for (std::int64_t r = 0; r < layout.outer * layout.inner; ++r) SolveRow(r);
+  }
+
   std::vector<T> z;
   std::vector<long double> p, log_sum, maximum;
 
@@ -92,10 +113,7 @@ struct Family {
       const std::size_t at = static_cast<std::size_t>(At(r, i));
       const T scaled = scale[static_cast<std::size_t>(r)] * static_cast<T>(Widen(x[at]));
       z[at] = given.bias ? scaled + static_cast<T>(Widen(bias[at])) : scaled;
-      if (Masked(r, i)) {
-        t[at] = E{};
-        Encode(std::numeric_limits<double>::quiet_NaN(), x[at]);
-      } else if (z[at] > largest) {
+      if (!Masked(r, i) && z[at] > largest) {
         largest = z[at];
         largest_at = i;
       }

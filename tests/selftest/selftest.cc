@@ -2,6 +2,7 @@
 // for CPUs on which those do not run, emulated ones above all.
 //
 //   selftest [--quick] [--isa NAME]        arrays of every element type, algorithm and kind of shape
+//            --emulated-x86                the same where QEMU 7.2 stands in for an x86-64 CPU: see below
 //   selftest --exhaustive [--isa NAME]     e^x of all 2^32 floats
 //   selftest --list                        the instruction sets, best first
 
@@ -28,7 +29,10 @@
 #include "ffi/runtime/row_work.h"
 #include "ffi/runtime/softmax.h"
 #include "ffi/simd/inline.h"
+#include "tests/selftest/current_case.h"
 #include "tests/selftest/family.h"
+#include "tests/selftest/halves.h"
+#include "tests/selftest/memory.h"
 #include "tests/selftest/support.h"
 
 namespace jax_softmax2p {
@@ -257,7 +261,10 @@ void CheckSoftmax(const std::vector<const Kernels*>& all, bool quick, Report& re
   layouts.insert(layouts.end(), columns.begin(), columns.end());
   for (const bool extreme : {false, true}) {
     const std::vector<DataClass> classes = ClassesOf(extreme);
-    for (const Layout& layout : layouts) check.Check(layout, classes);
+    for (const Layout& layout : layouts) {
+      // Rows longer than these are computed one by one: extreme ones do not change what becomes of others.
+      if (extreme || layout.inner != 1 || layout.n <= kShort) check.Check(layout, classes);
+    }
   }
 }
 
@@ -412,31 +419,6 @@ void CheckJacobian(const std::vector<const Kernels*>& all, bool quick, Report& r
   check.Check(3, 70001);
 }
 
-// All 16-bit patterns, converted and converted back: 1·((t - 0) - 0).
-template <typename E>
-void CheckConversions(const std::vector<const Kernels*>& all, Report& report) {
-  constexpr int kPatterns = 1 << 16;
-  std::vector<E> ones(kPatterns), t(kPatterns), out(kPatterns);
-  for (int i = 0; i < kPatterns; ++i) {
-    Encode(1.0, ones[i]);
-    t[i].bits = static_cast<std::uint16_t>(i);
-  }
-  for (const Kernels* kernels : all) {
-    const ScopedFloatMode mode;
-    kernels->Of<E>().jacobian_write(ones.data(), t.data(), out.data(), kPatterns, SplitScalar<float>{0, 0},
-                                    false);
-    report.Of(*kernels).checks += kPatterns;
-    for (int i = 0; i < kPatterns; ++i) {
-      const double expected = Widen(t[i]), actual = Widen(out[i]);
-      const double smallest = flushes_halves && std::is_same_v<E, Float16> ? 0x1p-14 : 0x1p-126;
-      const bool flushed = actual == 0 && std::fabs(expected) < smallest;
-      if (expected == actual || flushed || (std::isnan(expected) && std::isnan(actual))) continue;
-      report.Fail(std::string(kernels->name) + " " + Element<E>::kName + " conversion of pattern " +
-                  std::to_string(i) + " gives pattern " + std::to_string(out[i].bits));
-    }
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // e^x of every float.
 
@@ -468,6 +450,16 @@ inline double MantissaError(double x, double s) {
   const double error = (same < other ? same : other) * 0x1p23;
   // Not less and not more, for NaN.
   return mantissa >= kLowest ? mantissa <= kHighest ? error : HUGE_VAL : HUGE_VAL;
+}
+
+// In as wide vectors as the CPU has: this takes nearly all of the time. Where sanitizers are, the choice of a
+// clone would come before they are ready.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+void MantissaErrors(const float* x, const float* s, std::int64_t size, double* errors) {
+  for (std::int64_t i = 0; i < size; ++i) errors[i] = MantissaError(x[i], s[i]);
 }
 
 struct LargestError {
@@ -523,7 +515,7 @@ class EveryFloat {
         std::partition_point(x, x + kChunk, [&](float v) { return std::fabs(v) <= limit_; });
     double errors[kChunk];
     const std::int64_t size = end - x;
-    for (std::int64_t i = 0; i < size; ++i) errors[i] = MantissaError(x[i], s[i]);
+    MantissaErrors(x, s, size, errors);
     const double* const worst = std::max_element(errors, errors + size);
     if (size != 0 && *worst > largest.error) largest = {*worst, x[worst - errors]};
   }
@@ -558,6 +550,9 @@ class EveryFloat {
 
 struct Options {
   bool quick = false, exhaustive = false, list = false;
+  // That emulator makes subnormal halves zero where MXCSR flushes, and a masked load of it touches what it
+  // leaves out: the real CPU's do neither. On that, these kernels are held to the rest anyway.
+  bool emulated_x86 = false;
   std::vector<const Kernels*> kernels = SupportedKernels();
   std::string error;
 };
@@ -570,8 +565,8 @@ Options Parse(int count, char** arguments) {
       options.quick = true;
     } else if (argument == "--exhaustive") {
       options.exhaustive = true;
-    } else if (argument == "--flushes") {
-      flushes_halves = true;
+    } else if (argument == "--emulated-x86") {
+      options.emulated_x86 = flushes_halves = true;
     } else if (argument == "--list") {
       options.list = true;
     } else if (argument == "--isa" && i + 1 < count) {
@@ -579,7 +574,7 @@ Options Parse(int count, char** arguments) {
       options.kernels = {choice.kernels};
       options.error += choice.error;
     } else {
-      options.error += "selftest [--quick | --exhaustive | --list] [--flushes] [--isa NAME]";
+      options.error += "selftest [--quick | --exhaustive | --list] [--emulated-x86] [--isa NAME]";
     }
   }
   return options;
@@ -590,7 +585,7 @@ void CheckElement(const Options& options, Report& report) {
   CheckSoftmax<E>(options.kernels, options.quick, report);
   // Most of the Jacobian's small results are such halves: under that emulator there is nothing to hold them
   // to.
-  if (!flushes_halves || !std::is_same_v<E, Float16>)
+  if (!options.emulated_x86 || !std::is_same_v<E, Float16>)
     CheckJacobian<E>(options.kernels, options.quick, report);
   CheckFamily<E>(options.kernels, options.quick, report);
 }
@@ -604,17 +599,26 @@ int Main(const Options& options) {
     for (const Kernels* kernels : options.kernels) std::printf("%s\n", kernels->name);
     return 0;
   }
+  WatchCases(0);
   Report report;
   if (options.exhaustive) {
     for (const Kernels* kernels : options.kernels) EveryFloat(*kernels, report).Check();
     return report.Finish();
   }
+  // First: what writes beyond its arrays might end the program before they can tell.
+  if (!options.emulated_x86) {
+    CheckMemory<float>(options.kernels, options.quick, report);
+    CheckMemory<double>(options.kernels, options.quick, report);
+    CheckMemory<BFloat16>(options.kernels, options.quick, report);
+    CheckMemory<Float16>(options.kernels, options.quick, report);
+    SetCurrentCase("the checks of values");
+    CheckHalves<BFloat16>(options.kernels, report);
+    CheckHalves<Float16>(options.kernels, report);
+  }
   CheckElement<float>(options, report);
   CheckElement<double>(options, report);
   CheckElement<BFloat16>(options, report);
   CheckElement<Float16>(options, report);
-  CheckConversions<BFloat16>(options.kernels, report);
-  CheckConversions<Float16>(options.kernels, report);
   for (const Kernels* kernels : options.kernels) report.PrintTally(*kernels);
   return report.Finish();
 }

@@ -120,6 +120,13 @@ T UnitAt(T x, int fraction, int lowest) {
   if (x != 0) std::frexp(x, &exponent);
   return std::ldexp(T{1}, std::max(exponent - 1, lowest) - fraction);
 }
+// Without the library's functions, which took a sixth of the tests' time.
+inline double UnitAt(double x, int fraction, int lowest) {
+  const int exponent = static_cast<int>(BitCast<std::uint64_t>(x) >> 52 & 0x7ff) - 1023;
+  const int unit = std::max(exponent, lowest) - fraction;
+  if (unit < -1022) return std::ldexp(1.0, unit);
+  return BitCast<double>(static_cast<std::uint64_t>(unit + 1023) << 52);
+}
 template <typename E, typename T>
 T UnitOf(T x) {
   return UnitAt(x, Element<E>::kFraction, Element<E>::kLowest);
@@ -329,8 +336,8 @@ void ExactSoftmax(const E* x, ExactOf<E>* y, std::int64_t n, std::int64_t stride
   }
 }
 
-// Set by --flushes: QEMU 7.2's vcvtps2ph makes subnormal halves zero where MXCSR flushes, which a CPU's does
-// not.
+// Set by --emulated-x86: QEMU 7.2's vcvtps2ph makes subnormal halves zero where MXCSR flushes, which a CPU's
+// does not.
 inline bool flushes_halves = false;
 
 // Whether the contract allows y for `exact`, and y's error.

@@ -1,0 +1,199 @@
+// Every value of the 16-bit types: converted, rounded to, and as an element of rows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "ffi/runtime/float_mode.h"
+#include "ffi/runtime/log_sum.h"
+#include "ffi/runtime/row_work.h"
+#include "ffi/runtime/softmax.h"
+#include "tests/selftest/support.h"
+
+namespace jax_softmax2p {
+
+inline constexpr int kPatterns = 1 << 16;
+
+// Below this, results may be zero.
+template <typename E>
+double SmallestResult() {
+  return flushes_halves && std::is_same_v<E, Float16> ? 0x1p-14 : 0x1p-126;
+}
+
+// All 16-bit patterns, converted and converted back: 1·((t - 0) - 0).
+template <typename E>
+void CheckConversions(const std::vector<const Kernels*>& all, Report& report) {
+  std::vector<E> ones(kPatterns), t(kPatterns), out(kPatterns);
+  for (int i = 0; i < kPatterns; ++i) {
+    Encode(1.0, ones[i]);
+    t[i].bits = static_cast<std::uint16_t>(i);
+  }
+  for (const Kernels* kernels : all) {
+    const ScopedFloatMode mode;
+    kernels->Of<E>().jacobian_write(ones.data(), t.data(), out.data(), kPatterns, SplitScalar<float>{0, 0},
+                                    false);
+    report.Of(*kernels).checks += kPatterns;
+    for (int i = 0; i < kPatterns; ++i) {
+      const double expected = Widen(t[i]), actual = Widen(out[i]);
+      const bool flushed = actual == 0 && std::fabs(expected) < SmallestResult<E>();
+      if (expected == actual || flushed || (std::isnan(expected) && std::isnan(actual))) continue;
+      report.Fail(std::string(kernels->name) + " " + Element<E>::kName + " conversion of pattern " +
+                  std::to_string(i) + " gives pattern " + std::to_string(out[i].bits));
+    }
+  }
+}
+
+// Around every tie between neighbours, float32 is rounded to nearest, ties to even: (z - 0) - 0 as E.
+template <typename E>
+void CheckRounding(const std::vector<const Kernels*>& all, Report& report) {
+  std::vector<float> z;
+  for (int i = 0; i < kPatterns; ++i) {
+    const double value = Widen(E{static_cast<std::uint16_t>(i)});
+    if (!std::isfinite(value) || std::fabs(value) < SmallestResult<E>()) continue;
+    const float tie = static_cast<float>(value + std::copysign(UnitOf<E>(value) / 2, value));
+    if (std::isinf(tie)) continue;
+    z.insert(z.end(), {std::nextafter(tie, 0.0f), tie, std::nextafter(tie, 2 * tie)});
+  }
+  std::vector<E> y(z.size());
+  for (const Kernels* kernels : all) {
+    {
+      const ScopedFloatMode mode;
+      kernels->Of<E>().fused_row_write_log(z.data(), y.data(), static_cast<std::int64_t>(z.size()), {0, 0},
+                                           false);
+    }
+    report.Of(*kernels).checks += static_cast<std::int64_t>(z.size());
+    for (std::size_t i = 0; i < z.size(); ++i) {
+      E expected;
+      Encode(z[i], expected);
+      if (y[i].bits == expected.bits) continue;
+      char text[120];
+      std::snprintf(text, sizeof text, "%s %s: %a is rounded to pattern %d, not %d", kernels->name,
+                    Element<E>::kName, static_cast<double>(z[i]), y[i].bits, expected.bits);
+      report.Fail(text);
+    }
+  }
+}
+
+// Rows of `n`, each with `abreast` neighbouring values of the type, and numbers between -2 and 2.
+template <typename E>
+class ValuesCheck {
+ public:
+  ValuesCheck(std::int64_t n, std::int64_t abreast, Report& report)
+      : n_(n), abreast_(abreast), rows_(kPatterns / abreast), report_(report) {
+    const std::size_t size = static_cast<std::size_t>(rows_ * n_);
+    x_.resize(size);
+    softmax_.resize(size);
+    for (std::int64_t r = 0; r < rows_; ++r) {
+      E* const row = &x_[static_cast<std::size_t>(r * n_)];
+      for (std::int64_t i = 0; i < n_; ++i) Encode(static_cast<double>(i * 7 % 13 - 6) / 3, row[i]);
+      // At another place in every row.
+      for (std::int64_t i = 0; i < abreast_; ++i) {
+        row[(r + i) % n_].bits = static_cast<std::uint16_t>(r * abreast_ + i);
+      }
+      Solve(row, &softmax_[static_cast<std::size_t>(r * n_)]);
+    }
+  }
+
+  void Check(const Kernels& kernels) {
+    InThisThread alone;
+    std::vector<E> y(x_.size()), logs(x_.size());
+    std::vector<float> high(static_cast<std::size_t>(rows_)), low(high.size());
+    Softmax(kernels, alone, Algorithm::kAuto, x_.data(), y.data(), {rows_, n_, 1});
+    Logits<E> logits;
+    logits.x = x_.data();
+    logits.dims = {rows_};
+    logits.rows = rows_;
+    logits.n = n_;
+    LogSoftmax(kernels, alone, logits, logs.data(), high.data(), low.data());
+    for (std::int64_t r = 0; r < rows_; ++r) CheckRow(kernels, r, y, logs, high, low);
+    report_.Of(kernels).checks += 2 * rows_ * n_ + rows_;
+  }
+
+ private:
+  void Solve(const E* row, double* softmax) {
+    ExactSoftmax(row, softmax, n_, 1);
+    double maximum = -kInfinity;
+    bool nan = false;
+    for (std::int64_t i = 0; i < n_; ++i) {
+      nan = nan || std::isnan(Widen(row[i]));
+      maximum = std::max(maximum, Widen(row[i]));
+    }
+    Sum<double> rest;
+    bool passed = false;
+    for (std::int64_t i = 0; i < n_; ++i) {
+      if (passed || Widen(row[i]) != maximum) {
+        rest.Add(std::exp(Widen(row[i]) - maximum));
+      } else {
+        passed = true;
+      }
+    }
+    maximum_.push_back(maximum);
+    log_sum_.push_back(nan                   ? kNan
+                       : std::isinf(maximum) ? maximum
+                                             : maximum + std::log1p(rest.high() + rest.low()));
+  }
+
+  void CheckRow(const Kernels& kernels, std::int64_t r, const std::vector<E>& y, const std::vector<E>& logs,
+                const std::vector<float>& high, const std::vector<float>& low) {
+    const std::size_t row = static_cast<std::size_t>(r);
+    const double exact = log_sum_[row];
+    Compare(kernels, "log-sum", r, 0, double{high[row]} + double{low[row]}, exact, 0x1p-23);
+    for (std::int64_t i = 0; i < n_; ++i) {
+      const std::size_t at = static_cast<std::size_t>(r * n_ + i);
+      double ulp;
+      if (!Allowed(y[at], softmax_[at], ulp)) Fail(kernels, "softmax", r, i, Widen(y[at]), softmax_[at]);
+      const bool undefined = std::isnan(exact) || std::isinf(exact);
+      const double log = undefined ? kNan : Widen(x_[at]) - exact;
+      const double tolerance =
+          undefined ? 0
+                    : UnitOf<E>(log) / 2 +
+                          std::max({2 * UnitOf<float>(log), UnitOf<float>(maximum_[row]), 0x1p-24});
+      Compare(kernels, "log_softmax", r, i, Widen(logs[at]), log, tolerance);
+    }
+  }
+
+  void Compare(const Kernels& kernels, const char* what, std::int64_t r, std::int64_t i, double actual,
+               double exact, double tolerance) {
+    if (actual == exact || std::fabs(actual - exact) <= tolerance ||
+        (std::isnan(actual) && std::isnan(exact)))
+      return;
+    // Beyond the type's largest, it rounds to infinity.
+    E rounded;
+    Encode(exact, rounded);
+    if (std::isinf(actual) && Widen(rounded) == actual) return;
+    Fail(kernels, what, r, i, actual, exact);
+  }
+
+  void Fail(const Kernels& kernels, const char* what, std::int64_t r, std::int64_t i, double actual,
+            double exact) {
+    char text[200];
+    std::snprintf(text, sizeof text,
+                  "%s %s %s of %lld, with patterns from %lld: element %lld is %.9g, not %.9g", kernels.name,
+                  Element<E>::kName, what, static_cast<long long>(n_), static_cast<long long>(r * abreast_),
+                  static_cast<long long>(i), actual, exact);
+    report_.Fail(text);
+  }
+
+  std::int64_t n_, abreast_, rows_;
+  Report& report_;
+  std::vector<E> x_;
+  std::vector<double> softmax_, maximum_, log_sum_;
+};
+
+template <typename E>
+void CheckHalves(const std::vector<const Kernels*>& all, Report& report) {
+  CheckConversions<E>(all, report);
+  CheckRounding<E>(all, report);
+  // Short rows have kernels of their own.
+  ValuesCheck<E> alone(5, 1, report), abreast(137, 16, report);
+  for (const Kernels* kernels : all) {
+    alone.Check(*kernels);
+    abreast.Check(*kernels);
+  }
+}
+
+}  // namespace jax_softmax2p

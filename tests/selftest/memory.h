@@ -1,0 +1,229 @@
+// That nothing outside of the arrays is read or written: every operation on arrays that end at pages without
+// access, and on arrays that begin after such, to the bit what it gives elsewhere.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ffi/runtime/algorithm.h"
+#include "ffi/runtime/jacobian.h"
+#include "ffi/runtime/log_sum.h"
+#include "ffi/runtime/softmax.h"
+#include "tests/selftest/current_case.h"
+#include "tests/selftest/family.h"
+#include "tests/selftest/guard_pages.h"
+#include "tests/selftest/support.h"
+
+namespace jax_softmax2p {
+
+template <typename E>
+class MemoryCheck {
+  using T = ComputeOf<E>;
+
+ public:
+  explicit MemoryCheck(Report& report) : report_(report) {}
+
+  void Check(const Kernels& kernels, const FamilyCase& of) {
+    const FamilyInput<E> input(of);
+    in_ = &input;
+    kernels_ = &kernels;
+    for (const Operation& operation : Operations()) {
+      Run(operation, Place::kApart, kApart);
+      expected_ = Results();
+      for (const Place place : {Place::kAtBegin, Place::kAtEnd}) {
+        for (const Where where : {kApart, kOverX, kOverT}) {
+          if (where != kApart && where != operation.in_place) continue;
+          Run(operation, place, where);
+          ++report_.Of(kernels).checks;
+          if (Results() != expected_) report_.Fail(std::string("to give the same bits: ") + current_case);
+        }
+      }
+    }
+  }
+
+ private:
+  // Where the result goes.
+  enum Where { kApart, kOverX, kOverT };
+
+  struct Operation {
+    std::string name;
+    Where in_place;  // where else than apart it may go
+    std::function<void(MemoryCheck&)> run;
+  };
+
+  std::vector<Operation> Operations() const {
+    std::vector<Operation> all;
+    for (const NamedAlgorithm& named : kAlgorithms) {
+      const Algorithm algorithm = named.algorithm;
+      all.push_back({std::string("softmax ") + std::string(named.name), kOverX, [algorithm](MemoryCheck& c) {
+                       SoftmaxOfLogits(*c.kernels_, c.Threads(), algorithm, c.logits_, c.y_);
+                     }});
+    }
+    all.push_back({"log_sum", kApart,
+                   [](MemoryCheck& c) { LogSum(*c.kernels_, c.Threads(), c.logits_, c.high_, c.low_); }});
+    all.push_back({"log_softmax", kOverX, [](MemoryCheck& c) {
+                     LogSoftmax(*c.kernels_, c.Threads(), c.logits_, c.y_, c.high_, c.low_);
+                   }});
+    all.push_back({"log_sum_jvp", kApart, [](MemoryCheck& c) {
+                     LogSumJvp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.t_, c.out_);
+                   }});
+    all.push_back({"log_sum_vjp", kOverX, [](MemoryCheck& c) {
+                     LogSumVjp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.factor_, c.y_);
+                   }});
+    all.push_back({"log_softmax_vjp", kOverT, [](MemoryCheck& c) {
+                     LogSoftmaxVjp(*c.kernels_, c.Threads(), c.logits_, c.Sums(false), c.t_, c.y_);
+                   }});
+    if (!in_->LogitsOf(nullptr).Plain()) return all;
+    all.push_back({"Jacobian", kOverX, [](MemoryCheck& c) { c.RunJacobian(); }});
+    all.push_back({"Jacobian", kOverT, [](MemoryCheck& c) { c.RunJacobian(); }});
+    if (in_->layout.inner == 1 && in_->layout.n > 0) AddStreaming(all);
+    return all;
+  }
+
+  // Past the caches, which the runtime writes when arrays are larger than those.
+  static void AddStreaming(std::vector<Operation>& all) {
+    for (const bool maximum_first : {false, true}) {
+      for (const bool reload : {false, true}) {
+        const SoftmaxPlan plan{maximum_first, reload, true};
+        all.push_back({"streaming softmax", kOverX, [plan](MemoryCheck& c) {
+                         SoftmaxRows(*c.kernels_, c.Threads(), plan, c.logits_, c.y_);
+                       }});
+      }
+    }
+    all.push_back({"streaming kernels", kOverX, [](MemoryCheck& c) {
+                     const ScopedFloatMode mode;
+                     const KernelTable<E>& own = c.kernels_->Of<E>();
+                     const std::int64_t n = c.in_->layout.n, rows = c.in_->layout.outer;
+                     if (n <= kShort) {
+                       own.short_matrices(c.logits_.x, c.y_, rows, static_cast<int>(n), 1, true);
+                     } else {
+                       own.row_write_log(c.logits_.x, c.y_, n * rows, {T{1}, T{2}}, true);
+                     }
+                   }});
+    all.push_back({"streaming Jacobian", kOverT, [](MemoryCheck& c) {
+                     const ScopedFloatMode mode;
+                     c.kernels_->Of<E>().jacobian_write(c.logits_.x, c.t_, c.y_, c.Size(), {T{1}, T{2}},
+                                                        true);
+                   }});
+  }
+
+  void RunJacobian() { Jacobian(kernels_->Of<E>(), Threads(), logits_.x, t_, y_, in_->layout); }
+
+  std::int64_t Size() const { return static_cast<std::int64_t>(in_->x.size()); }
+  Executor& Threads() { return Size() < kWorthSharing ? static_cast<Executor&>(alone_) : helpers_; }
+  LogSums<E> Sums(bool labelled) const { return {high_, low_, labelled ? labels_ : nullptr}; }
+
+  void Run(const Operation& operation, Place place, Where where) {
+    const FamilyCase& given = in_->given;
+    SetCurrentCase("%s %s %s [%lld, %lld, %lld]%s%s%s%s%s, arrays %s", kernels_->name, Element<E>::kName,
+                   operation.name.c_str(), static_cast<long long>(given.layout.outer),
+                   static_cast<long long>(given.layout.n), static_cast<long long>(given.layout.inner),
+                   given.scale ? ", scale" : "", given.bias ? ", bias" : "", given.where ? ", where" : "",
+                   given.band ? ", band" : "", where == kApart ? "" : ", in place",
+                   place == Place::kAtBegin ? "that begin after a page without access"
+                   : place == Place::kAtEnd ? "that end at a page without access"
+                                            : "apart from pages without access");
+    Prepare(place, where);
+    operation.run(*this);
+  }
+
+  void Prepare(Place place, Where where) {
+    E* const x = arrays_.x.Prepare(in_->x, place);
+    t_ = arrays_.t.Prepare(in_->t, place);
+    y_ = where == kOverX ? x : where == kOverT ? t_ : arrays_.y.Prepare(Size(), place);
+    if (where == kApart && Size() != 0) std::memset(y_, 0xa5, in_->x.size() * sizeof(E));
+    const std::vector<T> zeros(in_->scale.size());
+    factor_ = arrays_.factor.Prepare(in_->factor, place);
+    high_ = arrays_.high.Prepare(in_->factor, place);
+    low_ = arrays_.low.Prepare(zeros, place);
+    out_ = arrays_.out.Prepare(zeros, place);
+    labels_ = arrays_.labels.Prepare(in_->labels, place);
+    logits_ = in_->LogitsOf(x);
+    if (in_->given.scale) logits_.scale.data = arrays_.scale.Prepare(in_->scale, place);
+    if (in_->given.bias) logits_.bias.data = arrays_.bias.Prepare(in_->bias, place);
+    if (in_->given.where) logits_.where.data = arrays_.where.Prepare(in_->where, place);
+  }
+
+  // All that the operation may have written.
+  std::string Results() const {
+    std::string bytes(reinterpret_cast<const char*>(y_), in_->x.size() * sizeof(E));
+    for (const T* const row : {high_, low_, out_}) {
+      bytes.append(reinterpret_cast<const char*>(row), in_->scale.size() * sizeof(T));
+    }
+    return bytes;
+  }
+
+  Report& report_;
+  InThisThread alone_;
+  TwoHelpers helpers_;
+  const FamilyInput<E>* in_ = nullptr;
+  const Kernels* kernels_ = nullptr;
+  struct {
+    PagedArray<E> x, y, t, bias;
+    PagedArray<T> scale, factor, high, low, out;
+    PagedArray<std::int32_t> labels;
+    PagedArray<std::uint8_t> where;
+  } arrays_;
+  Logits<E> logits_;
+  E *y_ = nullptr, *t_ = nullptr;
+  T *factor_ = nullptr, *high_ = nullptr, *low_ = nullptr, *out_ = nullptr;
+  std::int32_t* labels_ = nullptr;
+  std::string expected_;
+};
+
+inline std::vector<Layout> MemoryLayouts(bool quick) {
+  std::vector<Layout> layouts;
+  for (std::int64_t n = 0; n <= (quick ? 40 : 300); ++n) layouts.push_back({3, n, 1});
+  if (quick) {
+    for (const std::int64_t n : {127, 128, 129, 143, 300}) layouts.push_back({3, n, 1});
+  } else {
+    // What rows are divided by, in kernels and above them, and one less and more, and a vector's tail.
+    for (const std::int64_t block : {512, 1024, 2048, 4096, 8192, 16384, 32768, 65536}) {
+      for (const std::int64_t n : {block - 1, block, block + 1, block + 23}) layouts.push_back({1, n, 1});
+    }
+    layouts.push_back({2, 131075, 1});
+  }
+  for (const std::int64_t inner : {2, 3, 5, 16, 19, 64, 259}) {
+    for (std::int64_t n = 0; n <= (quick ? 9 : 36); ++n) layouts.push_back({2, n, inner});
+    if (!quick) layouts.push_back({1, 300, inner});
+  }
+  if (quick) return layouts;
+  for (const std::int64_t n : {2047, 2048, 2049, 4097}) {
+    for (const std::int64_t inner : {2, 19}) layouts.push_back({1, n, inner});
+  }
+  return layouts;
+}
+
+// Which operands such arrays have: none, all, and at lengths that are likelier to go wrong each alone.
+inline std::vector<FamilyCase> MemoryCases(const Layout& layout) {
+  constexpr int kScale = 1, kBias = 2, kWhere = 4, kBand = 8, kArrays = kScale | kBias | kWhere;
+  const bool rows = layout.inner == 1;
+  std::vector<int> all{0, layout.n % 2 == 0 || !rows ? kArrays : kArrays | kBand};
+  if (rows ? layout.n <= 36 || layout.n % 16 == 0 : layout.n <= 9) {
+    all.insert(all.end(), {kScale, kBias, kWhere});
+    if (rows) all.push_back(kBand);
+  }
+  std::vector<FamilyCase> cases;
+  for (const int given : all) {
+    cases.push_back(
+        {layout, (given & kScale) != 0, (given & kBias) != 0, (given & kWhere) != 0, (given & kBand) != 0});
+  }
+  return cases;
+}
+
+template <typename E>
+void CheckMemory(const std::vector<const Kernels*>& all, bool quick, Report& report) {
+  MemoryCheck<E> check(report);
+  for (const Layout& layout : MemoryLayouts(quick)) {
+    for (const FamilyCase& of : MemoryCases(layout)) {
+      for (const Kernels* kernels : all) check.Check(*kernels, of);
+    }
+  }
+}
+
+}  // namespace jax_softmax2p
