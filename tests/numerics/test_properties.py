@@ -142,7 +142,7 @@ class TestSoftmax:
             integers = f"i{np.dtype(dtype).itemsize}"
             first = np.array(data.draw(st.floats(-90, 90)), dtype).view(integers)
             x = (first + np.arange(n)).astype(integers).view(dtype)
-            assume(np.isfinite(x).all())
+            assume(np.isfinite(x.astype(np.float64)).all())
         order = np.argsort(x.astype(np.float64))  # np.sort of float16 misplaces -inf in numpy 2.4.
         for isa, y in softmax_of_every_isa(x[order]).items():
             assert (y[:-1] <= y[1:]).all(), isa
@@ -184,8 +184,8 @@ class TestInsideJit:
         where[1:, -1] = True
         x[1:, -1] = np.maximum(x[1:, -1], -1e4)
         kept = np.where(where, x, np.array(-np.inf, x.dtype))
-        harmful = np.where(where, x, np.array(data.draw(values) if data.draw(st.booleans()) else np.nan))
-        y = np.asarray(softmax_of_masked(harmful.astype(x.dtype), where))
+        harmful = np.where(where, x, finite_or_masked(data.draw(st.just(np.nan) | values), x.dtype))
+        y = np.asarray(softmax_of_masked(harmful, where))
         assert (y[0] == 0).all()
         assert cases.ulp_error(y[1:], cases.exact_softmax(kept[1:])) <= cases.CONTRACT_ULP[x.dtype.type]
 
@@ -225,7 +225,8 @@ class TestInsideJit:
         assert cases.log_error(total, cases.exact_logsumexp(x), largest, least) <= 1
         rng = np.random.default_rng(data.draw(st.integers(0, 99)))
         permuted = np.asarray(logsumexp_of(rng.permuted(x, axis=-1)))
-        unit = np.spacing(np.maximum(np.abs(total), np.abs(largest)))
+        with np.errstate(over="ignore"):
+            unit = np.spacing(np.maximum(np.abs(total), np.abs(largest)))
         assert (np.abs(permuted - total) <= unit).all()
 
 

@@ -4,6 +4,7 @@ As a program it calls from 64 threads for a number of seconds, and says how ofte
 ``NPROC=5 python tests/robustness/test_threads.py 600``. XLA takes the size of its pools from NPROC.
 """
 
+import contextlib
 import faulthandler
 import os
 import pathlib
@@ -152,10 +153,15 @@ def test_pools_of_other_sizes(pool, devices):
     assert f"on {devices} devices with {max(pool, devices)} threads" in result.stdout
 
 
+def names_of_threads():
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # It has ended.
+            yield (task / "comm").read_text()
+
+
 def main():
     calls = call_from_64_threads(float(sys.argv[1]))
-    tasks = pathlib.Path("/proc/self/task").iterdir()
-    pool = sum("Eigen" in (task / "comm").read_text() for task in tasks)
+    pool = sum("Eigen" in name for name in names_of_threads())
     print(f"{calls} calls on {jax.device_count()} devices with {pool} threads: the same bits always")
 
 
