@@ -77,9 +77,12 @@ def exact_softmax_of_mpmath(x):
     return np.array(high, np.longdouble) + np.array(low, np.longdouble)
 
 
-def assert_within_contract(x, exact, results):
+def assert_within_contract(x, exact, results, algorithm="auto"):
+    allowed = cases.CONTRACT_ULP[x.dtype.type]
+    if x.dtype == np.float32 and algorithm in cases.THREE_PASS:
+        allowed = 2.5  # As the README's limits say.
     for isa, y in results.items():
-        assert cases.ulp_error(y, exact) <= cases.CONTRACT_ULP[x.dtype.type], isa
+        assert cases.ulp_error(y, exact) <= allowed, isa
 
 
 class TestSoftmax:
@@ -94,7 +97,7 @@ class TestSoftmax:
     def test_error_and_sum(self, data, algorithm):
         x = data.draw(noise(data.draw(dtypes), data.draw(lengths)))
         results = softmax_of_every_isa(x, algorithm=algorithm)
-        assert_within_contract(x, cases.exact_softmax(x), results)
+        assert_within_contract(x, cases.exact_softmax(x), results, algorithm)
         limits = jnp.finfo(x.dtype)
         # Half the smallest unit is what an element of a short format loses by its own rounding.
         allowed = 2 * limits.eps + x.size * float(limits.smallest_subnormal) / 2
@@ -135,14 +138,13 @@ class TestSoftmax:
     @given(st.data())
     def test_order_is_kept(self, data):
         """Of neighbours in the format, too."""
-        dtype, n = data.draw(dtypes), data.draw(lengths)
+        dtype = data.draw(dtypes)
         if data.draw(st.booleans()):
-            x = data.draw(noise(dtype, n))
+            x = data.draw(noise(dtype, data.draw(lengths)))
         else:
             integers = f"i{np.dtype(dtype).itemsize}"
             first = np.array(data.draw(st.floats(-90, 90)), dtype).view(integers)
-            x = (first + np.arange(n)).astype(integers).view(dtype)
-            assume(np.isfinite(x.astype(np.float64)).all())
+            x = (first + np.arange(data.draw(st.integers(1, 300)))).astype(integers).view(dtype)
         order = np.argsort(x.astype(np.float64))  # np.sort of float16 misplaces -inf in numpy 2.4.
         for isa, y in softmax_of_every_isa(x[order]).items():
             assert (y[:-1] <= y[1:]).all(), isa
