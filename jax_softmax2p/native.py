@@ -1,13 +1,15 @@
 """The compiled kernels: whether they can run here, which, and how to call them on NumPy arrays.
 
 Importing this module loads the library and registers its FFI targets with XLA, so that programs
-serialised by ``jax.export`` find them. Whether the runtime then accepts them is found out on first
-use, by a tiny call: a jaxlib older than the headers that the library was built with takes the
-registration and refuses the call.
+serialised by ``jax.export`` find them; unless jaxlib is older than the headers that the library was built
+with, as the registration, which waits for XLA's start, would keep JAX from starting on the CPU at all.
+Whether the runtime then accepts the targets is found out on first use, by a tiny call.
 """
 
 import functools
 import math
+import pathlib
+import re
 import threading
 import types
 import warnings
@@ -50,22 +52,40 @@ DTYPES = tuple(_DTYPE_NAMES)
 
 
 def _load() -> tuple[types.ModuleType | None, str]:
+    """The library, if there is one, and why XLA cannot have it, if it cannot."""
     try:
         from jax_softmax2p import _native
     except ImportError as error:
         return None, f"the compiled library cannot be loaded: {error}"
-    for target, capsule in _native.registrations().items():
-        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+    built, runtime = _native.FFI_API_VERSION, _runtime_ffi_api_version()
+    if runtime is not None and runtime < built:
+        versions = " and ".join(".".join(map(str, version)) for version in (built, runtime))
+        return _native, f"it was built with a newer jaxlib than this one (FFI API versions {versions})"
+    try:
+        for target, capsule in _native.registrations().items():
+            jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+    except Exception as error:  # XLA's, where it has started.
+        return _native, f"its registration failed: {error}"
     return _native, ""
 
 
-_library, _load_error = _load()
+def _runtime_ffi_api_version() -> tuple[int, int] | None:
+    """The (major, minor) XLA FFI API version of this jaxlib; None if it came without its headers."""
+    try:
+        header = pathlib.Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    numbers = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    return (int(numbers["MAJOR"]), int(numbers["MINOR"])) if len(numbers) == 2 else None
+
+
+_library, _refusal = _load()
 _probe_lock = threading.Lock()
 
 
 def _library_or_raise() -> types.ModuleType:
     if _library is None:
-        raise ImportError(f"jax_softmax2p: {_load_error}")
+        raise ImportError(f"jax_softmax2p: {_refusal}")
     return _library
 
 
@@ -325,8 +345,8 @@ def unavailable_reason() -> str | None:
 
 @functools.cache
 def _probe() -> str | None:
-    reason: str | None = _load_error
-    if _library is not None:
+    reason = _refusal
+    if not reason:
         # In a thread of its own no trace, mesh or thread-local setting of the caller's reaches the call.
         # Warnings of JAX's are none of ours, even where they are errors.
         with warnings.catch_warnings(), ThreadPoolExecutor(1) as thread:

@@ -11,6 +11,12 @@ DTYPES = (np.float32, np.float64, jnp.bfloat16, np.float16)
 CONTRACT_ULP = {np.float32: 2.0, np.float64: 4.0, jnp.bfloat16: 0.5 + 2**-15, np.float16: 0.5 + 2**-12}
 """The bound on the error of every output. 16-bit results are a float32's within 2 ULP, correctly rounded."""
 
+LEAST_LOG_ERROR = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-50}
+"""What the rounding of a sum of exponentials is worth in its logarithm, be that as small as it may.
+
+float64's sums are not kept in anything wider.
+"""
+
 # Each group has the same bits.
 TWO_PASS = ("auto", "two_pass", "two_pass_reload")
 THREE_PASS = ("three_pass_recompute", "three_pass_reload")
@@ -91,6 +97,11 @@ def make(name, n, dtype, seed=0):
     rng = np.random.default_rng([seed, n])
     with np.errstate(over="ignore"):  # float16 has no finfo(float32).min: -inf is as good a mask.
         return CLASSES[name](rng, n).astype(dtype)
+
+
+def rounded_logits(x, scale, bias):
+    """scale·x + bias, rounded once: for float32 by way of float64, in which the product is exact."""
+    return (x.astype(np.float64) * scale + bias).astype(np.float32)
 
 
 def exact_logsumexp(z):

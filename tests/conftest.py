@@ -1,3 +1,4 @@
+import hypothesis
 import jax
 import pytest
 
@@ -5,6 +6,13 @@ from jax_softmax2p import native
 
 # float64 needs it, float32 does not mind.
 jax.config.update("jax_enable_x64", True)
+
+# Every run the same, and no file written; --hypothesis-profile=long is for finding what this does not.
+hypothesis.settings.register_profile(
+    "deterministic", max_examples=100, derandomize=True, database=None, deadline=None
+)
+hypothesis.settings.register_profile("long", max_examples=20_000, database=None, deadline=None)
+hypothesis.settings.load_profile("deterministic")
 
 
 @pytest.fixture(params=["native", "reference"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from versions import has
 
 from jax_softmax2p import attention, dot_product_attention
 
@@ -110,6 +111,8 @@ CASES = {
     },
 }
 
+ROWS_WITHOUT_A_KEY = ["mask, some rows empty", "lengths of 0, causal", "all"]
+
 IN_BLOCKS = ["plain", "mask and bias, causal", "lengths of 0, causal", "all"]
 
 blocks = pytest.mark.parametrize("block", [None, 4])
@@ -161,14 +164,16 @@ class TestValues:
             expected = exact[0], np.asarray(exact[1]).astype(dtype)
         assert_close((y, log_sum), expected, 4 * wide)
 
-    @pytest.mark.parametrize("case", ["plain", "mask, some rows empty", "lengths of 0, causal", "all"])
+    @pytest.mark.parametrize("case", ["plain", *ROWS_WITHOUT_A_KEY])
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_is_that_of_jax(self, case, dtype, implementation):
-        options = CASES[case] | {"return_residual": True}
+        if dtype == np.float64 and case in ROWS_WITHOUT_A_KEY and not has(jax, "0.10.1"):
+            pytest.skip("rows of float64 without a key are not NaN in jax.nn since 0.10.1")
+        options = CASES[case] | ({"return_residual": True} if has(jax, "0.8.1") else {})
         operands = [x.astype(dtype) for x in inputs()]
         actual = dot_product_attention(*operands, implementation=implementation, **options)
         expected = jax.nn.dot_product_attention(*operands, **options)
-        assert [x.dtype for x in actual] == [x.dtype for x in expected]
+        assert jax.tree.map(lambda x: x.dtype, actual) == jax.tree.map(lambda x: x.dtype, expected)
         assert_close(actual, expected, 3e-6)
 
     @pytest.mark.parametrize(("n", "k"), [(4, 4), (4, 1), (6, 2)])

@@ -6,6 +6,7 @@ import pickle
 import threading
 
 import equinox as eqx
+import flax
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from versions import since
 
 import jax_softmax2p as s2p
 from jax_softmax2p import integrations
@@ -46,6 +48,9 @@ def uses_this_package(function, *operands):
 MASK = normal(3, 1, 5, 5) > -0.5
 MASK = MASK.at[1, 0, 2].set(False)
 
+# nnx leaves them to jax.nn.
+FLOAT64_ROWS_WITHOUT_A_KEY = [since(jax, "0.10.1", "numbers in rows of float64 without a key")]
+LAYERS_TAKE_IS_CAUSAL = since(flax, "0.12.2", "is_causal in layers of nnx")
 
 CALLS = {
     "plain": {},
@@ -69,7 +74,10 @@ CALLS = {
 class TestFlaxFunction:
     """The function itself: with all that layers may pass."""
 
-    @pytest.mark.parametrize("case", CALLS)
+    @pytest.mark.parametrize(
+        "case",
+        [pytest.param(case, marks=FLOAT64_ROWS_WITHOUT_A_KEY * (case == "float64")) for case in CALLS],
+    )
     def test_is_that_of_flax(self, case):
         operands = [normal(3, 5, 4, 8, seed=i) for i in range(3)]
         functions = (flax_attention, nnx.dot_product_attention, flax.linen.dot_product_attention)
@@ -105,6 +113,7 @@ class TestFlaxFunction:
         functions = (flax_attention, flax.linen.dot_product_attention)
         assert_close(*(jax.jit(functools.partial(f, **options))(*operands) for f in functions))
 
+    @since(flax, "0.12.4", "groups of heads")
     def test_groups_of_heads_and_other_sizes_of_values(self):
         q, k, v = normal(2, 5, 6, 8), normal(2, 7, 3, 8), normal(2, 7, 3, 4)
         options = {"dropout_rng": jax.random.key(0), "dropout_rate": 0.3}
@@ -152,7 +161,14 @@ class TestFlaxLayers:
         options = {"decode": False, "rngs": nnx.Rngs(0)} | options
         return nnx.MultiHeadAttention(4, 32, attention_fn=attention, **options)
 
-    @pytest.mark.parametrize(("call", "rate"), [({}, 0.5), ({"mask": MASK}, 0.0), ({"is_causal": True}, 0.0)])
+    @pytest.mark.parametrize(
+        ("call", "rate"),
+        [
+            ({}, 0.5),
+            ({"mask": MASK}, 0.0),
+            pytest.param({"is_causal": True}, 0.0, marks=LAYERS_TAKE_IS_CAUSAL),
+        ],
+    )
     def test_nnx(self, call, rate):
         def both(attention):
             layer = self.nnx_layer(attention, dropout_rate=rate, deterministic=False)
@@ -167,6 +183,7 @@ class TestFlaxLayers:
 
         assert_close(both(flax_attention), both(nnx.dot_product_attention), 1e-5)
 
+    @since(flax, "0.12.6", "nnx.capture")
     @pytest.mark.parametrize("call", [{}, {"mask": MASK}, {"is_causal": True}])
     def test_nnx_keeps_weights(self, call):
         def both(attention):

@@ -174,8 +174,7 @@ def test_forcing_an_isa(isa):
 REFUSING_RUNTIME = """
 import warnings
 import jax, jax.numpy as jnp
-real = jax.ffi.register_ffi_target
-jax.ffi.register_ffi_target = lambda name, *args, **kwargs: None  # as an older runtime: no handler
+{refusal}
 import jax_softmax2p as s
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -190,14 +189,39 @@ except ValueError as error:
     print(error)
 """
 
+# A runtime with older headers; one that has started, and refuses registrations; and one that takes them, and
+# then has no handler.
+OLDER_HEADERS = """
+import pathlib, tempfile
+folder = tempfile.TemporaryDirectory()
+header = pathlib.Path(folder.name, "xla/ffi/api/c_api.h")
+header.parent.mkdir(parents=True)
+header.write_text("#define XLA_FFI_API_MAJOR 0\\n#define XLA_FFI_API_MINOR 0\\n")
+jax.ffi.include_dir = lambda: folder.name
+"""
+REFUSES = """
+def refuse(*args, **kwargs):
+    raise RuntimeError("incompatible")
+jax.ffi.register_ffi_target = refuse
+"""
+FORGETS = "jax.ffi.register_ffi_target = lambda *args, **kwargs: None"
 
-def test_a_runtime_that_refuses_the_call_gives_one_warning_and_the_reference():
-    result = run_python(REFUSING_RUNTIME)
+
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        (OLDER_HEADERS, "it was built with a newer jaxlib than this one (FFI API versions 0.1 and 0.0)"),
+        (REFUSES, "its registration failed: incompatible"),
+        (FORGETS, "a trial call failed"),
+    ],
+)
+def test_a_runtime_that_refuses_gives_one_warning_and_the_reference(refusal, reason):
+    result = run_python(REFUSING_RUNTIME.format(refusal=refusal))
     assert result.returncode == 0, result.stderr
     warned, refused = result.stdout.strip().split("\n", 1)
     assert warned.count("jax_softmax2p runs its jax.numpy reference") == 1
-    assert "a trial call failed" in warned
-    assert "implementation='native' cannot run: a trial call failed" in refused
+    assert reason in warned
+    assert f"implementation='native' cannot run: {reason}" in refused
 
 
 MISSING_LIBRARY = """

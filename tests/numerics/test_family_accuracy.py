@@ -20,10 +20,6 @@ from jax_softmax2p import (
 
 FLOATS = [np.float32, np.float64]
 
-# What the rounding of a sum of exponentials is worth in its logarithm, be that as small as it may: float64's
-# sums are not kept in anything wider.
-LEAST = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-50}
-
 # Both sides of where the kernels change.
 LENGTHS = [1, 2, 7, 16, 100, 128, 129, 2049, 4097, 40_000]
 
@@ -44,7 +40,7 @@ def no_infinity(x):
 
 def assert_logs(actual, exact, x, bound=1.0):
     """Every row's error within the bound; the message says which row's is not."""
-    least = LEAST[x.dtype]
+    least = cases.LEAST_LOG_ERROR[x.dtype]
     errors = {
         name: cases.log_error(*parts, least)
         for name, *parts in zip(ROWS, np.asarray(actual), exact, x.max(-1), strict=True)
@@ -98,7 +94,7 @@ def test_logsumexp_near_zero(dtype):
     for n in (4, 150):
         x = (rng.standard_normal((300, n)) * 3).astype(dtype)
         x -= cases.exact_logsumexp(x)[:, None].astype(dtype)
-        least = LEAST[x.dtype]
+        least = cases.LEAST_LOG_ERROR[x.dtype]
         error = cases.log_error(np.asarray(logsumexp(x, -1)), cases.exact_logsumexp(x), x.max(-1), least)
         assert error <= 1
 
@@ -123,11 +119,6 @@ def test_against_mpmath(dtype):
         assert max(errors) <= 1
 
 
-def rounded_logits(x, scale, bias):
-    """scale·x + bias, rounded once: for float32 by way of float64, in which the product is exact."""
-    return (x.astype(np.float64) * scale + bias).astype(np.float32)
-
-
 # A portable build rounds the product, too, unless the scale is a power of two.
 SCALES = [0.125, -2.0, *([] if native.active_isa() == "portable" else [0.3, -1.7])]
 
@@ -140,7 +131,7 @@ class TestSoftmaxOfRoundedLogits:
         fused = jax.jit(lambda x, scale, bias: softmax(x, scale=scale, bias=bias))
         for scale in np.float32(SCALES):
             with np.errstate(over="ignore"):
-                z = rounded_logits(x, np.float64(scale), bias)
+                z = cases.rounded_logits(x, np.float64(scale), bias)
             # finfo.min times -2 is +inf, and the row no softmax.
             kept = ~np.isinf(z.max(-1))
             assert kept.sum() >= 8
@@ -190,7 +181,7 @@ class TestSoftmaxOfRoundedLogits:
         """Of the rounded logits likewise. (A row's maximum is the logits', not that of x.)"""
         x = no_infinity(rows(n, np.float32))
         bias = cases.make("normal", n, np.float32)
-        z = rounded_logits(x, 0.5, bias)
+        z = cases.rounded_logits(x, 0.5, bias)
         log = np.asarray(jax.jit(lambda x: log_softmax(x, scale=0.5, bias=bias))(x))
         total = np.asarray(jax.jit(lambda x: logsumexp(x, -1, scale=0.5, bias=bias))(x))
         with np.errstate(over="ignore"):
@@ -295,5 +286,5 @@ def test_cross_entropy_of_likely_labels(dtype):
         loss = np.asarray(softmax_cross_entropy_with_integer_labels(at, np.zeros(200, int)))
         exact = -cases.exact_log_softmax(at)[:, 0]
         np.testing.assert_allclose(
-            loss, exact.astype(float), rtol=4 * np.finfo(dtype).eps, atol=LEAST[x.dtype]
+            loss, exact.astype(float), rtol=4 * np.finfo(dtype).eps, atol=cases.LEAST_LOG_ERROR[x.dtype]
         )

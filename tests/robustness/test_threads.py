@@ -1,12 +1,24 @@
-"""Many threads calling at once, and threads that call from strange places."""
+"""Many threads calling at once, threads that call from strange places, and processes that fork.
 
+As a program it calls from 64 threads for a number of seconds, and says how often:
+``NPROC=5 python tests/robustness/test_threads.py 600``. XLA takes the size of its pools from NPROC.
+"""
+
+import contextlib
+import faulthandler
+import os
+import pathlib
+import subprocess
+import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jax_softmax2p import softmax
+from jax_softmax2p import native, softmax
 
 SHAPES = [(3, 5), (128, 1024), (1, 200_000), (40, 40_000), (7, 1, 33), (2000, 3)]
 TIMEOUT = 120  # seconds: a deadlock, not slowness
@@ -24,9 +36,12 @@ def run_in_threads(count, work):
     threads = [threading.Thread(target=guarded, args=(i,), daemon=True) for i in range(count)]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + TIMEOUT
     for thread in threads:
-        thread.join(TIMEOUT)
-    assert not any(thread.is_alive() for thread in threads), "deadlock"
+        thread.join(max(0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        faulthandler.dump_traceback(all_threads=True)
+        pytest.fail("deadlock: the stacks are above")
     assert not failures, failures
 
 
@@ -74,7 +89,7 @@ def test_several_large_calls_in_one_program():
     np.testing.assert_array_equal(f(x)[3], softmax(jnp.roll(x, 3, 0)))
 
 
-def test_call_from_inside_a_callback():
+def test_calls_from_inside_callbacks():
     def host(x):
         return np.asarray(softmax(np.asarray(x)))
 
@@ -87,4 +102,118 @@ def test_call_from_inside_a_callback():
         x = jnp.ones((64, 2048), jnp.float32)
         np.testing.assert_allclose(f(x), 2 / 2048, rtol=1e-6)
 
-    run_in_threads(1, work)
+    run_in_threads(16, work)
+
+
+def softmax_of_one_thread(x):
+    y = np.empty_like(x)
+    native.softmax_into(x, y)
+    return y
+
+
+def call_from_64_threads(seconds):
+    """Mixed sizes, on every device, while every eighth thread compiles. Returns how many calls there were."""
+    inputs = [np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in SHAPES]
+    expected = [softmax_of_one_thread(x) for x in inputs]
+    on_device = [[jax.device_put(x, device) for x in inputs] for device in jax.devices()]
+    jitted = jax.jit(softmax)
+    end = time.monotonic() + seconds
+    calls = [0] * 64
+
+    def work(index):
+        operands = on_device[index % len(on_device)]
+        while time.monotonic() < end or calls[index] == 0:
+            k = (index + calls[index]) % len(inputs)
+            # A function that JAX does not know is compiled.
+            function = jitted if index % 8 else jax.jit(lambda x: softmax(x))
+            np.testing.assert_array_equal(function(operands[k]), expected[k])
+            calls[index] += 1
+
+    run_in_threads(64, work)
+    return sum(calls)
+
+
+def test_64_threads_while_some_compile():
+    call_from_64_threads(seconds=2)
+
+
+@pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="pools are the same for every instruction set")
+@pytest.mark.parametrize(("pool", "devices"), [(1, 1), (5, 1), (64, 1), (2, 8)])
+def test_pools_of_other_sizes(pool, devices):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    result = subprocess.run(
+        [sys.executable, __file__, "1"],
+        env={**os.environ, "NPROC": str(pool), "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=2 * TIMEOUT,
+    )
+    assert result.returncode == 0, result.stderr
+    # With a thread for every device, at least.
+    assert f"on {devices} devices with {max(pool, devices)} threads" in result.stdout
+
+
+def names_of_threads():
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # It has ended.
+            yield (task / "comm").read_text()
+
+
+def main():
+    calls = call_from_64_threads(float(sys.argv[1]))
+    pool = sum("Eigen" in name for name in names_of_threads())
+    print(f"{calls} calls on {jax.device_count()} devices with {pool} threads: the same bits always")
+
+
+FORK = """
+import multiprocessing, os, threading, warnings
+import jax, numpy as np
+from jax_softmax2p import native, softmax
+
+x = np.random.default_rng(0).standard_normal((64, 20_000)).astype(np.float32)
+
+def kernel(threads):
+    y = np.empty_like(x)
+    native.softmax_into(x, y, threads=threads)
+    return y
+
+def forked(work):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        child = multiprocessing.get_context("fork").Process(target=work)
+        child.start()
+        child.join(60)
+    assert child.exitcode == 0, ("killed" if child.is_alive() else child.exitcode, child.kill())
+    return [str(warning.message) for warning in caught]
+
+def jitted_call():
+    assert (np.asarray(jax.jit(softmax)(x)) == expected).all()
+
+def kernels():
+    for threads in (1, 4):
+        assert (kernel(threads) == expected).all()
+
+expected = kernel(4)
+forked(jitted_call)
+jitted_call()
+busy = threading.Thread(target=lambda: [kernel(4) for _ in range(50)])
+busy.start()
+for _ in range(10):
+    assert any("os.fork() is incompatible with multithreaded code" in words for words in forked(kernels))
+busy.join()
+"""
+
+
+@pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="a fork is the same for every instruction set")
+def test_forks():
+    """A child calls JAX if its parent has not, and kernels on NumPy arrays in any case, as the README says.
+
+    XLA's threads are not in the child: what waits for them waits forever, jax.nn's softmax too. JAX warns.
+    """
+    command = [sys.executable, "-W", "error", "-c", FORK]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 0, result.stderr
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Import and use: no network, no file written, and no code loaded but the package's own."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from jax_softmax2p import native
+
+# Prints what Python was asked for, which is JAX's doing or ours, from before the package is imported.
+AUDITED = """
+import os, sys
+import jax, jax.numpy as jnp, numpy as np
+jax.block_until_ready(jax.jit(jnp.sin)(jnp.ones(3)))
+
+FORBIDDEN = ("socket.", "urllib.", "ctypes.", "subprocess.", "os.", "shutil.", "tempfile.")
+
+def hook(event, arguments):
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes or event.startswith(FORBIDDEN) and event not in ("os.listdir", "os.scandir"):
+        print(event, arguments)
+
+sys.addaudithook(hook)
+import jax_softmax2p
+x = jnp.ones((300, 4000))
+jax.block_until_ready(jax.jit(jax.grad(lambda x: jax_softmax2p.softmax(x)[0, 0]))(x))
+jax_softmax2p.native.softmax_into(np.asarray(x), np.empty(x.shape, np.float32), threads=2)
+"""
+
+
+def python(code, *prefix, **environment):
+    return subprocess.run(
+        [*prefix, sys.executable, "-B", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_what_python_is_asked_for():
+    result = python(AUDITED)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+def test_what_the_system_is_asked_for(tmp_path):
+    """By XLA and the library, too: the names that XLA gives its threads are all that is written."""
+    log = tmp_path / "log"
+    calls = "trace=%network,/^(open|creat|rename|link|symlink|unlink|mkdir|truncate|execve)"
+    result = python(AUDITED, "strace", "-f", "--seccomp-bpf", "-e", calls, "-o", str(log))
+    if "ptrace" in result.stderr:
+        pytest.skip("strace may not trace here")
+    assert result.returncode == 0, result.stderr
+    asked = [line for line in log.read_text().splitlines() if "(" in line]
+    assert any("_native" in line for line in asked)
+    harmless = re.compile(r"execve\(.*python.* = 0$|O_RDONLY|/proc/self/task/\d+/comm")
+    assert [line for line in asked if not harmless.search(line)] == []
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
+def test_what_the_library_can_ask_for():
+    """It is linked with nothing that writes files, opens sockets, loads libraries or starts programs."""
+    command = ["nm", "--dynamic", "--undefined-only", native._library.__file__]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    symbols = {line.split()[-1].split("@")[0] for line in output.splitlines()}
+    assert "getenv" in symbols
+    forbidden = re.compile(r"f?open|open64|openat|creat|socket|connect|dl|fork|exec|system|popen|posix_s")
+    assert {name for name in symbols if forbidden.match(name) or "ofstream" in name} == set()
+
+
+def test_the_environment_variable_that_is_read_only_chooses():
+    sources = "".join(path.read_text() for path in pathlib.Path(native.__file__).parent.rglob("*.py"))
+    assert "register_ffi_target" in sources
+    assert not re.search(r"environ\b|getenv|import_module|__import__", sources)
+    library = pathlib.Path(native._library.__file__)
+    assert library.read_bytes().count(b"JAX_SOFTMAX2P_") == 1
+    result = python(AUDITED, JAX_SOFTMAX2P_ISA=str(library))
+    assert result.stdout == ""
+    assert f"JAX_SOFTMAX2P_ISA='{library}'" in result.stderr
