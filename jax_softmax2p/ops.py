@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # By name: inside patch_jax_nn() jax.nn's attribute is this module's own function.
 from jax.nn import logsumexp as logsumexp_of_jax
@@ -202,7 +203,7 @@ def logsumexp(
 
     Source: pass 1 of Algorithm 3 of arXiv 2001.04438.
     """
-    if b is not None or jnp.iscomplexobj(a):
+    if b is not None or np.iscomplexobj(a):
         return _general_logsumexp(a, axis, b, keepdims, return_sign, where, scale, bias, implementation)
     logits = as_logits(
         a,
