@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # By name: inside patch_jax_nn() jax.nn's attribute is this module's own function.
 from jax.nn import logsumexp as logsumexp_of_jax
@@ -272,7 +273,7 @@ def logsumexp(
     """
     if b is not None and axis_name is not None:
         raise ValueError("axis_name cannot be combined with b")
-    if b is not None or (jnp.iscomplexobj(a) and axis_name is None):
+    if b is not None or (np.iscomplexobj(a) and axis_name is None):
         return _general_logsumexp(a, axis, b, keepdims, return_sign, where, scale, bias, implementation)
     logits = as_logits(
         a,
