@@ -136,6 +136,24 @@ def test_attention(name, axis_type):
     assert all(sharded_alike(x, operands[0]) for x in jax.tree.leaves(actual))
 
 
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_inside_shard_map(name):
+    q, k, v = normal(8, 32, 4, 8), normal(8, 32, 2, 8, seed=1), normal(8, 32, 2, 8, seed=2)
+    options = {key: value for key, value in ATTENTION[name].items() if key != "mask"}
+    mask = ATTENTION[name].get("mask", np.ones((8, 1, 1, 32), bool))
+    both = with_vjp(lambda q, k, v, mask: s2p.dot_product_attention(q, k, v, mask=mask, **options))
+    operands = q, k, v, mask, normal(*q.shape, seed=3)
+    spec = P(("data", "model"))
+    (y, gradients), found = run(
+        jax.shard_map(both, mesh=devices.make_mesh(), in_specs=spec, out_specs=spec), *operands
+    )
+    assert not found
+    expected_y, expected_gradients = jax.jit(both)(*operands)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(y, expected_y)
+    jax.tree.map(close, gradients[:3], expected_gradients[:3])
+
+
 LOGITS = np.where(normal(8, 640, seed=6) < 1.5, 3 * normal(8, 640, seed=7), -np.inf)
 OF_ROWS = np.array([0, 639, -1, -640, 640, 5, 319, 320], np.int32)
 
