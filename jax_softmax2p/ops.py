@@ -126,6 +126,10 @@ def softmax(
       for 1,024, equal at some 1,500. Of 1,024 rows a machine has 1.6·10^8 logits then, which take 0.15 s and
       more: what counts is that they are read twice and not three times, with one exponential each time.
 
+      Measured (python -m benchmarks.vocab_parallel; integer labels with a mask, B = 64, 10^6 classes): the
+      all-gather's result is 2, 4 and 8 KiB for S = 2, 4 and 8, 16·B·S as above with the device's own part;
+      the all-reduces' 256 and 512 bytes. A step with its matrix products is 1.31 to 1.51 times as fast.
+
       Results are as exact as of whole rows. Sums over cotangents are XLA's, in float32: the gradient of
       softmax is within 4 ULP of the row's largest |y·t| rather than of its own largest entry, that of
       log_softmax within some 32 ULP of its largest entry. Integers are not shifted by their maximum, and
