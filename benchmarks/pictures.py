@@ -113,12 +113,13 @@ def _over_length(
                 ]
                 _line(panel, name, points)
             _logarithmic(panel, "x")
-            panel.set_ylim(bottom=0)
             panel.set_title(table.isa)
             panel.set_xlabel("length of the row (elements)")
             _mark(panel, [(f"x fills {name}", size / 4) for name, size in results.caches.items()])
             if "auto" in panel.get_legend_handles_labels()[1]:
                 _mark(panel, [("auto changes", elements) for elements in results.crossovers["n"]])
+        # Once all are drawn: a limit keeps what comes later from being fitted.
+        np.atleast_1d(panels)[0].set_ylim(bottom=0)
         np.atleast_1d(panels)[0].set_ylabel(unit)
         _legend_below(figure, np.atleast_1d(panels)[0])
         figure.suptitle(title)
@@ -159,10 +160,10 @@ def _threads(results: Results, file: pathlib.Path) -> bool:
                     (row.case.elements // least, row.case.elements / row.medians[name] / 1e9) for row in rows
                 ]
                 _line(panel, name, points)
-            panel.set_ylim(bottom=0)
             panel.set_xticks([row.case.elements // least for row in rows])
             panel.set_title(isa)
             panel.set_xlabel("threads")
+        np.atleast_1d(panels)[0].set_ylim(bottom=0)
         np.atleast_1d(panels)[0].set_ylabel("10⁹ elements per second")
         _legend_below(figure, np.atleast_1d(panels)[0])
         figure.suptitle(f"Weak scaling: one row of {least / 2**20:.0f} Mi elements for each thread")
