@@ -10,6 +10,7 @@ Processes are started here, on the loopback address, with XLA's collectives for 
 
 import argparse
 import json
+import math
 import os
 import re
 import socket
@@ -28,7 +29,6 @@ ROOT = Path(__file__).parent.parent
 AXIS = "classes"
 HEARTBEAT_TIMEOUT = 10  # seconds, after which the others learn that a process is dead
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-BYTES = {"f32": 4, "f64": 8, "s32": 4, "u32": 4, "pred": 1}
 
 
 class Problem(NamedTuple):
@@ -148,8 +148,8 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
 
 
 def _size_of(shapes: str) -> int:
-    sizes = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    return sum(BYTES[dtype] * int(np.prod([int(n) for n in dims.split(",") if n])) for dtype, dims in sizes)
+    sizes = re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", shapes)  # Such as f32[8,1024]; pred[8] has a byte each.
+    return sum(int(bits or 8) // 8 * math.prod(int(n) for n in dims.split(",") if n) for bits, dims in sizes)
 
 
 def _error(gradient: Any, exact: np.ndarray) -> float:

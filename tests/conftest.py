@@ -1,8 +1,14 @@
+import sys
+
 import hypothesis
 import jax
+import processes
 import pytest
 
 from jax_softmax2p import native
+
+# For the benchmarks: behind the installed package, whose sources lie in the same folder.
+sys.path.append(str(processes.ROOT))
 
 # float64 needs it, float32 does not mind.
 jax.config.update("jax_enable_x64", True)

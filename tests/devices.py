@@ -1,18 +1,13 @@
 """Meshes of eight devices of the host, and what crosses between them: for the tests that run on those."""
 
-import math
-import re
-
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-SHAPE = {"data": 4, "model": 2}
+from benchmarks.vocab_parallel import collectives
 
-_COLLECTIVE = re.compile(
-    r"= (\([^)]*\)|\S+) (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
-)
+SHAPE = {"data": 4, "model": 2}
 
 
 def make_mesh(axis_type=AxisType.Auto):
@@ -28,8 +23,7 @@ def place(x, mesh, *spec):
 def run(f, *operands):
     """The results of f in jit; and of the collectives in its program the kinds and the bytes of results."""
     compiled = jax.jit(f).lower(*operands).compile()
-    found = [(kind, _bytes(shapes)) for shapes, kind in _COLLECTIVE.findall(compiled.as_text())]
-    return compiled(*operands), found
+    return compiled(*operands), collectives(compiled.as_text())
 
 
 def with_vjp(f):
@@ -44,11 +38,6 @@ def with_vjp(f):
 
 def kinds(found):
     return sorted(kind for kind, _ in found)
-
-
-def _bytes(shapes):
-    sizes = re.findall(r"\w+?(\d+)\[([\d,]*)\]", shapes)
-    return sum(int(bits) // 8 * math.prod(int(n) for n in dims.split(",") if n) for bits, dims in sizes)
 
 
 def normal(*shape, seed=0):

@@ -2,15 +2,9 @@
 
 import math
 import pathlib
-import sys
 
 import numpy as np
 import pytest
-
-from jax_softmax2p import native
-
-# Behind the installed package, whose sources lie in the same folder.
-sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import compare, growth, pictures, race, sections, traffic
 from benchmarks.cases import Case
@@ -18,6 +12,7 @@ from benchmarks.claims import claims
 from benchmarks.contenders import Ours, Torch
 from benchmarks.markdown import markdown
 from benchmarks.results import Figure, Result, Results, Row
+from jax_softmax2p import native
 
 CACHES = {"L1": 2**15, "L2": 2**20, "L3": 2**25}
 

@@ -1,13 +1,12 @@
 """The main job: ``python -m jax_softmax2p``."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
-from jax_softmax2p import native
+from processes import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
+from jax_softmax2p import native
 
 
 def run(*arguments, cwd):

@@ -1,15 +1,13 @@
 """Introspection, and the kernels on NumPy arrays."""
 
 import functools
-import os
-import subprocess
-import sys
 import warnings
 
 import cases
 import jax
 import numpy as np
 import pytest
+from processes import run_python
 
 from jax_softmax2p import native
 
@@ -144,16 +142,6 @@ def test_read_only_out():
     out.flags.writeable = False
     with pytest.raises(ValueError, match="out must be writable"):
         native.softmax_into(X, out)
-
-
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 @pytest.mark.parametrize("name", ["quantum", "avx512" if "avx512" not in native.supported_isas() else "neon"])

@@ -1,13 +1,13 @@
 """Import and use: no network, no file written, and no code loaded but the package's own."""
 
-import os
+import functools
 import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
+from processes import run_python
 
 from jax_softmax2p import native
 
@@ -32,18 +32,11 @@ jax_softmax2p.native.softmax_into(np.asarray(x), np.empty(x.shape, np.float32), 
 """
 
 
-def python(code, *prefix, **environment):
-    return subprocess.run(
-        [*prefix, sys.executable, "-B", "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+run = functools.partial(run_python, options=("-B",))
 
 
 def test_what_python_is_asked_for():
-    result = python(AUDITED)
+    result = run(AUDITED)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 
@@ -52,7 +45,7 @@ def test_what_the_system_is_asked_for(tmp_path):
     """By XLA and the library, too: the names that XLA gives its threads are all that is written."""
     log = tmp_path / "log"
     calls = "trace=%network,/^(open|creat|rename|link|symlink|unlink|mkdir|truncate|execve)"
-    result = python(AUDITED, "strace", "-f", "--seccomp-bpf", "-e", calls, "-o", str(log))
+    result = run(AUDITED, prefix=("strace", "-f", "--seccomp-bpf", "-e", calls, "-o", str(log)))
     if "ptrace" in result.stderr:
         pytest.skip("strace may not trace here")
     assert result.returncode == 0, result.stderr
@@ -79,6 +72,6 @@ def test_the_environment_variable_that_is_read_only_chooses():
     assert not re.search(r"environ\b|getenv|import_module|__import__", sources)
     library = pathlib.Path(native._library.__file__)
     assert library.read_bytes().count(b"JAX_SOFTMAX2P_") == 1
-    result = python(AUDITED, JAX_SOFTMAX2P_ISA=str(library))
+    result = run(AUDITED, JAX_SOFTMAX2P_ISA=str(library))
     assert result.stdout == ""
     assert f"JAX_SOFTMAX2P_ISA='{library}'" in result.stderr

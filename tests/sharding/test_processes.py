@@ -1,14 +1,9 @@
 """Several processes, each with a part of the classes: a step of training, and what a death does to it."""
 
-import pathlib
 import subprocess
-import sys
 import time
 
 import pytest
-
-# Behind the installed package, whose sources lie in the same folder.
-sys.path.append(str(pathlib.Path(__file__).parent.parent.parent))
 
 from benchmarks.vocab_parallel import Problem, in_processes, start_processes
 
