@@ -38,6 +38,12 @@ class Operation(NamedTuple):
     onnx: Callable[[Function, Case], Sequence[Any]] | None = None
 
 
+def _of_one_name(name: str, onnx: Callable[[Function, Case], Sequence[Any]]) -> Operation:
+    """An operation of x along an axis, which all libraries but ONNX call the same."""
+    of = lambda library: lambda axis: lambda x: getattr(library(), name)(x, axis)
+    return Operation(_nothing, of(lambda: jax_softmax2p), of(lambda: jax.nn), of(_torch), of(_scipy), onnx)
+
+
 def _nothing(case: Case) -> Sequence[np.ndarray]:
     return ()
 
@@ -179,28 +185,12 @@ _OPTAX_LOSS = _loss_of(_optax_loss)
 
 
 OPERATIONS = {
-    "softmax": Operation(
-        _nothing,
-        lambda axis: lambda x: jax_softmax2p.softmax(x, axis),
-        lambda axis: lambda x: jax.nn.softmax(x, axis),
-        lambda axis: lambda x: _torch().softmax(x, axis),
-        lambda axis: lambda x: _scipy().softmax(x, axis),
-        lambda node, case: [node("Softmax", ["x"], ["y"], axis=case.axis)],
+    "softmax": _of_one_name("softmax", lambda node, case: [node("Softmax", ["x"], ["y"], axis=case.axis)]),
+    "log_softmax": _of_one_name(
+        "log_softmax", lambda node, case: [node("LogSoftmax", ["x"], ["y"], axis=case.axis)]
     ),
-    "log_softmax": Operation(
-        _nothing,
-        lambda axis: lambda x: jax_softmax2p.log_softmax(x, axis),
-        lambda axis: lambda x: jax.nn.log_softmax(x, axis),
-        lambda axis: lambda x: _torch().log_softmax(x, axis),
-        lambda axis: lambda x: _scipy().log_softmax(x, axis),
-        lambda node, case: [node("LogSoftmax", ["x"], ["y"], axis=case.axis)],
-    ),
-    "logsumexp": Operation(
-        _nothing,
-        lambda axis: lambda x: jax_softmax2p.logsumexp(x, axis),
-        lambda axis: lambda x: jax.nn.logsumexp(x, axis),
-        lambda axis: lambda x: _torch().logsumexp(x, axis),
-        lambda axis: lambda x: _scipy().logsumexp(x, axis),
+    "logsumexp": _of_one_name(
+        "logsumexp",
         lambda node, case: [
             node("Constant", [], ["axes"], value_ints=[case.axis]),
             node("ReduceLogSumExp", ["x", "axes"], ["y"], keepdims=0),

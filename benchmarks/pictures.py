@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import Case
-from benchmarks.results import Result, Results
+from benchmarks.results import Result, Results, Row
 from benchmarks.traffic import LOOP_TRAFFIC, gigabytes_per_second
 
 # Okabe and Ito's palette.
@@ -103,8 +103,8 @@ def _over_length(
     tables = list(results.tables("algorithms"))
     if not tables:
         return False
-    with _picture(file, 4, columns=len(tables), sharey=True) as (figure, panels):
-        for panel, table in zip(np.atleast_1d(panels), tables, strict=True):
+    with _panels(file, len(tables)) as (figure, panels):
+        for panel, table in zip(panels, tables, strict=True):
             for name in table.rows[0].samples:
                 points = [
                     (row.case.elements, value)
@@ -118,10 +118,7 @@ def _over_length(
             _mark(panel, [(f"x fills {name}", size / 4) for name, size in results.caches.items()])
             if "auto" in panel.get_legend_handles_labels()[1]:
                 _mark(panel, [("auto changes", elements) for elements in results.crossovers["n"]])
-        # Once all are drawn: a limit keeps what comes later from being fitted.
-        np.atleast_1d(panels)[0].set_ylim(bottom=0)
-        np.atleast_1d(panels)[0].set_ylabel(unit)
-        _legend_below(figure, np.atleast_1d(panels)[0])
+        _finish_from_zero(figure, panels[0], unit)
         figure.suptitle(title)
     return True
 
@@ -130,8 +127,8 @@ def _passes(results: Results, file: pathlib.Path) -> bool:
     tables = list(results.tables("passes"))
     if not tables:
         return False
-    with _picture(file, 4, columns=len(tables), sharey=True, sharex=True) as (figure, panels):
-        for panel, table in zip(np.atleast_1d(panels), tables, strict=True):
+    with _panels(file, len(tables), sharex=True) as (figure, panels):
+        for panel, table in zip(panels, tables, strict=True):
             row = table.rows[-1]
             speeds = [gigabytes_per_second(name, row.case, seconds) for name, seconds in row.medians.items()]
             colours = [SKY if name in LOOP_TRAFFIC else BLUE for name in row.medians]
@@ -141,7 +138,7 @@ def _passes(results: Results, file: pathlib.Path) -> bool:
             panel.grid(axis="y", visible=False)
             panel.set_title(f"{table.isa}, x of {row.case.bytes / 1e6:,.0f} MB")
             panel.set_xlabel("GB/s")
-        np.atleast_1d(panels)[0].invert_yaxis()
+        panels[0].invert_yaxis()
         figure.suptitle("Every pass (dark) beside what memory allows (light), on one thread")
     return True
 
@@ -152,8 +149,8 @@ def _threads(results: Results, file: pathlib.Path) -> bool:
         return False
     isas = list(dict.fromkeys(table.isa for table in tables))
     least = min(table.rows[0].case.elements for table in tables)
-    with _picture(file, 4, columns=len(isas), sharey=True) as (figure, panels):
-        for panel, isa in zip(np.atleast_1d(panels), isas, strict=True):
+    with _panels(file, len(isas)) as (figure, panels):
+        for panel, isa in zip(panels, isas, strict=True):
             rows = [row for table in tables if table.isa == isa for row in table.rows]
             for name in rows[0].samples:
                 points = [
@@ -163,9 +160,7 @@ def _threads(results: Results, file: pathlib.Path) -> bool:
             panel.set_xticks([row.case.elements // least for row in rows])
             panel.set_title(isa)
             panel.set_xlabel("threads")
-        np.atleast_1d(panels)[0].set_ylim(bottom=0)
-        np.atleast_1d(panels)[0].set_ylabel("10⁹ elements per second")
-        _legend_below(figure, np.atleast_1d(panels)[0])
+        _finish_from_zero(figure, panels[0], "10⁹ elements per second")
         figure.suptitle(f"Weak scaling: one row of {least / 2**20:.0f} Mi elements for each thread")
     return True
 
@@ -176,15 +171,8 @@ def _speed_up(results: Results, file: pathlib.Path) -> bool:
         return False
     rows = [row for row in tables[0].rows if row.case.dtype == "float32"]
     labels = [" × ".join(f"{size:,}" for size in row.case.shape) for row in rows]
-    ratios = {
-        name: [row.ratios.get(f"{name} / ours", np.nan) for row in rows] for name in ("jax.nn", "torch")
-    }
-    with _picture(file, 4.4) as (figure, panel):
-        _dots(panel, labels, ratios)
-        panel.set_xlabel("time of the other ÷ ours")
-        _legend_below(figure, panel)
-        figure.suptitle("softmax in float32: how much faster than jax.nn and torch, by shape")
-    return True
+    title = "softmax in float32: how much faster than jax.nn and torch, by shape"
+    return _others_by_ours(file, 4.4, rows, labels, ("jax.nn", "torch"), title)
 
 
 def _peers(results: Results, file: pathlib.Path) -> bool:
@@ -195,12 +183,25 @@ def _peers(results: Results, file: pathlib.Path) -> bool:
     labels = [row.case.name.removesuffix(" float32") for row in rows]
     labels = [f"softmax {label}" if label.startswith("(") else label for label in labels]
     others = [name for name in LOOKS if any(f"{name} / ours" in row.ratios for row in rows)]
+    title = "How much faster than other libraries, by operation and shape"
+    return _others_by_ours(file, 5.4, rows, labels, others, title)
+
+
+def _others_by_ours(
+    file: pathlib.Path,
+    height: float,
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    others: Sequence[str],
+    title: str,
+) -> bool:
+    """The times of others by ours, a line for each row."""
     ratios = {name: [row.ratios.get(f"{name} / ours", np.nan) for row in rows] for name in others}
-    with _picture(file, 5.4) as (figure, panel):
+    with _picture(file, height) as (figure, panel):
         _dots(panel, labels, ratios)
         panel.set_xlabel("time of the other ÷ ours")
         _legend_below(figure, panel)
-        figure.suptitle("How much faster than other libraries, by operation and shape")
+        figure.suptitle(title)
     return True
 
 
@@ -209,7 +210,7 @@ def _ulp(results: Results, file: pathlib.Path) -> bool:
     if not tables:
         return False
     kinds = {"normal": "normal data", "ramp": "a ramp from −90 to 90"}
-    with _picture(file, 4, columns=2, sharey=True) as (figure, panels):
+    with _panels(file, 2) as (figure, panels):
         for panel, (data, title) in zip(panels, kinds.items(), strict=True):
             rows = [row for row in tables[0].rows if row.case.data == data]
             for name in tables[0].rows[0].samples:
@@ -248,7 +249,7 @@ def _growth_of(
     tables = {along: list(results.tables(f"growth of {quantity} in {along}")) for along in ("n", "batch")}
     if not all(tables.values()):
         return False
-    with _picture(file, 4, columns=2, sharey=True) as (figure, panels):
+    with _panels(file, 2) as (figure, panels):
         for panel, (along, (table,)) in zip(panels, tables.items(), strict=True):
             for name in table.rows[0].samples:
                 points = [(row.case.elements, scale(row.medians[name])) for row in table.rows]
@@ -312,6 +313,13 @@ def _picture(
             pyplot.close(figure)
 
 
+@contextlib.contextmanager
+def _panels(file: pathlib.Path, count: int, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """A figure and so many axes side by side, which are saved in the end."""
+    with _picture(file, 4, columns=count, sharey=True, **options) as (figure, axes):
+        yield figure, np.atleast_1d(axes)
+
+
 def _line(panel: Any, name: str, points: Sequence[tuple[float, float]], label: str | None = None) -> None:
     if not points:
         return
@@ -356,6 +364,13 @@ def _mark(panel: Any, places: Sequence[tuple[str, float]]) -> None:
             va="bottom",
             fontsize=7,
         )
+
+
+def _finish_from_zero(figure: Any, panel: Any, unit: str) -> None:
+    """For panels that share an axis, once all are drawn: a limit keeps what comes later from being fitted."""
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel(unit)
+    _legend_below(figure, panel)
 
 
 def _legend_below(figure: Any, panel: Any) -> None:
