@@ -39,6 +39,13 @@ nb::dict Registrations() {
   return targets;
 }
 
+template <typename Named, std::size_t count>
+std::vector<std::string> NamesOf(const Named (&all)[count]) {
+  std::vector<std::string> names;
+  for (const Named& known : all) names.emplace_back(known.name);
+  return names;
+}
+
 std::vector<std::string> Names(const std::vector<const Kernels*>& all) {
   std::vector<std::string> names;
   for (const Kernels* kernels : all) names.emplace_back(kernels->name);
@@ -137,16 +144,8 @@ void JacobianInto(const Input& y, const Input& t, const Output& out, const std::
 
 NB_MODULE(_native, module) {
   module.def("registrations", Registrations);
-  module.def("algorithms", [] {
-    std::vector<std::string> names;
-    for (const NamedAlgorithm& known : kAlgorithms) names.emplace_back(known.name);
-    return names;
-  });
-  module.def("passes", [] {
-    std::vector<std::string> names;
-    for (const NamedPass& known : kPasses) names.emplace_back(known.name);
-    return names;
-  });
+  module.def("algorithms", [] { return NamesOf(kAlgorithms); });
+  module.def("passes", [] { return NamesOf(kPasses); });
   module.def("cache_bytes", [] { return nb::make_tuple(SecondLevelCacheBytes(), LastLevelCacheBytes()); });
   module.def("supported_isas", [] { return Names(SupportedKernels()); });
   module.def("active_isa", [] { return std::string(Require(ActiveKernels()).name); });
