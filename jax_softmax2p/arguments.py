@@ -206,15 +206,15 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
     return mask
 
 
-def _as_axis_name(axis_name: Names) -> Names:
+def _as_axis_name(axis_name: Names) -> tuple[str, ...]:
     try:
-        hashable = axis_name if isinstance(axis_name, str) else tuple(axis_name)
-        across.part_number(hashable)
+        names = across.names_of(axis_name)
+        across.part_number(names)
     except (KeyError, NameError, TypeError, ValueError):
         raise ValueError(
             f"axis_name must name axes of the mesh of an enclosing jax.shard_map, got {axis_name!r}"
         ) from None
-    return hashable
+    return names
 
 
 def _as_limits(band: Band, x: Array, axes: tuple[int, ...], name: str) -> tuple[int | None, int | None]:

@@ -20,6 +20,7 @@ from jax_softmax2p.arguments import Band, as_logits, as_numeric_array
 from jax_softmax2p.ops import logsumexp, softmax_of
 from jax_softmax2p.primitives.common import compute_dtype
 from jax_softmax2p.primitives.logits import mask_of
+from jax_softmax2p.primitives.partitioning import part_count
 
 Array = jax.Array
 
@@ -316,8 +317,7 @@ def _explicit_specs(arrays: dict[str, Array]) -> dict[str, PartitionSpec] | None
     if not any(sharding.spec):
         return None
     batch, _, heads, _ = sharding.spec
-    names = () if heads is None else (heads,) if isinstance(heads, str) else heads
-    if arrays["key"].shape[2] % math.prod(sharding.mesh.shape[name] for name in names):
+    if arrays["key"].shape[2] % part_count(sharding.mesh, heads):
         heads = None
     of_heads = PartitionSpec(batch, None, heads, None)
     specs = {"query": of_heads, "key": of_heads, "value": of_heads, "scale": PartitionSpec()}

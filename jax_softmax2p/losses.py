@@ -168,13 +168,12 @@ def _with_labels(prepared: Logits, labels: Array) -> Array:
 
 def _less_label(log: tuple[Array, Array], x: Array, labels: Array, axis: int) -> Array:
     high, low = log
-    labels = jnp.expand_dims(labels, axis)
     if jax.typeof(x).sharding.spec[axis] is None:
-        logit = jnp.take_along_axis(x, labels, axis)
+        logit = jnp.take_along_axis(x, jnp.expand_dims(labels, axis), axis).squeeze(axis)
     else:  # JAX does not gather along an axis that is explicitly divided among devices.
-        logit = jnp.where(reference.one_hot(labels, x.shape, axis), x, 0).sum(axis, keepdims=True)
+        logit = jnp.where(reference.one_hot(labels, x.shape, axis), x, 0).sum(axis)
         logit = jnp.where((labels < x.shape[axis]) & (labels >= -x.shape[axis]), logit, jnp.nan)
-    return (high - logit.squeeze(axis).astype(high.dtype)) + low
+    return (high - logit.astype(high.dtype)) + low
 
 
 # Its derivative is one primitive, that of the log-sum with labels: left to JAX, the label's part would be

@@ -99,7 +99,7 @@ def log_sum_vjp(
     if where is not None:
         y = jnp.where(where, y, 0)
     if labels.size:
-        at_label = one_hot(jnp.expand_dims(labels, axis), x.shape, axis)
+        at_label = one_hot(labels, x.shape, axis)
         y = y - at_label
         counts = None if where is None else where | at_label
     y = (factor * y).astype(x.dtype)
@@ -122,9 +122,7 @@ def log_sum_jvp(
     t = _widen(t)
     result = jnp.sum(p * t, axis, where=where)
     if labels.size:
-        result = result - jnp.sum(
-            jnp.where(one_hot(jnp.expand_dims(labels, axis), x.shape, axis), t, 0), axis
-        )
+        result = result - jnp.sum(jnp.where(one_hot(labels, x.shape, axis), t, 0), axis)
     return result
 
 
@@ -147,8 +145,8 @@ def softmax_jacobian_derivative(y: Array, t: Array, y_dot: Array, axis: int) -> 
 
 
 def one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """Where the labels, of size 1 along ``axis``, are: below 0 from the end, out of range nowhere."""
-    labels = jnp.where(labels < 0, labels + shape[axis], labels)
+    """Where along ``axis`` the labels are: below 0 from the end, out of range nowhere."""
+    labels = jnp.expand_dims(jnp.where(labels < 0, labels + shape[axis], labels), axis)
     return jax.lax.broadcasted_iota(labels.dtype, shape, axis % len(shape)) == labels
 
 

@@ -73,12 +73,20 @@ def _tangent(static: _Static, primals: Any, tangents: Any) -> Array:
     return tangent_of_logits(primals[0], dots[0], given.named(primals), given.named(dots), given)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _log_sum(static: _Static, x: Array, *operands: Array) -> tuple[Array, Array]:
+def _gather(static: _Static, x: Array, operands: Any, *more: Array) -> tuple[Array, Array, list[Array]]:
+    """The log-sum of whole rows; and what else each part has to say of its rows, with the parts in front."""
     names, params = static
     own = log_sum_primitives.log_sum(x, *operands, **dict(params))
-    gathered = across.gather(jnp.stack(own), names)
-    return log_sum_primitives.log_sum_of_parts(gathered[:, 0], gathered[:, 1], **dict(params))
+    parts = jnp.stack(jnp.broadcast_arrays(*own, *(one.astype(own[0].dtype) for one in more)))
+    gathered = across.gather(parts, names)
+    high, low, *rest = (gathered[:, i] for i in range(len(parts)))
+    return *log_sum_primitives.log_sum_of_parts(high, low, **dict(params)), rest
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _log_sum(static: _Static, x: Array, *operands: Array) -> tuple[Array, Array]:
+    high, low, _ = _gather(static, x, operands)
+    return high, low
 
 
 @functools.partial(_log_sum.defjvp, symbolic_zeros=True)
@@ -109,20 +117,16 @@ def _softmax_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[Array, A
 def _cross_entropy(static: _Static, x: Array, labels: Array, *operands: Array) -> tuple[Array, ...]:
     names, params = static
     axis, given = dict(params)["axis"], dict(params)["given"]
-    high, low = log_sum_primitives.log_sum(x, *operands, **dict(params))
     size = x.shape[axis]
     own = jnp.expand_dims(across.own_labels(labels, size, names), axis)
     # One past the end, where it is another part's, gives 0; of all parts together one adds the label's logit.
-    logit = jnp.take_along_axis(x, own, axis, mode="fill", fill_value=0).squeeze(axis).astype(high.dtype)
-    parts = [high, low, logit]
-    if "where" in given.names:
-        parts.append(jnp.any(given.named(operands)["where"], axis).astype(high.dtype))
-    gathered = across.gather(jnp.stack(jnp.broadcast_arrays(*parts)), names)
-    high, low = log_sum_primitives.log_sum_of_parts(gathered[:, 0], gathered[:, 1], **dict(params))
-    whole = size * gathered.shape[0]
-    logit = jnp.where((labels >= -whole) & (labels < whole), jnp.sum(gathered[:, 2], 0), jnp.nan)
+    logit = jnp.take_along_axis(x, own, axis, mode="fill", fill_value=0).squeeze(axis)
+    masks = [jnp.any(given.named(operands)["where"], axis)] if "where" in given.names else []
+    high, low, (logits, *masks) = _gather(static, x, operands, logit, *masks)
+    whole = size * logits.shape[0]
+    logit = jnp.where((labels >= -whole) & (labels < whole), jnp.sum(logits, 0), jnp.nan)
     loss = (high - logit) + low
-    there = jnp.max(gathered[:, 3], 0) if len(parts) > 3 else jnp.ones_like(loss)
+    there = jnp.max(masks[0], 0) if masks else jnp.ones_like(loss)
     return jnp.where(there > 0, loss, 0), high, low, there
 
 

@@ -16,6 +16,11 @@ Array = jax.Array
 Names = str | Sequence[str]
 
 
+def names_of(part: Names | None) -> tuple[str, ...]:
+    """Axes of a mesh, as an entry of a PartitionSpec or an axis_name gives them."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
 def varying_axes(x: Array) -> frozenset[str]:
     """The mesh axes along which JAX knows x to differ."""
     kind = jax.typeof(x)
@@ -24,7 +29,7 @@ def varying_axes(x: Array) -> frozenset[str]:
 
 def as_varying(x: Array, names: Names) -> Array:
     """x as an array that may differ along mesh axes, where JAX keeps track of that."""
-    own, wanted = varying_axes(x), _as_tuple(names)
+    own, wanted = varying_axes(x), names_of(names)
     missing = tuple(name for name in wanted if name not in own)
     if not missing or not _inside_shard_map(missing):
         return x
@@ -38,8 +43,9 @@ def check_derivatives(x: Array, names: Names) -> None:
 
     Before 0.10 it follows the rules of checked programs in derivatives of unchecked ones.
     """
-    unchecked = _inside_shard_map(names) and not varying_axes(as_varying(x, names))
-    if unchecked and jax.__version_info__ < (0, 10):
+    if jax.__version_info__ >= (0, 10):
+        return
+    if _inside_shard_map(names) and not varying_axes(as_varying(x, names)):
         raise ValueError("axis_name needs jax.shard_map(..., check_vma=True), or jax from 0.10 on")
 
 
@@ -121,8 +127,4 @@ def _finite(largest: Array) -> Array:
 
 def _inside_shard_map(names: Names) -> bool:
     """Or else under a vmap with an axis_name."""
-    return set(_as_tuple(names)) <= set(jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def _as_tuple(names: Names) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+    return set(names_of(names)) <= set(jax.sharding.get_abstract_mesh().manual_axes)

@@ -27,6 +27,11 @@ Across = Callable[..., Any]
 """What a device does where the axis itself is divided: across(names, *operands, **params)."""
 
 
+def part_count(mesh: Any, part: across.Names | None) -> int:
+    """Into how many parts the axes of a mesh divide a dimension."""
+    return math.prod(mesh.shape[name] for name in across.names_of(part))
+
+
 def require_devices(primitive: Primitive) -> None:
     """Has JAX tell the primitive's lowering rule about devices."""
     prim_requires_devices_during_lowering.add(primitive)
@@ -80,10 +85,10 @@ def _by_names(
     x = arguments[0]
     axis, given = params["axis"], params.get("given", Given())
     spec = _spec(x)
-    if x.shape[axis] % _parts(mesh, spec[axis]):
+    if x.shape[axis] % part_count(mesh, spec[axis]):
         spec[axis] = None  # The last part would be padded, and the padding summed.
-    names = _names(spec[axis])
-    of_rows = _names(spec[-2]) if given.band is not None else ()
+    names = across.names_of(spec[axis])
+    of_rows = across.names_of(spec[-2]) if given.band is not None else ()
 
     def local(*operands: jax.Array) -> Any:
         own = dict(params)
@@ -163,12 +168,3 @@ def _spec(x: Any) -> list[Any]:
 
 def _replicated(sharding: Any) -> Sharding:
     return type(sharding).get_replicated(sharding._internal_device_list)
-
-
-def _names(part: Any) -> tuple[str, ...]:
-    """The axes of the mesh along which a dimension is divided."""
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
-
-
-def _parts(mesh: Mesh, part: Any) -> int:
-    return math.prod(mesh.shape[name] for name in _names(part))
