@@ -14,8 +14,8 @@ from benchmarks.results import Results
 from benchmarks.sections import SECTIONS
 from jax_softmax2p import native
 
-FULL = Effort(rounds=9, few=3, seconds=0.2)
-QUICK = Effort(rounds=3, few=1, seconds=0.03, elements=2**23)
+FULL = Effort(sweeps=3, rounds=5, few=1, seconds=0.15)
+QUICK = Effort(sweeps=1, rounds=3, few=1, seconds=0.03, elements=2**23)
 
 TRAINING = "training"
 """A section that is no table: ``benchmarks.train_lm``."""
@@ -123,9 +123,10 @@ def measure(sections: Mapping[str, Sequence[Table]], trains: bool, options: argp
     results = Results(environment.describe(), environment.caches(), environment.auto_crossovers(), {})
     for key, value in results.environment.items():
         print(f"{key:>16}  {value}")
-    with Progress(sum(len(table.cases) for tables in sections.values() for table in tables)) as progress:
+    effort, every = _effort(options), [table for tables in sections.values() for table in tables]
+    with Progress(sum(len(table.cases) * table.sweeps(effort) for table in every)) as progress:
         for name, tables in sections.items():
-            results.sections[name] = [run_table(table, _effort(options), progress) for table in tables]
+            results.sections[name] = [run_table(table, effort, progress) for table in tables]
             keep(results, options.json)
     if trains:
         results = results._replace(training=train(options.quick))

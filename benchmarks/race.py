@@ -2,7 +2,7 @@
 
 import contextlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,12 +37,14 @@ class Effort(NamedTuple):
     """How long to measure.
 
     Attributes:
-      rounds: turns of each contender.
+      sweeps: how often all cases of a table are gone through, with new processes.
+      rounds: turns of each contender in each.
       few: turns of a slow one.
       seconds: for all its turns in one case.
       elements: the largest case.
     """
 
+    sweeps: int
     rounds: int
     few: int
     seconds: float
@@ -98,6 +100,7 @@ class Table(NamedTuple):
       quantity: what is measured, one of :data:`MEASURES`.
       name: what pictures know it by, if there is one of it.
       isa: whose kernels it is about, if not about several.
+      keeps_memory: whether contenders keep the memory of their results for the next, see ``workers``.
       derive: figures that are not ratios within a row.
     """
 
@@ -109,6 +112,7 @@ class Table(NamedTuple):
     quantity: str = "seconds"
     name: str = ""
     isa: str = ""
+    keeps_memory: bool = True
     derive: Callable[[Sequence[Row]], list[Figure]] = lambda rows: []
 
     def within(self, effort: Effort, only: str) -> "Table":
@@ -116,28 +120,27 @@ class Table(NamedTuple):
         cases = (case for case in self.cases if only in case.name and case.elements <= effort.elements)
         return self._replace(cases=tuple(cases))
 
+    def sweeps(self, effort: Effort) -> int:
+        """How often its cases are gone through: times differ by chance, sizes and errors hardly."""
+        return effort.sweeps if self.quantity == "seconds" else 1
+
 
 def run_table(table: Table, effort: Effort, progress: Progress) -> Result:
     """Measures and prints a table."""
     progress.write(f"\n{table.title}")
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker(factory)) for factory in table.contenders]
-        contenders, computing = _able(workers, progress)
-        ratios = [ratio for ratio in table.ratios if ratio.needs() <= contenders.keys()]
-        lines = _Lines(table, list(contenders), [ratio.name for ratio in ratios], progress)
-        rows = []
-        neighbours = Neighbours(lambda: sum(worker.cpu_seconds for worker in workers))
-        for case in table.cases:
-            progress.begin(case.name)
-            row = Row(case, measure(case, contenders, computing, table.quantity, effort), {})
-            if not row.samples:
-                progress.write(f"  left out: this system does not tell {table.quantity}")
-                break
-            row = row._replace(ratios={ratio.name: ratio.of(row.medians) for ratio in ratios})
-            lines.write(row)
-            rows.append(row)
+    run = _Run(table, effort, progress)
+    for _ in range(table.sweeps(effort) - 1):
+        for _ in run.sweep():
             progress.advance()
-        others = neighbours.cores()
+    lines, rows = None, []
+    for case in run.sweep():
+        lines = lines or _Lines(table, run, progress)
+        row = Row(case, run.samples[case], {})
+        row = row._replace(ratios={ratio.name: ratio.of(row.medians) for ratio in run.ratios})
+        lines.write(row)
+        rows.append(row)
+        progress.advance()
+    others = run.cores_used_by_others()
     if others is not None and others > NOTEWORTHY:
         progress.write(
             f"  other processes kept {others:.2f} cores busy meanwhile: no figure for several threads counts"
@@ -147,6 +150,64 @@ def run_table(table: Table, effort: Effort, progress: Progress) -> Result:
     for sentence in sentences(figures):
         progress.write(f"  {sentence}")
     return Result(table.title, table.name, table.quantity, table.isa, rows, figures, others)
+
+
+class _Run:
+    """Sweeps over a table's cases, each with processes of its own, and what was measured in them.
+
+    How fast a process is has an element of chance, such as where its memory lies, and a neighbour may be busy
+    for seconds: neither shall decide a row.
+    """
+
+    def __init__(self, table: Table, effort: Effort, progress: Progress):
+        self._table, self._effort, self._progress = table, effort, progress
+        self._missing: set[str] = set()
+        self._workers: list[Worker] = []
+        self._neighbours = Neighbours(lambda: sum(worker.cpu_seconds for worker in self._workers))
+        self.contenders: list[str] = []
+        self.ratios: list[Ratio] = []
+        self.samples: dict[Case, Samples] = {}
+
+    def sweep(self) -> Iterator[Case]:
+        """Measures every case, and yields it then, unless this system does not tell what is asked for."""
+        with contextlib.ExitStack() as stack:
+            factories = self._table.contenders
+            workers = [
+                stack.enter_context(Worker(factory, self._table.keeps_memory)) for factory in factories
+            ]
+            self._workers += workers
+            contenders, computing = self._able(workers)
+            self.contenders = list(contenders)
+            self.ratios = [ratio for ratio in self._table.ratios if ratio.needs() <= contenders.keys()]
+            for case in self._table.cases:
+                self._progress.begin(case.name)
+                new = measure(case, contenders, computing, self._table.quantity, self._effort)
+                if not new:
+                    self._progress.write(f"  left out: this system does not tell {self._table.quantity}")
+                    break
+                old = self.samples.get(case, {})
+                self.samples[case] = {name: old.get(name, []) + values for name, values in new.items()}
+                yield case
+
+    def cores_used_by_others(self) -> float | None:
+        """Since the beginning, on average."""
+        return self._neighbours.cores()
+
+    def _able(self, workers: Sequence[Worker]) -> tuple[dict[str, Worker], set[str]]:
+        """Those that can run here, by name, and which of them compute; says once why others cannot."""
+        able, computing = {}, set()
+        for worker in workers:
+            try:
+                name, computes = worker.introduce()
+            except ImportError as error:
+                if str(error) not in self._missing:
+                    self._progress.write(f"  left out: {error}")
+                self._missing.add(str(error))
+                continue
+            able[name] = worker
+            if computes:
+                computing.add(name)
+        return able, computing
 
 
 def measure(
@@ -199,21 +260,6 @@ MEASURES: dict[str, Callable[[Mapping[str, Worker], Mapping[str, int], Effort], 
 """By quantity. Each has an entry in ``text.QUANTITIES``."""
 
 
-def _able(workers: Sequence[Worker], progress: Progress) -> tuple[dict[str, Worker], set[str]]:
-    """Those that can run here, by name, and which of them compute the cases; says why others cannot."""
-    able, computing = {}, set()
-    for worker in workers:
-        try:
-            name, computes = worker.introduce()
-        except ImportError as error:
-            progress.write(f"  left out: {error}")
-            continue
-        able[name] = worker
-        if computes:
-            computing.add(name)
-    return able, computing
-
-
 def _check(results: Mapping[str, np.ndarray | None], tolerance: float) -> None:
     """That all results are the same; how exact each is, the tests say."""
     expected = None
@@ -240,10 +286,10 @@ def _summarise(summary: Summary, rows: Sequence[Row]) -> list[Figure]:
 class _Lines:
     """Writes a table line by line, as it is measured."""
 
-    def __init__(self, table: Table, contenders: list[str], ratios: list[str], progress: Progress):
-        self._quantity, self._contenders, self._ratios = table.quantity, contenders, ratios
-        self._progress = progress
-        columns = [*contenders, *ratios]
+    def __init__(self, table: Table, run: _Run, progress: Progress):
+        self._quantity, self._contenders, self._progress = table.quantity, run.contenders, progress
+        self._ratios = [ratio.name for ratio in run.ratios]
+        columns = [*self._contenders, *self._ratios]
         self._widths = [max(10, len(column)) for column in columns]
         self._write("case", columns)
 

@@ -89,7 +89,14 @@ def jit(isas: Sequence[str]) -> list[Table]:
             (JAX_OVER_OURS, TORCH_OVER_OURS, OURS_OVER_ADD),
             (*summaries, small),
             name="jit",
-        )
+        ),
+        Table(
+            "In jit, last axis, results wherever the C library puts them, mostly into fresh memory",
+            CASES["fresh memory"],
+            (Ours, JaxNN, AddOne, Torch),
+            (JAX_OVER_OURS, TORCH_OVER_OURS, OURS_OVER_ADD),
+            keeps_memory=False,
+        ),
     ]
 
 

@@ -6,6 +6,7 @@ the next has its turn. Here, whoever does not have the turn is stopped by a sign
 
 import contextlib
 import ctypes
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,7 +14,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -28,6 +29,24 @@ from jax_softmax2p import measure, native
 CHECKED = 2**16
 """How many elements of a result are compared."""
 
+KEEPS_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+"""Makes glibc keep what is freed for what comes next, as allocators made for speed do.
+
+Left alone, it gives a result of more than 32 MiB back to the system, and one of a few MiB if it happens to
+lie at the heap's end: then the next call is given its pages one by one, and where that happens is chance.
+Other systems do not know these variables.
+"""
+
+RESERVE = 6, 2**30
+"""How much memory a process has for a case before it is timed: so many times its size, and this at least.
+
+Less is soon used up: a small array that lies where a large one was leaves no room for the next large one.
+"""
+
 
 class Elsewhere(NamedTuple):
     """A contender out of another installation of this package, in a folder."""
@@ -40,14 +59,23 @@ class Worker:
     """A contender in a process of its own, stopped except while it does what it is asked for.
 
     A context manager: the process ends with it.
+
+    Args:
+      factory: makes the contender, in that process.
+      keeps_memory: whether results lie in memory that the process has had before, in huge pages where the
+        system gives them, see :data:`KEEPS_MEMORY`; else wherever the C library puts them.
     """
 
-    def __init__(self, factory: Callable[[], Contender] | Elsewhere):
+    def __init__(self, factory: Callable[[], Contender] | Elsewhere, keeps_memory: bool = True):
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         make = factory.factory if isinstance(factory, Elsewhere) else factory
-        self._process = context.Process(target=_serve, args=(other, make), daemon=True)
-        with _first_on_path(factory.folder) if isinstance(factory, Elsewhere) else contextlib.nullcontext():
+        self._process = context.Process(target=_serve, args=(other, make, keeps_memory), daemon=True)
+        with contextlib.ExitStack() as inherited:
+            if isinstance(factory, Elsewhere):
+                inherited.enter_context(_first_on_path(factory.folder))
+            if keeps_memory:
+                inherited.enter_context(_in_environment(KEEPS_MEMORY))
             self._process.start()
         other.close()
         self._cpu_seconds = 0.0
@@ -134,8 +162,22 @@ def _first_on_path(folder: pathlib.Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
+@contextlib.contextmanager
+def _in_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """A process that starts meanwhile has these variables."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def _serve(
-    connection: "multiprocessing.connection.Connection[Any, Any]", factory: Callable[[], Contender]
+    connection: "multiprocessing.connection.Connection[Any, Any]",
+    factory: Callable[[], Contender],
+    keeps_memory: bool,
 ) -> None:
     try:
         contender = factory()
@@ -143,7 +185,7 @@ def _serve(
         connection.send((str(error), time.process_time()))
         return
     connection.send(((contender.name, contender.computes), time.process_time()))
-    bench = _Bench(contender)
+    bench = _Bench(contender, keeps_memory)
     while True:
         connection.send((bench.answer(connection.recv()), time.process_time()))
 
@@ -151,8 +193,8 @@ def _serve(
 class _Bench:
     """A contender with the case that it works on."""
 
-    def __init__(self, contender: Contender):
-        self._contender = contender
+    def __init__(self, contender: Contender, keeps_memory: bool):
+        self._contender, self._keeps_memory = contender, keeps_memory
         self._x = np.empty(0)
         self._call: Callable[[], Any] = lambda: None
 
@@ -165,6 +207,8 @@ class _Bench:
 
     def _prepare(self, case: Case) -> Prepared:
         self._call = lambda: None  # It holds the arrays of the case before.
+        if self._keeps_memory:
+            _reserve(case)
         self._x = memory.aligned_empty(case.shape, case.dtype)
         fill(self._x, case.data)
         outputs = _outputs_beyond_caches(self._x.nbytes) if self._contender.rotates else 1
@@ -190,6 +234,12 @@ class _Bench:
     def _ulp_error(self) -> float:
         y = np.asarray(_array(self._call()))
         return measure.ulp_error(y, measure.exact_softmax(self._x))
+
+
+def _reserve(case: Case) -> None:
+    """Touches memory and frees it, for what comes next to lie there."""
+    times, least = RESERVE
+    memory.aligned_empty((max(times * case.bytes, least),), "uint8")[:: mmap.PAGESIZE] = 0
 
 
 def _outputs_beyond_caches(nbytes: int) -> int:

@@ -108,7 +108,7 @@ def test_tables_are_consistent():
         for table in make(native.supported_isas()[:1]):
             assert table.quantity in race.MEASURES
             assert {summary.ratio for summary in table.summaries} <= set(table.ratios)
-            assert table.within(race.Effort(1, 1, 0.1, elements=0), "").cases == ()
+            assert table.within(race.Effort(1, 1, 1, 0.1, elements=0), "").cases == ()
 
 
 @pytest.fixture
