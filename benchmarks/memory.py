@@ -22,6 +22,13 @@ def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
+def physical_bytes() -> int:
+    """Of the machine; where it does not tell, what is small today."""
+    names = getattr(os, "sysconf_names", {})
+    known = "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 2**33
+
+
 LOOPS = ("read", "copy", "non-temporal copy", "scale")
 """Where the plain loops stand in for it, on other CPUs than x86-64, non-temporal is plain."""
 

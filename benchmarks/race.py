@@ -100,7 +100,8 @@ class Table(NamedTuple):
       quantity: what is measured, one of :data:`MEASURES`.
       name: what pictures know it by, if there is one of it.
       isa: whose kernels it is about, if not about several.
-      keeps_memory: whether contenders keep the memory of their results for the next, see ``workers``.
+      keeps_memory: whether contenders, where they are timed, keep the memory of results for the next, see
+        ``workers``.
       derive: figures that are not ratios within a row.
     """
 
@@ -171,10 +172,9 @@ class _Run:
     def sweep(self) -> Iterator[Case]:
         """Measures every case, and yields it then, unless this system does not tell what is asked for."""
         with contextlib.ExitStack() as stack:
+            keeps_memory = self._table.keeps_memory and self._table.quantity == "seconds"
             factories = self._table.contenders
-            workers = [
-                stack.enter_context(Worker(factory, self._table.keeps_memory)) for factory in factories
-            ]
+            workers = [stack.enter_context(Worker(factory, keeps_memory)) for factory in factories]
             self._workers += workers
             contenders, computing = self._able(workers)
             self.contenders = list(contenders)

@@ -44,7 +44,8 @@ Other systems do not know these variables.
 RESERVE = 6, 2**30
 """How much memory a process has for a case before it is timed: so many times its size, and this at least.
 
-Less is soon used up: a small array that lies where a large one was leaves no room for the next large one.
+Less is soon used up: a small array that lies where a large one was leaves no room for the next large one. No
+process takes more than an eighth of the machine's memory beforehand.
 """
 
 
@@ -239,7 +240,8 @@ class _Bench:
 def _reserve(case: Case) -> None:
     """Touches memory and frees it, for what comes next to lie there."""
     times, least = RESERVE
-    memory.aligned_empty((max(times * case.bytes, least),), "uint8")[:: mmap.PAGESIZE] = 0
+    most = memory.physical_bytes() // 8
+    memory.aligned_empty((min(max(times * case.bytes, least), most),), "uint8")[:: mmap.PAGESIZE] = 0
 
 
 def _outputs_beyond_caches(nbytes: int) -> int:
