@@ -90,7 +90,12 @@ def _rows(n: int) -> int:
 
 CASES = {
     "jit": tuple(Case(shape, dtype=dtype) for dtype in ("float32", "bfloat16") for shape in _TEN_SHAPES),
-    "fresh memory": tuple(Case(shape) for shape in ((1024, 1024), (49152, 512), (64, 128256), (1, 2**26))),
+    "fresh memory": (
+        *(Case(shape) for shape in ((1024, 1024), (49152, 512), (64, 128256), (1, 2**26))),
+        Case((512, 32000), operation="cross-entropy and gradient"),
+        Case(_ATTENTION_SHAPES[0], operation="attention"),
+        Case(_ATTENTION_SHAPES[0], operation="gradient of attention"),
+    ),
     "layouts": (
         Case((64, 1024, 256), axis=1),
         Case((4096, 1000), axis=0),

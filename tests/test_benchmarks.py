@@ -1,6 +1,7 @@
 """The benchmarks' parts that measure nothing: keeping, comparing, fitting, drawing."""
 
 import math
+import os
 import pathlib
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from benchmarks import compare, growth, pictures, race, sections, traffic
 from benchmarks.cases import Case
 from benchmarks.claims import claims
-from benchmarks.contenders import Ours, Torch
+from benchmarks.contenders import Contender, Ours, Torch
 from benchmarks.markdown import markdown
+from benchmarks.progress import Progress
 from benchmarks.results import Figure, Result, Results, Row
 from jax_softmax2p import native
 
@@ -68,6 +70,40 @@ def test_a_revision_races_what_it_has():
     assert raced.contenders[1].factory().name == "v1"
     with pytest.raises(ValueError, match="no-such-revision"), compare.installed("no-such-revision"):
         pass
+
+
+class Named(Contender):
+    """Does nothing, and is called what its process finds in its environment."""
+
+    computes = False
+
+    def __init__(self):
+        self.name = os.environ.get("MALLOC_ARENA_MAX", "as it comes")
+
+    def _bind(self, case, x, out):
+        return lambda: None
+
+
+class Missing(Named):
+    def __init__(self):
+        raise ImportError("a library is missing")
+
+
+@pytest.mark.parametrize(
+    ("quantity", "keeps_memory", "name", "samples"),
+    [("seconds", True, "1", 6), ("seconds", False, "as it comes", 6), ("ULP", True, "as it comes", 1)],
+)
+def test_sweeps_are_put_together(capsys, monkeypatch, quantity, keeps_memory, name, samples):
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    monkeypatch.setitem(race.MEASURES, "ULP", lambda contenders, *_: {each: [1.0] for each in contenders})
+    cases = (Case((1, 8)), Case((2, 8)))
+    table = race.Table("T", cases, (Named, Missing), quantity=quantity, keeps_memory=keeps_memory)
+    measured = race.run_table(table, race.Effort(2, 3, 1, 1e-4), Progress(0))
+    assert [row.case for row in measured.rows] == list(cases)
+    for row in measured.rows:
+        assert {each: len(values) for each, values in row.samples.items()} == {name: samples}
+    assert capsys.readouterr().out.count("left out: a library is missing") == 1
+    assert "MALLOC_ARENA_MAX" not in os.environ
 
 
 def test_slopes():
