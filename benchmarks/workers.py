@@ -125,14 +125,13 @@ class Worker:
 
     def _ask(self, question: Case | int | str) -> Any:
         self._signal(signal.SIGCONT)
-        self._connection.send(question)
+        with _explained():
+            self._connection.send(question)
         return self._answer()
 
     def _answer(self) -> Any:
-        try:
+        with _explained():
             answer, self._cpu_seconds = self._connection.recv()
-        except EOFError:
-            raise RuntimeError("a contender's process ended; its error stands above") from None
         self._signal(signal.SIGSTOP)
         return answer
 
@@ -151,6 +150,17 @@ class Prepared(NamedTuple):
 
     result: np.ndarray | None
     outputs: int
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Says what it means that the other end of a connection is gone."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise RuntimeError(
+            "a contender's process ended: its error stands above, or the system killed it for want of memory"
+        ) from None
 
 
 @contextlib.contextmanager

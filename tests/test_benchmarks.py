@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -104,6 +105,17 @@ def test_sweeps_are_put_together(capsys, monkeypatch, quantity, keeps_memory, na
         assert {each: len(values) for each, values in row.samples.items()} == {name: samples}
     assert capsys.readouterr().out.count("left out: a library is missing") == 1
     assert "MALLOC_ARENA_MAX" not in os.environ
+
+
+class Killed(Named):
+    def _bind(self, case, x, out):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_told():
+    table = race.Table("T", (Case((1, 8)),), (Killed,))
+    with pytest.raises(RuntimeError, match="killed it for want of memory"):
+        race.run_table(table, race.Effort(1, 1, 1, 1e-4), Progress(0))
 
 
 def test_slopes():
