@@ -31,6 +31,7 @@ EXAMPLES = {
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name):
     if name.endswith("flax_attention") and not has(flax, "0.12.2"):
+        # The example passes an argument that an older flax does not know.
         pytest.skip("layers of nnx take is_causal since flax 0.12.2")
     report = []
     with jax.enable_x64(False):
