@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_softmax2p import native
-from jax_softmax2p.primitives import across
-from jax_softmax2p.primitives.across import Names
-from jax_softmax2p.primitives.common import compute_dtype, native_refusal
-from jax_softmax2p.primitives.logits import FLAGS, Given, mask_of
+from jax_softmax2p.primitives import collectives
+from jax_softmax2p.primitives.collectives import Names
+from jax_softmax2p.primitives.operands import FLAGS, Given, mask_of
+from jax_softmax2p.primitives.registration import compute_dtype, native_refusal
 
 Array = jax.Array
 Axis = int | Sequence[int] | None
@@ -208,8 +208,8 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
 
 def _as_axis_name(axis_name: Names) -> tuple[str, ...]:
     try:
-        names = across.names_of(axis_name)
-        across.part_number(names)
+        names = collectives.names_of(axis_name)
+        collectives.part_number(names)
     except (KeyError, NameError, TypeError, ValueError):
         raise ValueError(
             f"axis_name must name axes of the mesh of an enclosing jax.shard_map, got {axis_name!r}"

@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec
 
 from jax_softmax2p.arguments import Band, as_logits, as_numeric_array
 from jax_softmax2p.ops import logsumexp, softmax_of
-from jax_softmax2p.primitives.common import compute_dtype
-from jax_softmax2p.primitives.logits import mask_of
+from jax_softmax2p.primitives.operands import mask_of
 from jax_softmax2p.primitives.partitioning import part_count
+from jax_softmax2p.primitives.registration import compute_dtype
 
 Array = jax.Array
 

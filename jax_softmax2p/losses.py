@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_softmax2p import reference, sharded
+from jax_softmax2p import reference, sharding
 from jax_softmax2p.arguments import Logits, as_logits, canonical_axes
 from jax_softmax2p.ops import log_sum_of
-from jax_softmax2p.primitives import log_sum as log_sum_primitives
-from jax_softmax2p.primitives.across import Names
-from jax_softmax2p.primitives.common import compute_dtype
+from jax_softmax2p.primitives import logsumexp as logsumexp_primitives
+from jax_softmax2p.primitives.collectives import Names
+from jax_softmax2p.primitives.registration import compute_dtype
 
 Array = jax.Array
 
@@ -79,7 +79,7 @@ def softmax_cross_entropy_with_integer_labels(
         logits, axis, where, axis_name=axis_name, implementation=implementation, name="logits"
     )
     if axis_name is not None:
-        return sharded.cross_entropy(prepared, labels).astype(prepared.dtype)
+        return sharding.cross_entropy(prepared, labels).astype(prepared.dtype)
     loss = _with_labels(prepared, labels).astype(prepared.dtype)
     return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
 
@@ -180,7 +180,7 @@ def _less_label(log: tuple[Array, Array], x: Array, labels: Array, axis: int) ->
 # scattered into an array of zeros of x's size, and added.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _native_with_labels(params, x: Array, labels: Array, *operands: Array) -> Array:
-    log = log_sum_primitives.log_sum(x, *operands, **dict(params))
+    log = logsumexp_primitives.log_sum(x, *operands, **dict(params))
     return _less_label(log, x, labels, dict(params)["axis"])
 
 
@@ -188,6 +188,6 @@ def _native_with_labels(params, x: Array, labels: Array, *operands: Array) -> Ar
 def _native_with_labels_jvp(params, primals, tangents):
     x, labels, *operands = primals
     named = dict(params)
-    log = log_sum_primitives.log_sum(x, *operands, **named)
-    loss_dot = log_sum_primitives.log_sum_jvp(x, *log, labels, tangents[0], *operands, **named)
+    log = logsumexp_primitives.log_sum(x, *operands, **named)
+    loss_dot = logsumexp_primitives.log_sum_jvp(x, *log, labels, tangents[0], *operands, **named)
     return _less_label(log, x, labels, named["axis"]), loss_dot

@@ -7,13 +7,13 @@ import numpy as np
 # By name: inside patch_jax_nn() jax.nn's attribute is this module's own function.
 from jax.nn import logsumexp as logsumexp_of_jax
 
-from jax_softmax2p import native, reference, sharded
+from jax_softmax2p import native, reference, sharding
 from jax_softmax2p.arguments import Axis, Band, Logits, Where, as_logits
 from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
-from jax_softmax2p.primitives import log_sum as log_sum_primitive
+from jax_softmax2p.primitives import logsumexp as logsumexp_primitives
 from jax_softmax2p.primitives import softmax as softmax_primitive
-from jax_softmax2p.primitives.across import Names
-from jax_softmax2p.primitives.logits import mask_of
+from jax_softmax2p.primitives.collectives import Names
+from jax_softmax2p.primitives.operands import mask_of
 
 Array = jax.Array
 
@@ -155,7 +155,7 @@ def softmax_of(logits: Logits, *, algorithm: str = "auto", in_place: bool = Fals
       in_place: that x, and cotangents of the result, are not needed afterwards.
     """
     if logits.axis_name is not None:
-        return logits.restore(sharded.softmax(logits))
+        return logits.restore(sharding.softmax(logits))
     if logits.params["implementation"] == "reference":
         return logits.restore(reference.softmax(logits.operands[0], **logits.reference_operands()))
     y = softmax_primitive.softmax(*logits.operands, algorithm=algorithm, in_place=in_place, **logits.params)
@@ -165,10 +165,10 @@ def softmax_of(logits: Logits, *, algorithm: str = "auto", in_place: bool = Fals
 def log_sum_of(logits: Logits) -> tuple[Array, Array]:
     """The log-sum of arguments that have been checked: its rounding, and what that leaves."""
     if logits.axis_name is not None:
-        return sharded.log_sum(logits)
+        return sharding.log_sum(logits)
     if logits.params["implementation"] == "reference":
         return reference.log_sum(logits.operands[0], **logits.reference_operands())
-    return log_sum_primitive.log_sum(*logits.operands, **logits.params)
+    return logsumexp_primitives.log_sum(*logits.operands, **logits.params)
 
 
 def log_softmax(
@@ -217,7 +217,7 @@ def log_softmax(
         x, axis, where, scale=scale, bias=bias, axis_name=axis_name, implementation=implementation
     )
     if axis_name is not None:
-        y = sharded.log_softmax(logits)
+        y = sharding.log_softmax(logits)
     elif implementation == "reference":
         y, *_ = reference.log_softmax(logits.operands[0], **logits.reference_operands())
     else:

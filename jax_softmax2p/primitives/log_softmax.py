@@ -7,7 +7,7 @@ log_softmax_jvp_p and log_softmax_vjp_p are linear in t and each other's transpo
 
     log_softmax_jvp(t) = t - sum(p·t)        log_softmax_vjp(t) = t - p·sum(t)
 
-There are no labels. See ``primitives.linear``.
+There are no labels. See ``primitives.logsumexp_derivatives``.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import across, common, linear
-from jax_softmax2p.primitives.linear import no_labels
-from jax_softmax2p.primitives.log_sum import log_sum, log_sum_jvp, log_sum_vjp
-from jax_softmax2p.primitives.logits import Given, mask_of
-from jax_softmax2p.primitives.zero_masked import tangent_of_logits, zero_masked
+from jax_softmax2p.primitives import collectives, logsumexp_derivatives, registration
+from jax_softmax2p.primitives.logsumexp import log_sum, log_sum_jvp, log_sum_vjp
+from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
+from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits, zero_masked
+from jax_softmax2p.primitives.operands import Given, mask_of
 
 log_softmax_p = Primitive("softmax2p_log_softmax")
 log_softmax_p.multiple_results = True
@@ -34,15 +34,15 @@ def log_softmax(x: jax.Array, *operands: jax.Array, **params: Any) -> tuple[jax.
     """The logarithm of the softmax of logits of an inexact dtype, and their log-sum as (high, low).
 
     Args:
-      x: and the operands: see ``primitives.logits``.
+      x: and the operands: see ``primitives.operands``.
       params: axis (negative), given, implementation.
     """
-    y, high, low = linear.bind(log_softmax_p, x, *operands, **params)
+    y, high, low = logsumexp_derivatives.bind(log_softmax_p, x, *operands, **params)
     return y, high, low
 
 
 def _abstract_eval(x, *operands, axis, given, implementation):
-    log_sum = common.without_axis(x, axis, common.compute_dtype(x.dtype))
+    log_sum = registration.without_axis(x, axis, registration.compute_dtype(x.dtype))
     return x.update(weak_type=False), log_sum, log_sum
 
 
@@ -51,7 +51,7 @@ def _jvp(primals, tangents, *, given: Given, **params):
     y, high, low = log_softmax(*primals, given=given, **params)
     t = tangent_of_logits(x, tangents[0], given.named(primals), given.named(tangents), given)
     of_log_sum = (x, high, low, no_labels(), t, *operands)
-    y_dot = linear.bind(log_softmax_jvp_p, *of_log_sum, given=given, **params)
+    y_dot = logsumexp_derivatives.bind(log_softmax_jvp_p, *of_log_sum, given=given, **params)
     # Its transpose wants cotangents that are 0 where logits are masked.
     y_dot = zero_masked(y_dot, given.named(primals).get("where"), given.band)
     high_dot = log_sum_jvp(*of_log_sum, given=given, **params)
@@ -59,7 +59,7 @@ def _jvp(primals, tangents, *, given: Given, **params):
 
 
 def _batch(operands, dims, **params):
-    return log_softmax(*common.batch_logits(operands, dims), **params), (0, 0, 0)
+    return log_softmax(*registration.batch_logits(operands, dims), **params), (0, 0, 0)
 
 
 def _less_dot(x, high, low, labels, t, *operands, axis, **params):
@@ -87,7 +87,7 @@ def less_log_sum(x, high, low, *operands, axis, given: Given, **_):
 
 
 def _across_devices(names, x, *operands, **params):
-    high, low = across.reduce_log_sums(*log_sum(x, *operands, **params), names)
+    high, low = collectives.reduce_log_sums(*log_sum(x, *operands, **params), names)
     return less_log_sum(x, high, low, *operands, **params), high, low
 
 
@@ -97,27 +97,27 @@ def _vjp_across_devices(names, x, high, low, labels, t, *operands, axis, **param
     return (t - weights).astype(t.dtype)
 
 
-common.define_eager_evaluation(log_softmax_p, linear.PARAMS)
+registration.define_eager_evaluation(log_softmax_p, logsumexp_derivatives.PARAMS)
 log_softmax_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[log_softmax_p] = _jvp
 batching.primitive_batchers[log_softmax_p] = _batch
-common.define_lowerings(
+registration.define_lowerings(
     log_softmax_p,
     native.LOG_SOFTMAX_TARGET,
     reference.log_softmax,
-    linear.attributes,
+    logsumexp_derivatives.attributes,
     across_devices=_across_devices,
 )
 
-linear.define_rules(log_softmax_jvp_p, log_softmax_vjp_p, _change_of_jvp, lambda x, *_: x)
+logsumexp_derivatives.define_rules(log_softmax_jvp_p, log_softmax_vjp_p, _change_of_jvp, lambda x, *_: x)
 mlir.register_lowering(log_softmax_jvp_p, mlir.lower_fun(_less_dot, multiple_results=False))
 
-linear.define_rules(log_softmax_vjp_p, log_softmax_jvp_p, _change_of_vjp, lambda x, *_: x)
-common.define_lowerings(
+logsumexp_derivatives.define_rules(log_softmax_vjp_p, log_softmax_jvp_p, _change_of_vjp, lambda x, *_: x)
+registration.define_lowerings(
     log_softmax_vjp_p,
     native.LOG_SOFTMAX_VJP_TARGET,
     reference.log_softmax_vjp,
-    linear.attributes,
+    logsumexp_derivatives.attributes,
     across_devices=_vjp_across_devices,
-    own_operands=linear.OWN_OPERANDS,
+    own_operands=logsumexp_derivatives.OWN_OPERANDS,
 )

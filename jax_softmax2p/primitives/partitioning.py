@@ -18,8 +18,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jax_softmax2p.primitives import across
-from jax_softmax2p.primitives.logits import Given
+from jax_softmax2p.primitives import collectives
+from jax_softmax2p.primitives.operands import Given
 
 Shape = tuple[int, ...]
 
@@ -27,9 +27,9 @@ Across = Callable[..., Any]
 """What a device does where the axis itself is divided: across(names, *operands, **params)."""
 
 
-def part_count(mesh: Any, part: across.Names | None) -> int:
+def part_count(mesh: Any, part: collectives.Names | None) -> int:
     """Into how many parts the axes of a mesh divide a dimension."""
-    return math.prod(mesh.shape[name] for name in across.names_of(part))
+    return math.prod(mesh.shape[name] for name in collectives.names_of(part))
 
 
 def require_devices(primitive: Primitive) -> None:
@@ -87,17 +87,17 @@ def _by_names(
     spec = _spec(x)
     if x.shape[axis] % part_count(mesh, spec[axis]):
         spec[axis] = None  # The last part would be padded, and the padding summed.
-    names = across.names_of(spec[axis])
-    of_rows = across.names_of(spec[-2]) if given.band is not None else ()
+    names = collectives.names_of(spec[axis])
+    of_rows = collectives.names_of(spec[-2]) if given.band is not None else ()
 
     def local(*operands: jax.Array) -> Any:
         own = dict(params)
         if given.band is not None and (names or of_rows):
             first = [
-                across.part_number(n) * size if n else 0
+                collectives.part_number(n) * size if n else 0
                 for n, size in zip((of_rows, names), operands[0].shape[-2:], strict=True)
             ]
-            operands, own["given"] = across.with_mask(operands, given, *first)
+            operands, own["given"] = collectives.with_mask(operands, given, *first)
         return across_devices(names, *operands, **own) if names else primitive.bind(*operands, **own)
 
     shardings = tuple(_like(x, mesh, spec, argument.shape, axis) for argument in arguments)

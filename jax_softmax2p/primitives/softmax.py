@@ -8,12 +8,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import across, common
-from jax_softmax2p.primitives.linear import no_labels
-from jax_softmax2p.primitives.log_sum import log_sum, log_sum_vjp
-from jax_softmax2p.primitives.logits import Given
+from jax_softmax2p.primitives import collectives, registration
+from jax_softmax2p.primitives.logsumexp import log_sum, log_sum_vjp
+from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
+from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
+from jax_softmax2p.primitives.operands import Given
 from jax_softmax2p.primitives.softmax_jacobian import softmax_jacobian
-from jax_softmax2p.primitives.zero_masked import tangent_of_logits
 
 softmax_p = Primitive("softmax2p")
 
@@ -22,11 +22,11 @@ def softmax(x: jax.Array, *operands: jax.Array, **params: Any) -> jax.Array:
     """Softmax of logits of an inexact dtype.
 
     Args:
-      x: and the operands: see ``primitives.logits``.
+      x: and the operands: see ``primitives.operands``.
       params: axis (negative), given, algorithm, implementation, and in_place: that x, and the tangent or
         cotangent of the result, are not needed afterwards, so that results may take their memory.
     """
-    return softmax_p.bind(*common.with_common_varying_axes(x, *operands), **params)
+    return softmax_p.bind(*registration.with_common_varying_axes(x, *operands), **params)
 
 
 def _abstract_eval(x, *operands, **params):
@@ -40,7 +40,7 @@ def _jvp(primals, tangents, *, given: Given, algorithm, in_place, **params):
 
 
 def _batch(operands, dims, **params):
-    return softmax(*common.batch_logits(operands, dims), **params), 0
+    return softmax(*registration.batch_logits(operands, dims), **params), 0
 
 
 def softmax_of_log_sum(x, high, low, *operands, **params: Any) -> jax.Array:
@@ -50,7 +50,7 @@ def softmax_of_log_sum(x, high, low, *operands, **params: Any) -> jax.Array:
 
 
 def _across_devices(names, x, *operands, algorithm, in_place, **params):
-    high, low = across.reduce_log_sums(*log_sum(x, *operands, **params), names)
+    high, low = collectives.reduce_log_sums(*log_sum(x, *operands, **params), names)
     return softmax_of_log_sum(x, high, low, *operands, **params)
 
 
@@ -58,13 +58,13 @@ def _attributes(*, given: Given, algorithm, **_):
     return {"algorithm": algorithm} | given.attributes()
 
 
-common.define_eager_evaluation(
+registration.define_eager_evaluation(
     softmax_p, ("axis", "given", "algorithm", "implementation", "in_place"), in_place=False
 )
 softmax_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[softmax_p] = _jvp
 batching.primitive_batchers[softmax_p] = _batch
-common.define_lowerings(
+registration.define_lowerings(
     softmax_p,
     native.SOFTMAX_TARGET,
     reference.softmax,

@@ -11,7 +11,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import common
+from jax_softmax2p.primitives import registration
 
 softmax_jacobian_p = Primitive("softmax2p_jacobian")
 
@@ -25,7 +25,7 @@ def softmax_jacobian(y: jax.Array, t: jax.Array, **params: Any) -> jax.Array:
       params: axis (negative), implementation, and reuses: None, or which of the operands, 0 or 1, is not
         needed afterwards, so that the result may take its memory.
     """
-    return softmax_jacobian_p.bind(*common.with_common_varying_axes(y, t), **params)
+    return softmax_jacobian_p.bind(*registration.with_common_varying_axes(y, t), **params)
 
 
 def _abstract_eval(y, t, **params):
@@ -52,19 +52,19 @@ def _transpose(cotangent, y, t, **params):
 
 
 def _batch(operands, dims, **params):
-    return softmax_jacobian(*common.batch_logits(operands, dims, own_operands=1), **params), 0
+    return softmax_jacobian(*registration.batch_logits(operands, dims, own_operands=1), **params), 0
 
 
 def _across_devices(names, y, t, *, axis, **params):
     return reference.softmax_jacobian(y, t, axis, total=lambda dot: jax.lax.psum(dot, names))
 
 
-common.define_eager_evaluation(softmax_jacobian_p, ("axis", "implementation", "reuses"), reuses=None)
+registration.define_eager_evaluation(softmax_jacobian_p, ("axis", "implementation", "reuses"), reuses=None)
 softmax_jacobian_p.def_abstract_eval(_abstract_eval)
 ad.defjvp2(softmax_jacobian_p, _jvp_in_y, _jvp_in_t)
 ad.primitive_transposes[softmax_jacobian_p] = _transpose
 batching.primitive_batchers[softmax_jacobian_p] = _batch
-common.define_lowerings(
+registration.define_lowerings(
     softmax_jacobian_p,
     native.SOFTMAX_JACOBIAN_TARGET,
     reference.softmax_jacobian,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_softmax2p.primitives.logits import Given, mask_of
+from jax_softmax2p.primitives.operands import Given, mask_of
 
 Array = jax.Array
 Names = str | Sequence[str]

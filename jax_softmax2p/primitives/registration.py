@@ -10,8 +10,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_softmax2p import native
-from jax_softmax2p.primitives import across, partitioning
-from jax_softmax2p.primitives.logits import Given, mask_of
+from jax_softmax2p.primitives import collectives, partitioning
+from jax_softmax2p.primitives.operands import Given, mask_of
 
 
 def define_eager_evaluation(
@@ -143,8 +143,8 @@ def without_axis(x: Any, axis: int, dtype: Any) -> Any:
 
 def with_common_varying_axes(*operands: Any) -> list[jax.Array]:
     """Inside shard_map: operands must vary over the same mesh axes, as jax.numpy's own do."""
-    union = frozenset[str]().union(*map(across.varying_axes, operands))
-    return [across.as_varying(operand, tuple(union)) for operand in operands]
+    union = frozenset[str]().union(*map(collectives.varying_axes, operands))
+    return [collectives.as_varying(operand, tuple(union)) for operand in operands]
 
 
 def native_refusal(reason: str) -> str:

@@ -8,7 +8,7 @@ log_sum_jvp_p and log_sum_vjp_p are linear, in t and in factor, and each other's
 
     log_sum_jvp(t) = sum(p·t) - t[label]        log_sum_vjp(factor) = factor·(p - one_hot(label))
 
-Without labels, what concerns these falls away. See ``primitives.linear``.
+Without labels, what concerns these falls away. See ``primitives.logsumexp_derivatives``.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import across, common, linear
-from jax_softmax2p.primitives.linear import no_labels
-from jax_softmax2p.primitives.logits import Given
-from jax_softmax2p.primitives.zero_masked import tangent_of_logits
+from jax_softmax2p.primitives import collectives, logsumexp_derivatives, registration
+from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
+from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
+from jax_softmax2p.primitives.operands import Given
 
 log_sum_p = Primitive("softmax2p_log_sum")
 log_sum_p.multiple_results = True
@@ -33,21 +33,21 @@ def log_sum(x: jax.Array, *operands: jax.Array, **params: Any) -> tuple[jax.Arra
     """The log-sum of logits of an inexact dtype, as (high, low), in the dtype that x is computed in.
 
     Args:
-      x: and the operands: see ``primitives.logits``.
+      x: and the operands: see ``primitives.operands``.
       params: axis (negative), given, implementation.
     """
-    high, low = linear.bind(log_sum_p, x, *operands, **params)
+    high, low = logsumexp_derivatives.bind(log_sum_p, x, *operands, **params)
     return high, low
 
 
 def log_sum_jvp(x, high, low, labels, t, *operands, **params: Any) -> jax.Array:
     """The derivative of the log-sum along t, a tangent of the logits, of x's shape."""
-    return linear.bind(log_sum_jvp_p, x, high, low, labels, t, *operands, **params)
+    return logsumexp_derivatives.bind(log_sum_jvp_p, x, high, low, labels, t, *operands, **params)
 
 
 def log_sum_vjp(x, high, low, labels, factor, *operands, **params: Any) -> jax.Array:
     """The transpose of :func:`log_sum_jvp`, applied to factor."""
-    return linear.bind(log_sum_vjp_p, x, high, low, labels, factor, *operands, **params)
+    return logsumexp_derivatives.bind(log_sum_vjp_p, x, high, low, labels, factor, *operands, **params)
 
 
 def log_sum_of_parts(high: jax.Array, low: jax.Array, *, implementation: str | None, **_) -> Any:
@@ -56,15 +56,15 @@ def log_sum_of_parts(high: jax.Array, low: jax.Array, *, implementation: str | N
     As exact as high + low is: of e^(z + rest), with rest below an ULP of z, it takes two terms of the series.
     """
     params = {"axis": -high.ndim, "given": Given(), "implementation": implementation}
-    largest = across.largest_of(high)
-    z, rest = across.relative(high, low, largest)
+    largest = collectives.largest_of(high)
+    z, rest = collectives.relative(high, low, largest)
     log, log_rest = log_sum(z, **params)
     weighted = log_sum_jvp(z, log, log_rest, no_labels(), rest, **params)
-    return across.plus(largest, log, log_rest + weighted)
+    return collectives.plus(largest, log, log_rest + weighted)
 
 
 def _abstract_eval(x, *operands, axis, given, implementation):
-    result = common.without_axis(x, axis, common.compute_dtype(x.dtype))
+    result = registration.without_axis(x, axis, registration.compute_dtype(x.dtype))
     return result, result
 
 
@@ -77,7 +77,7 @@ def _jvp(primals, tangents, *, given: Given, **params):
 
 
 def _batch(operands, dims, **params):
-    return log_sum(*common.batch_logits(operands, dims), **params), (0, 0)
+    return log_sum(*registration.batch_logits(operands, dims), **params), (0, 0)
 
 
 def _change_of_jvp(change, x, high, low, labels, t, *operands, **params):
@@ -90,47 +90,47 @@ def _change_of_vjp(change, x, high, low, labels, factor, *operands, **params):
 
 
 def _across_devices(names, *operands, **params):
-    return across.reduce_log_sums(*log_sum(*operands, **params), names)
+    return collectives.reduce_log_sums(*log_sum(*operands, **params), names)
 
 
 def _jvp_across_devices(names, x, high, low, labels, t, *operands, **params):
-    labels = across.own_labels(labels, x.shape[params["axis"]], names)
+    labels = collectives.own_labels(labels, x.shape[params["axis"]], names)
     return jax.lax.psum(log_sum_jvp(x, high, low, labels, t, *operands, **params), names)
 
 
 def _vjp_across_devices(names, x, high, low, labels, factor, *operands, **params):
-    labels = across.own_labels(labels, x.shape[params["axis"]], names)
+    labels = collectives.own_labels(labels, x.shape[params["axis"]], names)
     return log_sum_vjp(x, high, low, labels, factor, *operands, **params)
 
 
-common.define_eager_evaluation(log_sum_p, linear.PARAMS)
+registration.define_eager_evaluation(log_sum_p, logsumexp_derivatives.PARAMS)
 log_sum_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[log_sum_p] = _jvp
 batching.primitive_batchers[log_sum_p] = _batch
-common.define_lowerings(
+registration.define_lowerings(
     log_sum_p,
     native.LOG_SUM_TARGET,
     reference.log_sum,
-    linear.attributes,
+    logsumexp_derivatives.attributes,
     across_devices=_across_devices,
 )
 
-linear.define_rules(log_sum_jvp_p, log_sum_vjp_p, _change_of_jvp, lambda x, high, *_: high)
-common.define_lowerings(
+logsumexp_derivatives.define_rules(log_sum_jvp_p, log_sum_vjp_p, _change_of_jvp, lambda x, high, *_: high)
+registration.define_lowerings(
     log_sum_jvp_p,
     native.LOG_SUM_JVP_TARGET,
     reference.log_sum_jvp,
-    linear.attributes,
+    logsumexp_derivatives.attributes,
     across_devices=_jvp_across_devices,
-    own_operands=linear.OWN_OPERANDS,
+    own_operands=logsumexp_derivatives.OWN_OPERANDS,
 )
 
-linear.define_rules(log_sum_vjp_p, log_sum_jvp_p, _change_of_vjp, lambda x, *_: x)
-common.define_lowerings(
+logsumexp_derivatives.define_rules(log_sum_vjp_p, log_sum_jvp_p, _change_of_vjp, lambda x, *_: x)
+registration.define_lowerings(
     log_sum_vjp_p,
     native.LOG_SUM_VJP_TARGET,
     reference.log_sum_vjp,
-    linear.attributes,
+    logsumexp_derivatives.attributes,
     across_devices=_vjp_across_devices,
-    own_operands=linear.OWN_OPERANDS,
+    own_operands=logsumexp_derivatives.OWN_OPERANDS,
 )

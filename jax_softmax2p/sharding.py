@@ -17,18 +17,18 @@ from jax.interpreters import ad
 
 from jax_softmax2p import reference
 from jax_softmax2p.arguments import Logits
-from jax_softmax2p.primitives import across
-from jax_softmax2p.primitives import log_sum as log_sum_primitives
-from jax_softmax2p.primitives.linear import no_labels
+from jax_softmax2p.primitives import collectives
+from jax_softmax2p.primitives import logsumexp as logsumexp_primitives
 from jax_softmax2p.primitives.log_softmax import less_log_sum
+from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
+from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
 from jax_softmax2p.primitives.softmax import softmax_of_log_sum
-from jax_softmax2p.primitives.zero_masked import tangent_of_logits
 
 Array = jax.Array
 
 # What the functions with derivatives of their own take as one argument: the axis's name and the primitives'
 # parameters, as a hashable value.
-_Static = tuple[across.Names, tuple[tuple[str, Any], ...]]
+_Static = tuple[collectives.Names, tuple[tuple[str, Any], ...]]
 
 
 def softmax(logits: Logits) -> Array:
@@ -60,10 +60,10 @@ def _prepared(logits: Logits) -> tuple[Any, ...]:
     """What the functions below take: the static argument, then the operands."""
     axis_name, params = logits.axis_name, dict(logits.params)
     assert axis_name is not None, "for rows in parts"
-    across.check_derivatives(logits.operands[0], axis_name)
-    first = across.part_number(axis_name) * logits.operands[0].shape[params["axis"]]
-    operands, params["given"] = across.with_mask(logits.operands, params["given"], 0, first)
-    return (axis_name, tuple(params.items())), *(across.as_varying(x, axis_name) for x in operands)
+    collectives.check_derivatives(logits.operands[0], axis_name)
+    first = collectives.part_number(axis_name) * logits.operands[0].shape[params["axis"]]
+    operands, params["given"] = collectives.with_mask(logits.operands, params["given"], 0, first)
+    return (axis_name, tuple(params.items())), *(collectives.as_varying(x, axis_name) for x in operands)
 
 
 def _tangent(static: _Static, primals: Any, tangents: Any) -> Array:
@@ -76,11 +76,11 @@ def _tangent(static: _Static, primals: Any, tangents: Any) -> Array:
 def _gather(static: _Static, x: Array, operands: Any, *more: Array) -> tuple[Array, Array, list[Array]]:
     """The log-sum of whole rows; and what else each part has to say of its rows, with the parts in front."""
     names, params = static
-    own = log_sum_primitives.log_sum(x, *operands, **dict(params))
+    own = logsumexp_primitives.log_sum(x, *operands, **dict(params))
     parts = jnp.stack(jnp.broadcast_arrays(*own, *(one.astype(own[0].dtype) for one in more)))
-    gathered = across.gather(parts, names)
+    gathered = collectives.gather(parts, names)
     high, low, *rest = (gathered[:, i] for i in range(len(parts)))
-    return *log_sum_primitives.log_sum_of_parts(high, low, **dict(params)), rest
+    return *logsumexp_primitives.log_sum_of_parts(high, low, **dict(params)), rest
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -118,7 +118,7 @@ def _cross_entropy(static: _Static, x: Array, labels: Array, *operands: Array) -
     names, params = static
     axis, given = dict(params)["axis"], dict(params)["given"]
     size = x.shape[axis]
-    own = jnp.expand_dims(across.own_labels(labels, size, names), axis)
+    own = jnp.expand_dims(collectives.own_labels(labels, size, names), axis)
     # One past the end, where it is another part's, gives 0; of all parts together one adds the label's logit.
     logit = jnp.take_along_axis(x, own, axis, mode="fill", fill_value=0).squeeze(axis)
     masks = [jnp.any(given.named(operands)["where"], axis)] if "where" in given.names else []
@@ -136,7 +136,7 @@ def _cross_entropy_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[An
     x, labels, *operands = primals
     loss, high, low, there = _cross_entropy(static, *primals)
     t = jnp.zeros_like(x) if isinstance(tangents[0], SymbolicZero) else tangents[0]
-    own = across.own_labels(labels, x.shape[dict(params)["axis"]], names)
+    own = collectives.own_labels(labels, x.shape[dict(params)["axis"]], names)
     dot, high_dot = (_dot(static, x, high, low, which, t, *operands) for which in (own, no_labels()))
     loss_dot = jnp.where(there > 0, dot, 0)
     return (loss, high, low, there), (loss_dot, high_dot, jnp.zeros_like(low), jnp.zeros_like(there))
@@ -145,4 +145,4 @@ def _cross_entropy_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[An
 def _dot(static: _Static, *operands: Array) -> Array:
     """The derivative of the log-sum of whole rows, less the label's tangent, from those of their parts."""
     names, params = static
-    return jax.lax.psum(log_sum_primitives.log_sum_jvp(*operands, **dict(params)), names)
+    return jax.lax.psum(logsumexp_primitives.log_sum_jvp(*operands, **dict(params)), names)

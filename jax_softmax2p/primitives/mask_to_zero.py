@@ -10,21 +10,21 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_softmax2p.primitives import common, logits
+from jax_softmax2p.primitives import operands, registration
 
 zero_masked_p = Primitive("softmax2p_zero_masked")
 
 
-def zero_masked(t: jax.Array, where: jax.Array | None, band: logits.Limits | None) -> jax.Array:
-    """t, and 0 where the mask or the band is False: both as ``primitives.logits`` has them."""
+def zero_masked(t: jax.Array, where: jax.Array | None, band: operands.Limits | None) -> jax.Array:
+    """t, and 0 where the mask or the band is False: both as ``primitives.operands`` has them."""
     if where is None and band is None:
         return t
     masks = [] if where is None else [where]
-    return zero_masked_p.bind(*common.with_common_varying_axes(t, *masks), band=band)
+    return zero_masked_p.bind(*registration.with_common_varying_axes(t, *masks), band=band)
 
 
 def tangent_of_logits(
-    x: jax.Array, x_dot: Any, operands: dict[str, Any], tangents: dict[str, Any], given: logits.Given
+    x: jax.Array, x_dot: Any, operands: dict[str, Any], tangents: dict[str, Any], given: operands.Given
 ) -> jax.Array:
     """The tangent of the logits, of x's shape and dtype, 0 where they are masked.
 
@@ -49,7 +49,7 @@ def tangent_of_logits(
 
 
 def _reference(t, *masks, band):
-    return jnp.where(logits.mask_of(t.shape, masks[0] if masks else None, band), t, 0)
+    return jnp.where(operands.mask_of(t.shape, masks[0] if masks else None, band), t, 0)
 
 
 def _abstract_eval(t, *masks, band):
@@ -73,10 +73,10 @@ def _transpose(cotangent, t, *masks, band):
 
 
 def _batch(operands, dims, *, band):
-    return zero_masked_p.bind(*common.batch_logits(operands, dims), band=band), 0
+    return zero_masked_p.bind(*registration.batch_logits(operands, dims), band=band), 0
 
 
-common.define_eager_evaluation(zero_masked_p, ("band",))
+registration.define_eager_evaluation(zero_masked_p, ("band",))
 zero_masked_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[zero_masked_p] = _jvp
 ad.primitive_transposes[zero_masked_p] = _transpose

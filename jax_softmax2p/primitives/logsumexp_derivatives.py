@@ -1,7 +1,7 @@
 """What the derivatives of log-sums have in common, as primitives.
 
 Their operands are x, the log-sum as high and low, labels (an empty array where there are none), and t, a
-tangent or cotangent, in which they are linear; then those of ``primitives.logits``. With z the logits they
+tangent or cotangent, in which they are linear; then those of ``primitives.operands``. With z the logits they
 are made of p = e^(z - high - low).
 """
 
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
-from jax_softmax2p.primitives import common
-from jax_softmax2p.primitives.logits import Given
-from jax_softmax2p.primitives.zero_masked import tangent_of_logits
+from jax_softmax2p.primitives import registration
+from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
+from jax_softmax2p.primitives.operands import Given
 
 PARAMS = ("axis", "given", "implementation")
 
 OWN_OPERANDS = 4
-"""How many there are between x and those of ``primitives.logits``."""
+"""How many there are between x and those of ``primitives.operands``."""
 
 NO_LABELS = (0,)
 """The shape of an array of labels that are not there."""
@@ -38,7 +38,7 @@ def attributes(*, given: Given, **_) -> dict[str, Any]:
 
 def bind(primitive: Primitive, *operands: Any, **params: Any) -> Any:
     """Applies the primitive."""
-    return primitive.bind(*common.with_common_varying_axes(*operands), **params)
+    return primitive.bind(*registration.with_common_varying_axes(*operands), **params)
 
 
 def define_rules(
@@ -73,12 +73,12 @@ def define_rules(
         return [None, None, None, None, of_t, *(None for _ in operands)]
 
     def batch(operands, dims, **params):
-        batched = common.batch_logits(operands, dims, own_operands=OWN_OPERANDS)
+        batched = registration.batch_logits(operands, dims, own_operands=OWN_OPERANDS)
         if operands[3].shape == NO_LABELS:
             batched[3] = operands[3]
         return bind(primitive, *batched, **params), 0
 
-    common.define_eager_evaluation(primitive, PARAMS)
+    registration.define_eager_evaluation(primitive, PARAMS)
     primitive.def_abstract_eval(lambda *avals, **params: abstract_eval(*avals).update(weak_type=False))
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
