@@ -13,7 +13,7 @@ import numpy as np
 from jax_softmax2p import native
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import Names
-from jax_softmax2p.primitives.operands import FLAGS, Given, mask_of
+from jax_softmax2p.primitives.operands import FLAGS, OperandSpec, operand_mask
 from jax_softmax2p.primitives.registration import compute_dtype, native_refusal
 
 Array = jax.Array
@@ -79,10 +79,10 @@ class Logits:
 
     def reference_operands(self) -> dict[str, Any]:
         """The operands but x by name, and the axis, as functions of ``reference`` take them."""
-        given: Given = self.params["given"]
-        named = given.named(self.operands)
-        if given.band is not None:
-            named["where"] = mask_of(self.shape, named.get("where"), given.band)
+        spec: OperandSpec = self.params["spec"]
+        named = spec.named(self.operands)
+        if spec.band is not None:
+            named["where"] = operand_mask(self.shape, named.get("where"), spec.band)
         return named | {"axis": self.params["axis"]}
 
     def restore(self, y: Array) -> Array:
@@ -157,10 +157,10 @@ def as_logits(
         for key, operand in named.items()
         if operand is not None
     }
-    given = Given(tuple(key for key in FLAGS if key in operands), limits)
+    spec = OperandSpec(tuple(key for key in FLAGS if key in operands), limits)
     return Logits(
-        (merged, *(operands[key] for key in given.names)),
-        {"axis": merged_axis, "given": given, "implementation": implementation},
+        (merged, *(operands[key] for key in spec.names)),
+        {"axis": merged_axis, "spec": spec, "implementation": implementation},
         axes,
         x.shape,
         dtype,
@@ -209,7 +209,7 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
 def _as_axis_name(axis_name: Names) -> tuple[str, ...]:
     try:
         names = collectives.names_of(axis_name)
-        collectives.part_number(names)
+        collectives.shard_index(names)
     except (KeyError, NameError, TypeError, ValueError):
         raise ValueError(
             f"axis_name must name axes of the mesh of an enclosing jax.shard_map, got {axis_name!r}"

@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jax_softmax2p.arguments import Band, as_logits, as_numeric_array
-from jax_softmax2p.ops import logsumexp, softmax_of
-from jax_softmax2p.primitives.operands import mask_of
-from jax_softmax2p.primitives.partitioning import part_count
+from jax_softmax2p.ops import logsumexp, softmax_of_logits
+from jax_softmax2p.primitives.operands import operand_mask
+from jax_softmax2p.primitives.partitioning import num_shards
 from jax_softmax2p.primitives.registration import compute_dtype
 
 Array = jax.Array
@@ -317,7 +317,7 @@ def _explicit_specs(arrays: dict[str, Array]) -> dict[str, PartitionSpec] | None
     if not any(sharding.spec):
         return None
     batch, _, heads, _ = sharding.spec
-    if arrays["key"].shape[2] % part_count(sharding.mesh, heads):
+    if arrays["key"].shape[2] % num_shards(sharding.mesh, heads):
         heads = None
     of_heads = PartitionSpec(batch, None, heads, None)
     specs = {"query": of_heads, "key": of_heads, "value": of_heads, "scale": PartitionSpec()}
@@ -519,10 +519,10 @@ def _block(operands: Operands, options: Options, band: Band | None, inside: Arra
     }
     log_sum: Any = None
     if options.with_log_sum:
-        both = where if band is None else mask_of(x.shape, where, (band.before, band.after))
+        both = where if band is None else operand_mask(x.shape, where, (band.before, band.after))
         log_sum = logsumexp(jax.lax.stop_gradient(x), -1, where=both, keepdims=True, **applied)
         log_sum = log_sum.reshape(*sizes[:-1], 1)
-    weights = softmax_of(as_logits(x, -1, where, band=band, **applied), in_place=True)
+    weights = softmax_of_logits(as_logits(x, -1, where, band=band, **applied), in_place=True)
     if o.kept is not None:
         if o.hidden is not None:
             weights = jnp.where(o.hidden, 1 / sizes[-1], weights)

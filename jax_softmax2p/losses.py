@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jax_softmax2p import reference, sharding
 from jax_softmax2p.arguments import Logits, as_logits, canonical_axes
-from jax_softmax2p.ops import log_sum_of
+from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives import logsumexp as logsumexp_primitives
 from jax_softmax2p.primitives.collectives import Names
 from jax_softmax2p.primitives.registration import compute_dtype
@@ -29,7 +29,7 @@ def softmax_cross_entropy_with_integer_labels(
     .. math:: \ell = \log \sum_j \exp(x_j) - x_{label}
 
     A drop-in for :func:`optax.softmax_cross_entropy_with_integer_labels`. It reads the logits once; its
-    gradient reads them once more and writes the result, and keeps but the log-sum of every row meanwhile.
+    gradient reads them once more and writes the result, and keeps but the logsumexp of every row meanwhile.
 
     Args:
       logits: floating-point array.
@@ -130,10 +130,12 @@ def softmax_cross_entropy(
     mask = None if where is None else _with_axis(jnp.asarray(where), axis, logits.ndim)
     prepared = as_logits(logits, axis, mask, implementation=implementation, name="logits")
     axes = prepared.axes
-    high, low = (jnp.expand_dims(part, tuple(a + logits.ndim for a in axes)) for part in log_sum_of(prepared))
+    hi, lo = (
+        jnp.expand_dims(part, tuple(a + logits.ndim for a in axes)) for part in logsumexp_of_logits(prepared)
+    )
     wide = compute_dtype(logits.dtype)
-    log_p = (logits.astype(wide) - high) - low
-    if mask is not None:  # Of a row without a True the log-sum is -inf, and 0 times that NaN.
+    log_p = (logits.astype(wide) - hi) - lo
+    if mask is not None:  # Of a row without a True the logsumexp is -inf, and 0 times that NaN.
         log_p = jnp.where(mask, log_p, 0)
     total = -(labels * log_p).sum(axes, where=mask)
     return total.astype(jnp.result_type(logits, labels))
@@ -159,28 +161,28 @@ def _flattened(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _with_labels(prepared: Logits, labels: Array) -> Array:
-    """The log-sum less the label's logit."""
+    """The logsumexp less the label's logit."""
     x, *operands = prepared.operands
     if prepared.params["implementation"] == "reference":
-        return _less_label(log_sum_of(prepared), x, labels, prepared.params["axis"])
+        return _less_label(logsumexp_of_logits(prepared), x, labels, prepared.params["axis"])
     return _native_with_labels(tuple(prepared.params.items()), x, labels.astype(jnp.int32), *operands)
 
 
 def _less_label(log: tuple[Array, Array], x: Array, labels: Array, axis: int) -> Array:
-    high, low = log
+    hi, lo = log
     if jax.typeof(x).sharding.spec[axis] is None:
         logit = jnp.take_along_axis(x, jnp.expand_dims(labels, axis), axis).squeeze(axis)
     else:  # JAX does not gather along an axis that is explicitly divided among devices.
         logit = jnp.where(reference.one_hot(labels, x.shape, axis), x, 0).sum(axis)
         logit = jnp.where((labels < x.shape[axis]) & (labels >= -x.shape[axis]), logit, jnp.nan)
-    return (high - logit.astype(high.dtype)) + low
+    return (hi - logit.astype(hi.dtype)) + lo
 
 
-# Its derivative is one primitive, that of the log-sum with labels: left to JAX, the label's part would be
+# Its derivative is one primitive, that of the logsumexp with labels: left to JAX, the label's part would be
 # scattered into an array of zeros of x's size, and added.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _native_with_labels(params, x: Array, labels: Array, *operands: Array) -> Array:
-    log = logsumexp_primitives.log_sum(x, *operands, **dict(params))
+    log = logsumexp_primitives.logsumexp(x, *operands, **dict(params))
     return _less_label(log, x, labels, dict(params)["axis"])
 
 
@@ -188,6 +190,6 @@ def _native_with_labels(params, x: Array, labels: Array, *operands: Array) -> Ar
 def _native_with_labels_jvp(params, primals, tangents):
     x, labels, *operands = primals
     named = dict(params)
-    log = logsumexp_primitives.log_sum(x, *operands, **named)
-    loss_dot = logsumexp_primitives.log_sum_jvp(x, *log, labels, tangents[0], *operands, **named)
+    log = logsumexp_primitives.logsumexp(x, *operands, **named)
+    loss_dot = logsumexp_primitives.logsumexp_jvp(x, *log, labels, tangents[0], *operands, **named)
     return _less_label(log, x, labels, named["axis"]), loss_dot

@@ -13,7 +13,7 @@ from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
 from jax_softmax2p.primitives import logsumexp as logsumexp_primitives
 from jax_softmax2p.primitives import softmax as softmax_primitive
 from jax_softmax2p.primitives.collectives import Names
-from jax_softmax2p.primitives.operands import mask_of
+from jax_softmax2p.primitives.operands import operand_mask
 
 Array = jax.Array
 
@@ -102,7 +102,7 @@ def softmax(
       1.0
 
     Rows in parts:
-      Each device reads its part once, for the log-sum of that; one all-gather brings the pairs of all S parts
+      Each device reads its part once, for the logsumexp of that; one all-gather brings the pairs of all S parts
       to all devices, each of which then finishes its part. The usual way, the maximum and then the sum of
       exponentials, takes two all-reduces, the second of which waits for a second read. Bytes that a device
       receives for B rows of float32, where all-reduces are made of reduce-scatter and all-gather:
@@ -143,10 +143,10 @@ def softmax(
     logits = as_logits(
         x, axis, where, scale=scale, bias=bias, axis_name=axis_name, implementation=implementation
     )
-    return softmax_of(logits, algorithm=algorithm)
+    return softmax_of_logits(logits, algorithm=algorithm)
 
 
-def softmax_of(logits: Logits, *, algorithm: str = "auto", in_place: bool = False) -> Array:
+def softmax_of_logits(logits: Logits, *, algorithm: str = "auto", in_place: bool = False) -> Array:
     """Softmax of arguments that have been checked.
 
     Args:
@@ -162,13 +162,13 @@ def softmax_of(logits: Logits, *, algorithm: str = "auto", in_place: bool = Fals
     return logits.restore(y)
 
 
-def log_sum_of(logits: Logits) -> tuple[Array, Array]:
-    """The log-sum of arguments that have been checked: its rounding, and what that leaves."""
+def logsumexp_of_logits(logits: Logits) -> tuple[Array, Array]:
+    """The logsumexp of arguments that have been checked: its rounding, and what that leaves."""
     if logits.axis_name is not None:
-        return sharding.log_sum(logits)
+        return sharding.logsumexp(logits)
     if logits.params["implementation"] == "reference":
-        return reference.log_sum(logits.operands[0], **logits.reference_operands())
-    return logsumexp_primitives.log_sum(*logits.operands, **logits.params)
+        return reference.logsumexp(logits.operands[0], **logits.reference_operands())
+    return logsumexp_primitives.logsumexp(*logits.operands, **logits.params)
 
 
 def log_softmax(
@@ -290,8 +290,8 @@ def logsumexp(
         shift_integers=False,
         name="a",
     )
-    high, _ = log_sum_of(logits)
-    result = logits.restore_reduced(high, keepdims)
+    hi, _ = logsumexp_of_logits(logits)
+    result = logits.restore_reduced(hi, keepdims)
     if not return_sign:
         return result
     # Of a sum of exponentials: 1, or 0 where there is none, or NaN.
@@ -309,7 +309,7 @@ def _general_logsumexp(
         raise ValueError(
             "implementation='native' cannot run: there is no native kernel with b, or for complex"
         )
-    mask = mask_of(logits.shape, None, logits.params["given"].band) if isinstance(where, Band) else where
+    mask = operand_mask(logits.shape, None, logits.params["spec"].band) if isinstance(where, Band) else where
     z = jnp.asarray(a)
     if scale is not None:
         z = z * scale

@@ -26,34 +26,34 @@ def softmax(
 def log_softmax(
     x: Array, axis: int, scale: Array | None = None, bias: Array | None = None, where: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """z - log(sum(exp(z))) along ``axis`` for logits z, -inf where masked; and the log-sum as two."""
+    """z - log(sum(exp(z))) along ``axis`` for logits z, -inf where masked; and the logsumexp as two."""
     z = _logits(x, axis, scale, bias, where)
     shifted = z - jax.lax.stop_gradient(_maximum(z, axis))
     y = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))).astype(x.dtype)
     y = y if where is None else jnp.where(where, y, -jnp.inf)
-    return y, *log_sum(x, axis, scale, bias, where)
+    return y, *logsumexp(x, axis, scale, bias, where)
 
 
-def less_log_sum(
+def subtract_lse(
     x: Array,
-    high: Array,
-    low: Array,
+    hi: Array,
+    lo: Array,
     axis: int,
     scale: Array | None = None,
     bias: Array | None = None,
     where: Array | None = None,
 ) -> Array:
-    """z - high - low for logits z, -inf where masked: log_softmax(z) from the log-sum."""
-    high, low = jnp.expand_dims(high, axis), jnp.expand_dims(low, axis)
-    y = (_logits(x, axis, scale, bias, where) - high) - low
-    y = jnp.where(high == jnp.inf, jnp.nan, y).astype(x.dtype)
+    """z - hi - lo for logits z, -inf where masked: log_softmax(z) from the logsumexp."""
+    hi, lo = jnp.expand_dims(hi, axis), jnp.expand_dims(lo, axis)
+    y = (_logits(x, axis, scale, bias, where) - hi) - lo
+    y = jnp.where(hi == jnp.inf, jnp.nan, y).astype(x.dtype)
     return y if where is None else jnp.where(where, y, -jnp.inf)
 
 
 def log_softmax_vjp(
     x: Array,
-    high: Array,
-    low: Array,
+    hi: Array,
+    lo: Array,
     labels: Array,
     t: Array,
     axis: int,
@@ -62,12 +62,12 @@ def log_softmax_vjp(
     where: Array | None = None,
 ) -> Array:
     """t - softmax(z)·sum(t) along ``axis``; 0 where masked."""
-    p = _probabilities(x, high, low, axis, scale, bias, where)
+    p = _probabilities(x, hi, lo, axis, scale, bias, where)
     y = (_widen(t) - p * jnp.sum(_widen(t), axis, keepdims=True, where=where)).astype(t.dtype)
     return y if where is None else jnp.where(where, y, 0)
 
 
-def log_sum(
+def logsumexp(
     x: Array, axis: int, scale: Array | None = None, bias: Array | None = None, where: Array | None = None
 ) -> tuple[Array, Array]:
     """log(sum(exp(z))) along ``axis`` for logits z, as a sum of two: its rounding, and what that leaves."""
@@ -76,15 +76,15 @@ def log_sum(
     z_max = jnp.where(jnp.isfinite(z_max), z_max, 0)
     log = jnp.log(jnp.sum(jnp.exp(z - z_max), axis))
     z_max = jnp.squeeze(z_max, axis)
-    high = z_max + log
-    low = jnp.where(jnp.isfinite(high), (z_max - high) + log, 0)
-    return high, jax.lax.stop_gradient(low)
+    hi = z_max + log
+    lo = jnp.where(jnp.isfinite(hi), (z_max - hi) + log, 0)
+    return hi, jax.lax.stop_gradient(lo)
 
 
-def log_sum_vjp(
+def logsumexp_vjp(
     x: Array,
-    high: Array,
-    low: Array,
+    hi: Array,
+    lo: Array,
     labels: Array,
     factor: Array,
     axis: int,
@@ -92,8 +92,8 @@ def log_sum_vjp(
     bias: Array | None = None,
     where: Array | None = None,
 ) -> Array:
-    """factor·(exp(z - high - low) - one_hot(labels)) along ``axis``; 0 where masked, but for the labels."""
-    y = _probabilities(x, high, low, axis, scale, bias, where)
+    """factor·(exp(z - hi - lo) - one_hot(labels)) along ``axis``; 0 where masked, but for the labels."""
+    y = _probabilities(x, hi, lo, axis, scale, bias, where)
     factor = jnp.expand_dims(factor, axis)
     counts = where
     if where is not None:
@@ -106,10 +106,10 @@ def log_sum_vjp(
     return y if counts is None else jnp.where(counts, y, 0)
 
 
-def log_sum_jvp(
+def logsumexp_jvp(
     x: Array,
-    high: Array,
-    low: Array,
+    hi: Array,
+    lo: Array,
     labels: Array,
     t: Array,
     axis: int,
@@ -117,8 +117,8 @@ def log_sum_jvp(
     bias: Array | None = None,
     where: Array | None = None,
 ) -> Array:
-    """sum(softmax(z)·t) along ``axis``, less t at the labels: what log_sum_vjp transposes."""
-    p = _probabilities(x, high, low, axis, scale, bias, where)
+    """sum(softmax(z)·t) along ``axis``, less t at the labels: what logsumexp_vjp transposes."""
+    p = _probabilities(x, hi, lo, axis, scale, bias, where)
     t = _widen(t)
     result = jnp.sum(p * t, axis, where=where)
     if labels.size:
@@ -173,15 +173,15 @@ def _logits(
 
 def _probabilities(
     x: Array,
-    high: Array,
-    low: Array,
+    hi: Array,
+    lo: Array,
     axis: int,
     scale: Array | None,
     bias: Array | None,
     where: Array | None,
 ) -> Array:
     z = _logits(x, axis, scale, bias, where)
-    return jnp.exp((z - jnp.expand_dims(high, axis)) - jnp.expand_dims(low, axis))
+    return jnp.exp((z - jnp.expand_dims(hi, axis)) - jnp.expand_dims(lo, axis))
 
 
 def _maximum(z: Array, axis: int) -> Array:

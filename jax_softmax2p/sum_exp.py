@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_softmax2p.arguments import Axis, Where, as_logits
-from jax_softmax2p.ops import log_sum_of
+from jax_softmax2p.ops import logsumexp_of_logits
 
 Array = jax.Array
 
@@ -103,20 +103,20 @@ def sum_exp(
     Source: arXiv 2001.04438, section 4.
     """
     logits = as_logits(x, axis, where, implementation=implementation, shift_integers=False)
-    return _from_log(*log_sum_of(logits))
+    return _from_log(*logsumexp_of_logits(logits))
 
 
-def _from_log(high: Array, low: Array) -> SumExp:
-    limits = jnp.finfo(high.dtype)
-    rounded = jnp.round(jax.lax.stop_gradient(high) * np.log2(np.e).astype(high.dtype))
+def _from_log(hi: Array, lo: Array) -> SumExp:
+    limits = jnp.finfo(hi.dtype)
+    rounded = jnp.round(jax.lax.stop_gradient(hi) * np.log2(np.e).astype(hi.dtype))
     exponent = jnp.clip(rounded, limits.min, limits.max)
-    # Beyond, the exponent's rounding is all that there is, and high - exponent·ln 2 has no digit right.
+    # Beyond, the exponent's rounding is all that there is, and hi - exponent·ln 2 has no digit right.
     small = jnp.abs(exponent) < 2.0 ** (limits.nmant + 1)
-    rest = jnp.where(small, high, high - jax.lax.stop_gradient(high))
+    rest = jnp.where(small, hi, hi - jax.lax.stop_gradient(hi))
     for part in _parts_of_ln2():
         rest = rest - jnp.where(small, exponent, 0) * part
-    finite = jnp.isfinite(high)
-    mantissa = jnp.where(finite, jnp.exp(jnp.where(finite, rest + low, 0)), jnp.exp(high))
+    finite = jnp.isfinite(hi)
+    mantissa = jnp.where(finite, jnp.exp(jnp.where(finite, rest + lo, 0)), jnp.exp(hi))
     return SumExp(mantissa, exponent)
 
 

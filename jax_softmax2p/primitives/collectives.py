@@ -1,4 +1,4 @@
-"""Rows whose parts lie on several devices: their log-sums, and what each part has to know of its place.
+"""Rows whose parts lie on several devices: their logsumexp, and what each part has to know of its place.
 
 These functions run on every device, inside shard_map or the like. ``names`` are the mesh axes over which rows
 are divided, in their order.
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_softmax2p.primitives.operands import Given, mask_of
+from jax_softmax2p.primitives.operands import OperandSpec, operand_mask
 
 Array = jax.Array
 Names = str | Sequence[str]
@@ -61,18 +61,18 @@ def gather(x: Array, names: Names) -> Array:
     return jax.lax.all_gather(x, names, to="invarying")
 
 
-def reduce_log_sums(high: Array, low: Array, names: Names) -> tuple[Array, Array]:
-    """The log-sums of whole rows from those of their parts: two all-reduces of one number a row."""
-    largest = _finite(jax.lax.pmax(high, names))
-    z, rest = relative(high, low, largest)
+def reduce_lse(hi: Array, lo: Array, names: Names) -> tuple[Array, Array]:
+    """The logsumexp of whole rows from those of their parts: two all-reduces of one number a row."""
+    largest = _finite(jax.lax.pmax(hi, names))
+    z, rest = relative(hi, lo, largest)
     terms = jnp.exp(z)
     return plus(largest, jnp.log(jax.lax.psum(terms + terms * rest, names)))
 
 
-def relative(high: Array, low: Array, largest: Array) -> tuple[Array, Array]:
-    """high + low - largest, as its rounding and the rest."""
-    difference, error = _two_sum(high, -largest)
-    rounded, rest = _two_sum(difference, error + low)
+def relative(hi: Array, lo: Array, largest: Array) -> tuple[Array, Array]:
+    """hi + lo - largest, as its rounding and the rest."""
+    difference, error = _two_sum(hi, -largest)
+    rounded, rest = _two_sum(difference, error + lo)
     finite = jnp.isfinite(difference)
     return jnp.where(finite, rounded, difference), jnp.where(finite, rest, 0)
 
@@ -80,38 +80,38 @@ def relative(high: Array, low: Array, largest: Array) -> tuple[Array, Array]:
 def plus(largest: Array, log: Array, rest: Array | float = 0.0) -> tuple[Array, Array]:
     """largest + log + rest, as its rounding and the rest."""
     total, error = _two_sum(largest, log)
-    high, low = _two_sum(total, error + rest)
+    hi, lo = _two_sum(total, error + rest)
     finite = jnp.isfinite(total)
-    return jnp.where(finite, high, total), jnp.where(finite, low, 0)
+    return jnp.where(finite, hi, total), jnp.where(finite, lo, 0)
 
 
-def largest_of(high: Array) -> Array:
-    """The largest log-sum along the first axis, to which others are relative; 0 where it is not finite."""
-    return _finite(jnp.max(high, 0))
+def largest_of(hi: Array) -> Array:
+    """The largest logsumexp along the first axis, to which others are relative; 0 where it is not finite."""
+    return _finite(jnp.max(hi, 0))
 
 
-def part_number(names: Names) -> Array:
+def shard_index(names: Names) -> Array:
     """Which of the parts this device has."""
     return jax.lax.axis_index(names)
 
 
-def own_labels(labels: Array, size: int, names: Names) -> Array:
+def local_labels(labels: Array, size: int, names: Names) -> Array:
     """Where labels of whole rows lie in this part of ``size`` elements; ``size`` if it does not have them."""
     whole = size * jax.lax.psum(1, names)
-    local = jnp.where(labels < 0, labels + whole, labels) - part_number(names).astype(labels.dtype) * size
+    local = jnp.where(labels < 0, labels + whole, labels) - shard_index(names).astype(labels.dtype) * size
     return jnp.where((local >= 0) & (local < size), local, size)
 
 
 def with_mask(
-    operands: Sequence[Array], given: Given, first_row: Array | int, first_column: Array | int
-) -> tuple[tuple[Array, ...], Given]:
+    operands: Sequence[Array], spec: OperandSpec, first_row: Array | int, first_column: Array | int
+) -> tuple[tuple[Array, ...], OperandSpec]:
     """The operands of a primitive with the band as a mask, for rows and columns that count from these."""
-    if given.band is None:
-        return tuple(operands), given
-    own = operands[: len(operands) - len(given.names)]
-    named = given.named(operands)
-    where = mask_of(operands[0].shape, named.pop("where", None), given.band, first_row, first_column)
-    return (*own, *named.values(), where), Given((*named, "where"))
+    if spec.band is None:
+        return tuple(operands), spec
+    own = operands[: len(operands) - len(spec.names)]
+    named = spec.named(operands)
+    where = operand_mask(operands[0].shape, named.pop("where", None), spec.band, first_row, first_column)
+    return (*own, *named.values(), where), OperandSpec((*named, "where"))
 
 
 def _two_sum(a: Array, b: Any) -> tuple[Array, Array]:

@@ -1,8 +1,8 @@
-"""What the derivatives of log-sums have in common, as primitives.
+"""What the derivatives of logsumexp have in common, as primitives.
 
-Their operands are x, the log-sum as high and low, labels (an empty array where there are none), and t, a
+Their operands are x, the logsumexp as hi and lo, labels (an empty array where there are none), and t, a
 tangent or cotangent, in which they are linear; then those of ``primitives.operands``. With z the logits they
-are made of p = e^(z - high - low).
+are made of p = e^(z - hi - lo).
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from jax.interpreters import ad, batching
 
 from jax_softmax2p.primitives import registration
 from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
-from jax_softmax2p.primitives.operands import Given
+from jax_softmax2p.primitives.operands import OperandSpec
 
-PARAMS = ("axis", "given", "implementation")
+PARAMS = ("axis", "spec", "implementation")
 
-OWN_OPERANDS = 4
+NUM_LEADING_OPERANDS = 4
 """How many there are between x and those of ``primitives.operands``."""
 
 NO_LABELS = (0,)
@@ -31,9 +31,9 @@ def no_labels() -> jax.Array:
     return jnp.zeros(NO_LABELS, jnp.int32)
 
 
-def attributes(*, given: Given, **_) -> dict[str, Any]:
+def attributes(*, spec: OperandSpec, **_) -> dict[str, Any]:
     """Those of the FFI targets, from the primitives' parameters."""
-    return given.attributes()
+    return spec.attributes()
 
 
 def bind(primitive: Primitive, *operands: Any, **params: Any) -> Any:
@@ -51,29 +51,29 @@ def define_rules(
 
     Args:
       transposed: the primitive that is the transpose in t.
-      of_change: by how much the result changes with z - high - low: of_change(change, *operands, **params).
+      of_change: by how much the result changes with z - hi - lo: of_change(change, *operands, **params).
       abstract_eval: the result's abstract value, from those of the operands.
     """
 
     def jvp(primals, tangents, **params):
         terms = []
-        change = _change_of_log(primals, tangents, params["given"], params["axis"])
+        change = _change_of_log(primals, tangents, params["spec"], params["axis"])
         if change is not None:
             terms.append(of_change(change, *primals, **params))
         if not isinstance(tangents[4], ad.Zero):
             terms.append(bind(primitive, *primals[:4], tangents[4], *primals[5:], **params))
         return bind(primitive, *primals, **params), sum(terms[1:], terms[0])
 
-    def transpose(cotangent, x, high, low, labels, t, *operands, **params):
+    def transpose(cotangent, x, hi, lo, labels, t, *operands, **params):
         assert ad.is_undefined_primal(t), "linear in t alone"
         if isinstance(cotangent, ad.Zero):
             of_t: Any = ad.Zero(t.aval)
         else:
-            of_t = bind(transposed, x, high, low, labels, cotangent, *operands, **params)
+            of_t = bind(transposed, x, hi, lo, labels, cotangent, *operands, **params)
         return [None, None, None, None, of_t, *(None for _ in operands)]
 
     def batch(operands, dims, **params):
-        batched = registration.batch_logits(operands, dims, own_operands=OWN_OPERANDS)
+        batched = registration.batch_logits(operands, dims, num_leading_operands=NUM_LEADING_OPERANDS)
         if operands[3].shape == NO_LABELS:
             batched[3] = operands[3]
         return bind(primitive, *batched, **params), 0
@@ -85,14 +85,14 @@ def define_rules(
     batching.primitive_batchers[primitive] = batch
 
 
-def _change_of_log(primals: Any, tangents: Any, given: Given, axis: int) -> jax.Array | None:
-    """By how much z - high - low changes, None if it does not."""
+def _change_of_log(primals: Any, tangents: Any, spec: OperandSpec, axis: int) -> jax.Array | None:
+    """By how much z - hi - lo changes, None if it does not."""
     x, x_dot = primals[0], tangents[0]
-    named, named_dots = given.named(primals), given.named(tangents)
+    named, named_dots = spec.named(primals), spec.named(tangents)
     wide = primals[1].dtype
     parts = []
     dots = [x_dot, *(named_dots[name] for name in named_dots if name != "where")]
     if any(not isinstance(dot, ad.Zero) for dot in dots):
-        parts.append(tangent_of_logits(x, x_dot, named, named_dots, given).astype(wide))
+        parts.append(tangent_of_logits(x, x_dot, named, named_dots, spec).astype(wide))
     parts += [-jnp.expand_dims(dot, axis) for dot in tangents[1:3] if not isinstance(dot, ad.Zero)]
     return sum(parts[1:], parts[0]) if parts else None

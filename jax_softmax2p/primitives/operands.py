@@ -1,7 +1,7 @@
 """What the primitives take: logits, that is x with what is applied to it on the way into a kernel.
 
 The operands of such a primitive are x, then those that its own definition names, then, as its parameter
-``given`` tells, scale, bias and where: of x's rank, and of size 1 wherever they broadcast. The logits are
+``spec`` tells, scale, bias and where: of x's rank, and of size 1 wherever they broadcast. The logits are
 scale·x + bias; positions where a mask or the band is False take no part.
 """
 
@@ -22,7 +22,7 @@ Limits = tuple[int | None, int | None]
 """Of a band: how many elements before a row's number, and after it, take part; None for no limit."""
 
 
-class Given(NamedTuple):
+class OperandSpec(NamedTuple):
     """Which of scale, bias and where follow x, and the band, if there is one."""
 
     names: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Given(NamedTuple):
         return {"operands": np.int64(flags)} | {name: np.int64(limit) for name, limit in limits.items()}
 
 
-def mask_of(
+def operand_mask(
     shape: tuple[int, ...],
     where: Array | None,
     band: Limits | None,

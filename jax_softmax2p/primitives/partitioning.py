@@ -19,15 +19,15 @@ from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_softmax2p.primitives import collectives
-from jax_softmax2p.primitives.operands import Given
+from jax_softmax2p.primitives.operands import OperandSpec
 
 Shape = tuple[int, ...]
 
-Across = Callable[..., Any]
-"""What a device does where the axis itself is divided: across(names, *operands, **params)."""
+ShardedRule = Callable[..., Any]
+"""What a device does where the axis itself is divided: sharded_rule(names, *operands, **params)."""
 
 
-def part_count(mesh: Any, part: collectives.Names | None) -> int:
+def num_shards(mesh: Any, part: collectives.Names | None) -> int:
     """Into how many parts the axes of a mesh divide a dimension."""
     return math.prod(mesh.shape[name] for name in collectives.names_of(part))
 
@@ -37,7 +37,7 @@ def require_devices(primitive: Primitive) -> None:
     prim_requires_devices_during_lowering.add(primitive)
 
 
-def is_divided(ctx: Any) -> bool:
+def is_sharded(ctx: Any) -> bool:
     """Whether XLA is to divide what is being lowered among several devices."""
     context = ctx.module_context.axis_context
     if hasattr(context, "manual_axes"):
@@ -52,18 +52,18 @@ def can_divide(ctx: Any) -> bool:
     return known and not ctx.module_context.lowering_parameters.for_export
 
 
-def lower(primitive: Primitive, across_devices: Across, ctx: Any, *operands: Any, **params: Any) -> Any:
+def lower(primitive: Primitive, sharded_rule: ShardedRule, ctx: Any, *operands: Any, **params: Any) -> Any:
     """Lowers the primitive to what XLA divides, and each part then to the primitive on a part."""
     axis = params["axis"]
 
     def partition(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
         if mesh.empty:
             return _as_they_are(primitive, mesh, arguments, results, params)
-        return _by_names(primitive, across_devices, mesh, arguments, results, params)
+        return _by_names(primitive, sharded_rule, mesh, arguments, results, params)
 
     def infer(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
         x = arguments[0]
-        return jax.tree.map(lambda r: _like(x, mesh, _spec(x), r.shape, axis), results)
+        return jax.tree.map(lambda r: _like(x, mesh, _partition_spec(x), r.shape, axis), results)
 
     def rule(mesh: Mesh, operand_types: Sequence[Any], result_types: Sequence[Any]) -> SdyShardingRule:
         return _rule([tuple(t.shape) for t in operand_types], [tuple(t.shape) for t in result_types], axis)
@@ -75,7 +75,7 @@ def lower(primitive: Primitive, across_devices: Across, ctx: Any, *operands: Any
 
 def _by_names(
     primitive: Primitive,
-    across_devices: Across,
+    sharded_rule: ShardedRule,
     mesh: Mesh,
     arguments: Sequence[Any],
     results: Any,
@@ -83,25 +83,27 @@ def _by_names(
 ) -> tuple[Any, ...]:
     """All operands and results as the first of them, whose sharding names axes of the mesh."""
     x = arguments[0]
-    axis, given = params["axis"], params.get("given", Given())
-    spec = _spec(x)
-    if x.shape[axis] % part_count(mesh, spec[axis]):
-        spec[axis] = None  # The last part would be padded, and the padding summed.
-    names = collectives.names_of(spec[axis])
-    of_rows = collectives.names_of(spec[-2]) if given.band is not None else ()
+    axis, spec = params["axis"], params.get("spec", OperandSpec())
+    partition = _partition_spec(x)
+    if x.shape[axis] % num_shards(mesh, partition[axis]):
+        partition[axis] = None  # The last shard would be padded, and the padding summed.
+    names = collectives.names_of(partition[axis])
+    row_names = collectives.names_of(partition[-2]) if spec.band is not None else ()
 
     def local(*operands: jax.Array) -> Any:
-        own = dict(params)
-        if given.band is not None and (names or of_rows):
+        shard_params = dict(params)
+        if spec.band is not None and (names or row_names):
             first = [
-                collectives.part_number(n) * size if n else 0
-                for n, size in zip((of_rows, names), operands[0].shape[-2:], strict=True)
+                collectives.shard_index(n) * size if n else 0
+                for n, size in zip((row_names, names), operands[0].shape[-2:], strict=True)
             ]
-            operands, own["given"] = collectives.with_mask(operands, given, *first)
-        return across_devices(names, *operands, **own) if names else primitive.bind(*operands, **own)
+            operands, shard_params["spec"] = collectives.with_mask(operands, spec, *first)
+        if names:
+            return sharded_rule(names, *operands, **shard_params)
+        return primitive.bind(*operands, **shard_params)
 
-    shardings = tuple(_like(x, mesh, spec, argument.shape, axis) for argument in arguments)
-    return mesh, local, jax.tree.map(lambda r: _like(x, mesh, spec, r.shape, axis), results), shardings
+    shardings = tuple(_like(x, mesh, partition, argument.shape, axis) for argument in arguments)
+    return mesh, local, jax.tree.map(lambda r: _like(x, mesh, partition, r.shape, axis), results), shardings
 
 
 def _as_they_are(
@@ -115,7 +117,7 @@ def _as_they_are(
     axis = params["axis"]
     of_x = x.sharding.shard_shape(x.shape)
     parts = [whole // max(part, 1) for whole, part in zip(x.shape, of_x, strict=True)]
-    banded = params.get("given", Given()).band is not None
+    banded = params.get("spec", OperandSpec()).band is not None
     everything = [*arguments, *jax.tree.leaves(results)]
     fits = parts[axis] == 1 and not (banded and parts[-2] > 1)
     for array in everything:
@@ -154,14 +156,14 @@ def _dimensions(shape: Shape, of_x: Shape, axis: int) -> list[int | None]:
     return [at if size == of_x[at] else None for at, size in zip(corresponding, shape, strict=True)]
 
 
-def _like(x: Any, mesh: Mesh, spec: Sequence[Any], shape: Shape, axis: int) -> Sharding:
+def _like(x: Any, mesh: Mesh, partition: Sequence[Any], shape: Shape, axis: int) -> Sharding:
     if mesh.empty:
         return _replicated(x.sharding)
-    parts = [None if at is None else spec[at] for at in _dimensions(shape, x.shape, axis)]
+    parts = [None if at is None else partition[at] for at in _dimensions(shape, x.shape, axis)]
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def _spec(x: Any) -> list[Any]:
+def _partition_spec(x: Any) -> list[Any]:
     spec = getattr(x.sharding, "spec", ())
     return [*spec, *(None for _ in range(x.ndim - len(spec)))]
 

@@ -11,7 +11,7 @@ from jax.interpreters import mlir
 
 from jax_softmax2p import native
 from jax_softmax2p.primitives import collectives, partitioning
-from jax_softmax2p.primitives.operands import Given, mask_of
+from jax_softmax2p.primitives.operands import OperandSpec, operand_mask
 
 
 def define_eager_evaluation(
@@ -47,34 +47,34 @@ def define_lowerings(
     reference: Callable[..., Any],
     attributes: Callable[..., dict[str, Any]],
     *,
-    across_devices: partitioning.Across,
-    own_operands: int = 0,
+    sharded_rule: partitioning.ShardedRule,
+    num_leading_operands: int = 0,
     reused: Callable[..., int | None] = lambda **params: None,
 ) -> None:
     """Lowers the primitive to an FFI call on CPU where that can run, to the reference elsewhere.
 
     The primitive works along its parameter ``axis``, which is negative. Its parameter ``implementation`` may
     be "native" to make the lowering fail rather than fall back, or "reference". Its operands are x, its own,
-    and what its parameter ``given``, if it has one, says.
+    and what its parameter ``spec``, if it has one, says.
 
     Args:
       target: the name of the FFI target.
       reference: the same in jax.numpy: reference(x, *own operands, axis=, scale=, bias=, where=).
       attributes: the target's attributes but the axis, from the primitive's parameters.
-      across_devices: what each device does where XLA divides the axis itself among several.
-      own_operands: how many.
+      sharded_rule: what each device does where XLA divides the axis itself among several.
+      num_leading_operands: how many.
       reused: the operand whose memory the result takes, from the primitive's parameters. XLA copies it first
         where it is needed afterwards.
     """
     multiple = primitive.multiple_results
-    first_given = 1 + own_operands
+    first_given = 1 + num_leading_operands
 
-    def with_names(*operands, axis: int, given: Given | None = None, **_):
-        if given is None:
+    def with_names(*operands, axis: int, spec: OperandSpec | None = None, **_):
+        if spec is None:
             return reference(*operands, axis=axis)
-        named = given.named(operands)
-        if given.band is not None:
-            named["where"] = mask_of(operands[0].shape, named.get("where"), given.band)
+        named = spec.named(operands)
+        if spec.band is not None:
+            named["where"] = operand_mask(operands[0].shape, named.get("where"), spec.band)
         return reference(*operands[:first_given], axis=axis, **named)
 
     def lower_to_reference(ctx: Any, *operands, **params):
@@ -90,7 +90,7 @@ def define_lowerings(
         if implementation == "reference":
             return lower_to_reference(ctx, *operands, **params)
         reason = native.reason_against(ctx.avals_in[0].dtype)
-        divided = partitioning.is_divided(ctx)
+        divided = partitioning.is_sharded(ctx)
         if reason is None and divided and not partitioning.can_divide(ctx):
             reason = "a program for several devices is exported, or lowered without them"
         if reason is not None:
@@ -99,7 +99,7 @@ def define_lowerings(
             return lower_to_reference(ctx, *operands, **params)
         if divided:
             params["implementation"] = implementation
-            return partitioning.lower(primitive, across_devices, ctx, *operands, **params)
+            return partitioning.lower(primitive, sharded_rule, ctx, *operands, **params)
         operand = reused(**params)
         aliases = None if operand is None else {operand: 0}
         call = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)
@@ -110,18 +110,18 @@ def define_lowerings(
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
 
 
-def batch_logits(operands: Any, dims: Any, own_operands: int = 0) -> list[jax.Array]:
+def batch_logits(operands: Any, dims: Any, num_leading_operands: int = 0) -> list[jax.Array]:
     """The operands of a primitive with their batch dimension at the front.
 
     Those that are not batched get a dimension of size 1 there if they broadcast; x and the primitive's own,
-    of which there are ``own_operands``, are repeated. As the axis counts from the end, it stays what it is.
+    of which there are ``num_leading_operands``, are repeated. As the axis counts from the end, it stays what it is.
     """
     size = next(x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None)
     batched = []
     for i, (x, dim) in enumerate(zip(operands, dims, strict=True)):
         if dim is not None:
             batched.append(jnp.moveaxis(x, dim, 0))
-        elif i <= own_operands:
+        elif i <= num_leading_operands:
             batched.append(jnp.broadcast_to(x, (size, *x.shape)))
         else:
             batched.append(jnp.expand_dims(x, 0))

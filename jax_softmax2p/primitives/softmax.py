@@ -9,10 +9,10 @@ from jax.interpreters import ad, batching
 
 from jax_softmax2p import native, reference
 from jax_softmax2p.primitives import collectives, registration
-from jax_softmax2p.primitives.logsumexp import log_sum, log_sum_vjp
+from jax_softmax2p.primitives.logsumexp import logsumexp, logsumexp_vjp
 from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
 from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
-from jax_softmax2p.primitives.operands import Given
+from jax_softmax2p.primitives.operands import OperandSpec
 from jax_softmax2p.primitives.softmax_jacobian import softmax_jacobian
 
 softmax_p = Primitive("softmax2p")
@@ -23,52 +23,52 @@ def softmax(x: jax.Array, *operands: jax.Array, **params: Any) -> jax.Array:
 
     Args:
       x: and the operands: see ``primitives.operands``.
-      params: axis (negative), given, algorithm, implementation, and in_place: that x, and the tangent or
+      params: axis (negative), spec, algorithm, implementation, and in_place: that x, and the tangent or
         cotangent of the result, are not needed afterwards, so that results may take their memory.
     """
     return softmax_p.bind(*registration.with_common_varying_axes(x, *operands), **params)
 
 
-def _abstract_eval(x, *operands, **params):
+def softmax_abstract_eval(x, *operands, **params):
     return x.update(weak_type=False)
 
 
-def _jvp(primals, tangents, *, given: Given, algorithm, in_place, **params):
-    y = softmax(*primals, given=given, algorithm=algorithm, in_place=in_place, **params)
-    t = tangent_of_logits(primals[0], tangents[0], given.named(primals), given.named(tangents), given)
+def softmax_jvp_rule(primals, tangents, *, spec: OperandSpec, algorithm, in_place, **params):
+    y = softmax(*primals, spec=spec, algorithm=algorithm, in_place=in_place, **params)
+    t = tangent_of_logits(primals[0], tangents[0], spec.named(primals), spec.named(tangents), spec)
     return y, softmax_jacobian(y, t, reuses=1 if in_place else None, **params)
 
 
-def _batch(operands, dims, **params):
+def softmax_batch_rule(operands, dims, **params):
     return softmax(*registration.batch_logits(operands, dims), **params), 0
 
 
-def softmax_of_log_sum(x, high, low, *operands, **params: Any) -> jax.Array:
-    """e^(logits - high - low), and NaN throughout rows in which that is no softmax."""
-    factor = jnp.where(jnp.isfinite(high), 1, jnp.nan).astype(high.dtype)
-    return log_sum_vjp(x, high, low, no_labels(), factor, *operands, **params)
+def softmax_from_lse(x, hi, lo, *operands, **params: Any) -> jax.Array:
+    """e^(logits - hi - lo), and NaN throughout rows in which that is no softmax."""
+    factor = jnp.where(jnp.isfinite(hi), 1, jnp.nan).astype(hi.dtype)
+    return logsumexp_vjp(x, hi, lo, no_labels(), factor, *operands, **params)
 
 
 def _across_devices(names, x, *operands, algorithm, in_place, **params):
-    high, low = collectives.reduce_log_sums(*log_sum(x, *operands, **params), names)
-    return softmax_of_log_sum(x, high, low, *operands, **params)
+    hi, lo = collectives.reduce_lse(*logsumexp(x, *operands, **params), names)
+    return softmax_from_lse(x, hi, lo, *operands, **params)
 
 
-def _attributes(*, given: Given, algorithm, **_):
-    return {"algorithm": algorithm} | given.attributes()
+def softmax_attributes(*, spec: OperandSpec, algorithm, **_):
+    return {"algorithm": algorithm} | spec.attributes()
 
 
 registration.define_eager_evaluation(
-    softmax_p, ("axis", "given", "algorithm", "implementation", "in_place"), in_place=False
+    softmax_p, ("axis", "spec", "algorithm", "implementation", "in_place"), in_place=False
 )
-softmax_p.def_abstract_eval(_abstract_eval)
-ad.primitive_jvps[softmax_p] = _jvp
-batching.primitive_batchers[softmax_p] = _batch
+softmax_p.def_abstract_eval(softmax_abstract_eval)
+ad.primitive_jvps[softmax_p] = softmax_jvp_rule
+batching.primitive_batchers[softmax_p] = softmax_batch_rule
 registration.define_lowerings(
     softmax_p,
     native.SOFTMAX_TARGET,
     reference.softmax,
-    _attributes,
-    across_devices=_across_devices,
+    softmax_attributes,
+    sharded_rule=_across_devices,
     reused=lambda *, in_place, **_: 0 if in_place else None,
 )

@@ -28,21 +28,21 @@ def softmax_jacobian(y: jax.Array, t: jax.Array, **params: Any) -> jax.Array:
     return softmax_jacobian_p.bind(*registration.with_common_varying_axes(y, t), **params)
 
 
-def _abstract_eval(y, t, **params):
+def softmax_jacobian_abstract_eval(y, t, **params):
     if y.shape != t.shape or y.dtype != t.dtype:
         raise TypeError(f"y and t must agree, got {y.str_short()} and {t.str_short()}")
     return t.update(weak_type=False)
 
 
-def _jvp_in_y(y_dot, _, y, t, *, axis, **params):
+def softmax_jacobian_jvp_in_y(y_dot, _, y, t, *, axis, **params):
     return reference.softmax_jacobian_derivative(y, t, y_dot, axis)
 
 
-def _jvp_in_t(t_dot, _, y, t, **params):
+def softmax_jacobian_jvp_in_t(t_dot, _, y, t, **params):
     return softmax_jacobian(y, t_dot, **params)
 
 
-def _transpose(cotangent, y, t, **params):
+def softmax_jacobian_transpose_rule(cotangent, y, t, **params):
     assert not ad.is_undefined_primal(y), "linear in t alone"
     if isinstance(cotangent, ad.Zero):
         return [None, ad.Zero(t.aval)]
@@ -51,8 +51,8 @@ def _transpose(cotangent, y, t, **params):
     return [None, softmax_jacobian(y, cotangent, **(params | {"reuses": reuses}))]
 
 
-def _batch(operands, dims, **params):
-    return softmax_jacobian(*registration.batch_logits(operands, dims, own_operands=1), **params), 0
+def softmax_jacobian_batch_rule(operands, dims, **params):
+    return softmax_jacobian(*registration.batch_logits(operands, dims, num_leading_operands=1), **params), 0
 
 
 def _across_devices(names, y, t, *, axis, **params):
@@ -60,15 +60,15 @@ def _across_devices(names, y, t, *, axis, **params):
 
 
 registration.define_eager_evaluation(softmax_jacobian_p, ("axis", "implementation", "reuses"), reuses=None)
-softmax_jacobian_p.def_abstract_eval(_abstract_eval)
-ad.defjvp2(softmax_jacobian_p, _jvp_in_y, _jvp_in_t)
-ad.primitive_transposes[softmax_jacobian_p] = _transpose
-batching.primitive_batchers[softmax_jacobian_p] = _batch
+softmax_jacobian_p.def_abstract_eval(softmax_jacobian_abstract_eval)
+ad.defjvp2(softmax_jacobian_p, softmax_jacobian_jvp_in_y, softmax_jacobian_jvp_in_t)
+ad.primitive_transposes[softmax_jacobian_p] = softmax_jacobian_transpose_rule
+batching.primitive_batchers[softmax_jacobian_p] = softmax_jacobian_batch_rule
 registration.define_lowerings(
     softmax_jacobian_p,
     native.SOFTMAX_JACOBIAN_TARGET,
     reference.softmax_jacobian,
     lambda **_: {},
-    across_devices=_across_devices,
+    sharded_rule=_across_devices,
     reused=lambda *, reuses, **_: reuses,
 )
