@@ -9,7 +9,6 @@ __path__ = _extend_path(__path__, __name__)
 
 from jax_softmax2p import integrations as integrations
 from jax_softmax2p import native as native
-from jax_softmax2p.arguments import Band as Band
 from jax_softmax2p.attention import dot_product_attention as dot_product_attention
 from jax_softmax2p.integrations import patch_jax_nn as patch_jax_nn
 from jax_softmax2p.losses import softmax_cross_entropy as softmax_cross_entropy
@@ -20,6 +19,7 @@ from jax_softmax2p.native import export_disabled_checks as export_disabled_check
 from jax_softmax2p.ops import log_softmax as log_softmax
 from jax_softmax2p.ops import logsumexp as logsumexp
 from jax_softmax2p.ops import softmax as softmax
+from jax_softmax2p.primitives.operands import Band as Band
 from jax_softmax2p.sum_exp import SumExp as SumExp
 from jax_softmax2p.sum_exp import sum_exp as sum_exp
 

@@ -10,50 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_softmax2p import native
 from jax_softmax2p.primitives import collectives
-from jax_softmax2p.primitives.collectives import Names
-from jax_softmax2p.primitives.operands import FLAGS, OperandSpec, operand_mask
-from jax_softmax2p.primitives.registration import compute_dtype, native_refusal
+from jax_softmax2p.primitives.collectives import AxisNames
+from jax_softmax2p.primitives.dispatch import (
+    Implementation,
+    as_implementation,
+    check_native_support,
+)
+from jax_softmax2p.primitives.operands import OPERAND_FLAGS, Band, OperandSpec
+from jax_softmax2p.reference import ScaleBiasMask, compute_dtype
 
 Array = jax.Array
 Axis = int | Sequence[int] | None
-
-_IMPLEMENTATIONS = (None, "native", "reference")
-
-
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """A mask for ``where`` that needs no array: of row i, the elements from i - before to i + after.
-
-    Rows are counted by the last dimension but one, elements by the last, which must be the softmax's axis.
-    ``Band()`` is the causal mask of attention, ``Band(before=w - 1)`` one with a window of w.
-    What is masked is not computed.
-
-    Attributes:
-      before: how many elements before the i-th take part; None for all.
-      after: how many after it; None for all.
-
-    Raises:
-      ValueError: a limit is neither None nor an integer from 0 on.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import jax_softmax2p
-      >>> jax_softmax2p.softmax(jnp.zeros((2, 2)), where=jax_softmax2p.Band()).tolist()
-      [[1.0, 0.0], [0.5, 0.5]]
-    """
-
-    before: int | None = None
-    after: int | None = 0
-
-    def __post_init__(self):
-        for name in ("before", "after"):
-            limit = getattr(self, name)
-            if limit is not None and not (isinstance(limit, int) and limit >= 0):
-                raise ValueError(f"{name} must be None or an integer from 0 on, got {limit!r}")
-
-
 Where = jax.typing.ArrayLike | Band | None
 
 
@@ -63,27 +31,32 @@ class Logits:
 
     Attributes:
       operands: x with the axes merged into one, then scale, bias and where if they are given, of x's rank.
-      params: the primitive's parameters axis, given and implementation.
+      axis: of the merged x, negative.
+      spec: which operands there are, and the band.
+      implementation: as users passed it.
       axes: those over which to normalise, negative and ascending, of x as it was passed.
       shape: of x as it was passed.
       dtype: of results.
-      axis_name: the mesh axes over which the axis is divided, if it is.
+      axis_name: the mesh axes over which the axis is sharded, if it is.
     """
 
     operands: tuple[Array, ...]
-    params: dict[str, Any]
+    axis: int
+    spec: OperandSpec
+    implementation: Implementation | None
     axes: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
-    axis_name: Names | None = None
+    axis_name: tuple[str, ...] | None = None
 
-    def reference_operands(self) -> dict[str, Any]:
-        """The operands but x by name, and the axis, as functions of ``reference`` take them."""
-        spec: OperandSpec = self.params["spec"]
-        named = spec.named(self.operands)
-        if spec.band is not None:
-            named["where"] = operand_mask(self.shape, named.get("where"), spec.band)
-        return named | {"axis": self.params["axis"]}
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters that the primitives have in common."""
+        return {"axis": self.axis, "spec": self.spec, "implementation": self.implementation}
+
+    def reference_operands(self) -> tuple[Array, ScaleBiasMask[Array]]:
+        """The merged x and what is applied to it, as functions of ``reference`` take them."""
+        return self.operands[0], self.spec.unpack_with_band(self.operands)
 
     def restore(self, y: Array) -> Array:
         """A result of the merged x's shape, in the shape and dtype that users expect."""
@@ -108,7 +81,7 @@ def as_logits(
     scale: jax.typing.ArrayLike | None = None,
     bias: jax.typing.ArrayLike | None = None,
     band: Band | None = None,
-    axis_name: Names | None = None,
+    axis_name: AxisNames | None = None,
     implementation: str | None,
     shift_integers: bool = True,
     name: str = "x",
@@ -116,8 +89,14 @@ def as_logits(
     """Checks the arguments that softmaxes have in common.
 
     Args:
+      x: as in the public functions, as are axis, where, scale, bias, axis_name and implementation.
+      axis: as x.
+      where: as x.
+      scale: as x.
+      bias: as x.
       band: a mask besides ``where``, if that is an array.
-      axis_name: as in the public functions.
+      axis_name: as x.
+      implementation: as x.
       shift_integers: whether the result does not change with a constant added to x; the maximum of integers
         is subtracted then, which they do exactly and floats may not.
       name: what the public function calls x.
@@ -125,8 +104,7 @@ def as_logits(
     Raises:
       TypeError, ValueError: as the public functions say.
     """
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None, 'native' or 'reference'; got {implementation!r}")
+    chosen = as_implementation(implementation)
     x = as_numeric_array(x, name)
     if axis_name is not None:
         axis_name = _as_axis_name(axis_name)
@@ -135,7 +113,8 @@ def as_logits(
     axes = canonical_axes(axis, x.ndim)
     if isinstance(where, Band):
         where, band = None, where
-    limits = None if band is None else _as_limits(band, x, axes, name)
+    if band is not None:
+        _check_band(x, axes, name)
     mask = None if where is None else as_mask(where, x.shape, name)
     scale, bias, promoted = _as_operands(x, axes, scale, bias, name)
     if shift_integers and scale is None and bias is None and axis_name is None:
@@ -144,8 +123,7 @@ def as_logits(
     dtype = jax.eval_shape(jnp.exp, jax.ShapeDtypeStruct((), promoted or x.dtype)).dtype
     wide = jnp.float32 if _has_no_infinity(dtype) else dtype
     x = x.astype(wide)
-    if implementation == "native" and (reason := native.reason_against(x.dtype)):
-        raise ValueError(native_refusal(reason))
+    check_native_support(chosen, x.dtype)
     named = {
         "scale": None if scale is None else scale.astype(compute_dtype(wide)),
         "bias": None if bias is None else bias.astype(wide),
@@ -153,18 +131,20 @@ def as_logits(
     }
     merged, merged_axis = _merge_axes(x, axes)
     operands = {
-        key: _merge_axes(_all_or_nothing(_with_rank(operand, x.ndim), x.shape, axes), axes)[0]
+        key: _merge_axes(_broadcast_along_all_or_none(_with_rank(operand, x.ndim), x.shape, axes), axes)[0]
         for key, operand in named.items()
         if operand is not None
     }
-    spec = OperandSpec(tuple(key for key in FLAGS if key in operands), limits)
+    spec = OperandSpec(tuple(key for key in OPERAND_FLAGS if key in operands), band)
     return Logits(
-        (merged, *(operands[key] for key in spec.names)),
-        {"axis": merged_axis, "spec": spec, "implementation": implementation},
-        axes,
-        x.shape,
-        dtype,
-        axis_name,
+        operands=(merged, *(operands[key] for key in spec.names)),
+        axis=merged_axis,
+        spec=spec,
+        implementation=chosen,
+        axes=axes,
+        shape=x.shape,
+        dtype=dtype,
+        axis_name=axis_name,
     )
 
 
@@ -206,9 +186,9 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
     return mask
 
 
-def _as_axis_name(axis_name: Names) -> tuple[str, ...]:
+def _as_axis_name(axis_name: AxisNames) -> tuple[str, ...]:
     try:
-        names = collectives.names_of(axis_name)
+        names = collectives.as_axis_names(axis_name)
         collectives.shard_index(names)
     except (KeyError, NameError, TypeError, ValueError):
         raise ValueError(
@@ -217,12 +197,11 @@ def _as_axis_name(axis_name: Names) -> tuple[str, ...]:
     return names
 
 
-def _as_limits(band: Band, x: Array, axes: tuple[int, ...], name: str) -> tuple[int | None, int | None]:
+def _check_band(x: Array, axes: tuple[int, ...], name: str) -> None:
     if x.ndim < 2:
         raise ValueError(f"where=Band(...) needs {name} of two dimensions at least, got shape {x.shape}")
     if axes != (-1,):
         raise ValueError(f"where=Band(...) needs the last axis, got axes {axes}")
-    return band.before, band.after
 
 
 def _as_operands(
@@ -269,7 +248,7 @@ def _with_rank(array: Array, ndim: int) -> Array:
     return array.reshape((1,) * (ndim - array.ndim) + array.shape)
 
 
-def _all_or_nothing(operand: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+def _broadcast_along_all_or_none(operand: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
     """Broadcast along all of the axes, unless it has size 1 along all of them: else they cannot be merged."""
     if all(operand.shape[a] == 1 for a in axes) or all(operand.shape[a] == shape[a] for a in axes):
         return operand

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jax_softmax2p.arguments import Band, as_logits, as_numeric_array
+from jax_softmax2p.arguments import as_logits, as_numeric_array
 from jax_softmax2p.ops import logsumexp, softmax_of_logits
-from jax_softmax2p.primitives.operands import operand_mask
+from jax_softmax2p.primitives.operands import Band, operand_mask
 from jax_softmax2p.primitives.partitioning import num_shards
-from jax_softmax2p.primitives.registration import compute_dtype
+from jax_softmax2p.reference import compute_dtype
 
 Array = jax.Array
 
@@ -519,7 +519,7 @@ def _block(operands: Operands, options: Options, band: Band | None, inside: Arra
     }
     log_sum: Any = None
     if options.with_log_sum:
-        both = where if band is None else operand_mask(x.shape, where, (band.before, band.after))
+        both = where if band is None else operand_mask(x.shape, where, band)
         log_sum = logsumexp(jax.lax.stop_gradient(x), -1, where=both, keepdims=True, **applied)
         log_sum = log_sum.reshape(*sizes[:-1], 1)
     weights = softmax_of_logits(as_logits(x, -1, where, band=band, **applied), in_place=True)

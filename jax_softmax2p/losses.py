@@ -1,16 +1,19 @@
 """Cross-entropies of logits, with optax's signatures and results."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_softmax2p import reference, sharding
-from jax_softmax2p.arguments import Logits, as_logits, canonical_axes
+from jax_softmax2p import reference
+from jax_softmax2p.arguments import as_logits, canonical_axes
 from jax_softmax2p.ops import logsumexp_of_logits
-from jax_softmax2p.primitives import logsumexp as logsumexp_primitives
-from jax_softmax2p.primitives.collectives import Names
-from jax_softmax2p.primitives.registration import compute_dtype
+from jax_softmax2p.primitives.collectives import AxisNames
+from jax_softmax2p.primitives.dispatch import Implementation, choose_path
+from jax_softmax2p.primitives.logsumexp import logsumexp, logsumexp_jvp
+from jax_softmax2p.reference import Lse, compute_dtype
+from jax_softmax2p.sharding import sharded_cross_entropy
 
 Array = jax.Array
 
@@ -21,8 +24,8 @@ def softmax_cross_entropy_with_integer_labels(
     axis: int | tuple[int, ...] = -1,
     where: jax.typing.ArrayLike | None = None,
     *,
-    axis_name: Names | None = None,
-    implementation: str | None = None,
+    axis_name: AxisNames | None = None,
+    implementation: Implementation | None = None,
 ) -> Array:
     r"""Cross-entropy of softmax(logits) and classes, given by their numbers.
 
@@ -78,9 +81,17 @@ def softmax_cross_entropy_with_integer_labels(
     prepared = as_logits(
         logits, axis, where, axis_name=axis_name, implementation=implementation, name="logits"
     )
-    if axis_name is not None:
-        return sharding.cross_entropy(prepared, labels).astype(prepared.dtype)
-    loss = _with_labels(prepared, labels).astype(prepared.dtype)
+    match choose_path(prepared.implementation, axis_name):
+        case "sharded":
+            return sharded_cross_entropy(prepared, labels).astype(prepared.dtype)
+        case "reference":
+            lse = logsumexp_of_logits(prepared)
+            loss = _subtract_label_logit(lse, prepared.operands[0], labels, prepared.axis)
+        case "primitive":
+            x, *operands = prepared.operands
+            params = tuple(prepared.params.items())
+            loss = _lse_minus_label_logit(params, x, labels.astype(jnp.int32), *operands)
+    loss = loss.astype(prepared.dtype)
     return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
 
 
@@ -90,7 +101,7 @@ def softmax_cross_entropy(
     axis: int | tuple[int, ...] | None = -1,
     where: jax.typing.ArrayLike | None = None,
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Array:
     r"""Cross-entropy of softmax(logits) and distributions over the classes.
 
@@ -130,12 +141,11 @@ def softmax_cross_entropy(
     mask = None if where is None else _with_axis(jnp.asarray(where), axis, logits.ndim)
     prepared = as_logits(logits, axis, mask, implementation=implementation, name="logits")
     axes = prepared.axes
-    hi, lo = (
-        jnp.expand_dims(part, tuple(a + logits.ndim for a in axes)) for part in logsumexp_of_logits(prepared)
-    )
+    row_axes = tuple(a + logits.ndim for a in axes)
+    hi, lo = (jnp.expand_dims(array, row_axes) for array in logsumexp_of_logits(prepared))
     wide = compute_dtype(logits.dtype)
     log_p = (logits.astype(wide) - hi) - lo
-    if mask is not None:  # Of a row without a True the logsumexp is -inf, and 0 times that NaN.
+    if mask is not None:  # Of a row without a True the lse is -inf, and 0 times that NaN.
         log_p = jnp.where(mask, log_p, 0)
     total = -(labels * log_p).sum(axes, where=mask)
     return total.astype(jnp.result_type(logits, labels))
@@ -160,36 +170,36 @@ def _flattened(x: Array, axes: tuple[int, ...]) -> Array:
     return moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
 
 
-def _with_labels(prepared: Logits, labels: Array) -> Array:
-    """The logsumexp less the label's logit."""
-    x, *operands = prepared.operands
-    if prepared.params["implementation"] == "reference":
-        return _less_label(logsumexp_of_logits(prepared), x, labels, prepared.params["axis"])
-    return _native_with_labels(tuple(prepared.params.items()), x, labels.astype(jnp.int32), *operands)
+def _subtract_label_logit(lse: Lse, x: Array, labels: Array, axis: int) -> Array:
+    """The lse minus the logit at the label, of rows, in the dtype of the lse.
 
-
-def _less_label(log: tuple[Array, Array], x: Array, labels: Array, axis: int) -> Array:
-    hi, lo = log
+    Args:
+      lse: of x.
+      x: logits.
+      labels: integers of rows; out of range, the result is NaN.
+      axis: of the classes, negative.
+    """
     if jax.typeof(x).sharding.spec[axis] is None:
         logit = jnp.take_along_axis(x, jnp.expand_dims(labels, axis), axis).squeeze(axis)
-    else:  # JAX does not gather along an axis that is explicitly divided among devices.
+    else:  # JAX does not gather along an axis that is explicitly sharded.
         logit = jnp.where(reference.one_hot(labels, x.shape, axis), x, 0).sum(axis)
         logit = jnp.where((labels < x.shape[axis]) & (labels >= -x.shape[axis]), logit, jnp.nan)
-    return (hi - logit.astype(hi.dtype)) + lo
+    return (lse.hi - logit.astype(lse.hi.dtype)) + lse.lo
 
 
-# Its derivative is one primitive, that of the logsumexp with labels: left to JAX, the label's part would be
+# Its derivative is one primitive, that of the lse with labels: left to JAX, the label's part would be
 # scattered into an array of zeros of x's size, and added.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _native_with_labels(params, x: Array, labels: Array, *operands: Array) -> Array:
-    log = logsumexp_primitives.logsumexp(x, *operands, **dict(params))
-    return _less_label(log, x, labels, dict(params)["axis"])
+def _lse_minus_label_logit(params: Any, x: Array, labels: Array, *operands: Array) -> Array:
+    """The same from the primitives' operands; params are their parameters as a hashable value."""
+    lse = logsumexp(x, *operands, **dict(params))
+    return _subtract_label_logit(lse, x, labels, dict(params)["axis"])
 
 
-@_native_with_labels.defjvp
-def _native_with_labels_jvp(params, primals, tangents):
+@_lse_minus_label_logit.defjvp
+def _lse_minus_label_logit_jvp(params: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
     x, labels, *operands = primals
     named = dict(params)
-    log = logsumexp_primitives.logsumexp(x, *operands, **named)
-    loss_dot = logsumexp_primitives.logsumexp_jvp(x, *log, labels, tangents[0], *operands, **named)
-    return _less_label(log, x, labels, named["axis"]), loss_dot
+    lse = logsumexp(x, *operands, **named)
+    loss_dot = logsumexp_jvp(x, *lse, labels, tangents[0], *operands, **named)
+    return _subtract_label_logit(lse, x, labels, named["axis"]), loss_dot

@@ -1,5 +1,7 @@
 """softmax, log_softmax and logsumexp as users call them."""
 
+from typing import Any, Literal, overload
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,15 @@ import numpy as np
 from jax.nn import logsumexp as logsumexp_of_jax
 
 from jax_softmax2p import native, reference, sharding
-from jax_softmax2p.arguments import Axis, Band, Logits, Where, as_logits
+from jax_softmax2p.arguments import Axis, Logits, Where, as_logits
+from jax_softmax2p.native import Algorithm
 from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
-from jax_softmax2p.primitives import logsumexp as logsumexp_primitives
+from jax_softmax2p.primitives import logsumexp as logsumexp_primitive
 from jax_softmax2p.primitives import softmax as softmax_primitive
-from jax_softmax2p.primitives.collectives import Names
-from jax_softmax2p.primitives.operands import operand_mask
+from jax_softmax2p.primitives.collectives import AxisNames
+from jax_softmax2p.primitives.dispatch import Implementation, choose_path, refuse_native
+from jax_softmax2p.primitives.operands import Band, operand_mask
+from jax_softmax2p.reference import Lse
 
 Array = jax.Array
 
@@ -25,9 +30,9 @@ def softmax(
     *,
     scale: jax.typing.ArrayLike | None = None,
     bias: jax.typing.ArrayLike | None = None,
-    axis_name: Names | None = None,
-    algorithm: str = "auto",
-    implementation: str | None = None,
+    axis_name: AxisNames | None = None,
+    algorithm: Algorithm = "auto",
+    implementation: Implementation | None = None,
 ) -> Array:
     r"""Softmax, by the two-pass algorithm.
 
@@ -51,7 +56,7 @@ def softmax(
         the dtype of x * scale + bias, and no array for that is made: scale·x + bias is rounded once, in
         float32 for 16-bit logits.
       axis_name: inside :func:`jax.shard_map`, the axis of the mesh, or several, along which ``axis`` is
-        divided among devices: x, where and bias are this device's part, and so is the result. See below.
+        sharded: x, where and bias are this device's shard, and so is the result. See below.
       algorithm: "auto", or by name "two_pass" (the second pass recomputes every exponential) or
         "two_pass_reload" (it loads what the first kept), which give the same bits; "three_pass_recompute"
         and "three_pass_reload" find the maximum first, to compare with.
@@ -91,49 +96,21 @@ def softmax(
       >>> jax_softmax2p.softmax(router, where=router >= kth).tolist()
       [[0.5, 0.0, 0.5, 0.0]]
 
-      A vocabulary in parts on all devices:
+      A vocabulary sharded among all devices:
 
       >>> import jax
       >>> from jax.sharding import AxisType, PartitionSpec as P
       >>> mesh = jax.make_mesh((jax.device_count(),), ("vocab",), axis_types=(AxisType.Auto,))
-      >>> part = lambda x: jax_softmax2p.softmax(x, axis_name="vocab")
-      >>> f = jax.shard_map(part, mesh=mesh, in_specs=P(None, "vocab"), out_specs=P(None, "vocab"))
+      >>> shard = lambda x: jax_softmax2p.softmax(x, axis_name="vocab")
+      >>> f = jax.shard_map(shard, mesh=mesh, in_specs=P(None, "vocab"), out_specs=P(None, "vocab"))
       >>> jnp.sum(f(jnp.zeros((1, 8 * jax.device_count())))).item()
       1.0
 
-    Rows in parts:
-      Each device reads its part once, for the logsumexp of that; one all-gather brings the pairs of all S parts
-      to all devices, each of which then finishes its part. The usual way, the maximum and then the sum of
-      exponentials, takes two all-reduces, the second of which waits for a second read. Bytes that a device
-      receives for B rows of float32, where all-reduces are made of reduce-scatter and all-gather:
-
-      ==================  =======================  ====================================
-      forwards            here                     maximum, then sum
-      ==================  =======================  ====================================
-      softmax, logsumexp  1 · 8·B·(S - 1)          2 all-reduces, 16·B·(S - 1)/S
-      integer labels      1 · 12·B·(S - 1)         2 or 3 all-reduces, 24·B·(S - 1)/S
-      ==================  =======================  ====================================
-
-      (with a mask, 4·B·(S - 1) more for labels: whether a row has a True at all). The gradients of logsumexp
-      and of the cross-entropy take no collective more: their factor is one number a row, which all devices
-      have. Those of softmax and log_softmax take one all-reduce of one number a row, <y, t> or the sum of the
-      cotangents, as any way does: it is a sum over the whole row of what the backward pass brings. (Where
-      shard_map is told not to check what varies, JAX adds one of its own, as for jax.lax.psum.)
-
-      With a latency of L for each of the log2(S) steps of an all-gather, twice as many for an all-reduce, and
-      W bytes a second, one collective is faster up to some B = L·W·log2(S)/(4·S) rows. Carried on paper to 64
-      machines with 10^7 classes, 50 µs and 10 Gbit/s: 0.3 ms against 1.2 ms for one row, 0.9 against 1.2 ms
-      for 1,024, equal at some 1,500. Of 1,024 rows a machine has 1.6·10^8 logits then, which take 0.15 s and
-      more: what counts is that they are read twice and not three times, with one exponential each time.
-
-      Measured (python -m benchmarks.vocab_parallel; integer labels with a mask, B = 64, 10^6 classes): the
-      all-gather's result is 2, 4 and 8 KiB for S = 2, 4 and 8, 16·B·S as above with the device's own part;
-      the all-reduces' 256 and 512 bytes. A step with its matrix products is 1.31 to 1.51 times as fast.
-
-      Results are as exact as of whole rows. Sums over cotangents are XLA's, in float32: the gradient of
-      softmax is within 4 ULP of the row's largest |y·t| rather than of its own largest entry, that of
-      log_softmax within some 32 ULP of its largest entry. Integers are not shifted by their maximum, and
-      complex x is an error.
+    Sharded rows:
+      With ``axis_name`` each device reads its shard once, and one all-gather of 8 bytes a row and device
+      brings all of their sums to all devices. Results are as exact as of whole rows; gradients, and what this
+      costs, are described in docs/sharding.md. Integers are not shifted by their maximum, and complex x is an
+      error.
 
     Source: M. Dukhan and A. Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, Algorithm 3.
     """
@@ -146,7 +123,7 @@ def softmax(
     return softmax_of_logits(logits, algorithm=algorithm)
 
 
-def softmax_of_logits(logits: Logits, *, algorithm: str = "auto", in_place: bool = False) -> Array:
+def softmax_of_logits(logits: Logits, *, algorithm: Algorithm = "auto", in_place: bool = False) -> Array:
     """Softmax of arguments that have been checked.
 
     Args:
@@ -154,21 +131,27 @@ def softmax_of_logits(logits: Logits, *, algorithm: str = "auto", in_place: bool
       algorithm: as in :func:`softmax`.
       in_place: that x, and cotangents of the result, are not needed afterwards.
     """
-    if logits.axis_name is not None:
-        return logits.restore(sharding.softmax(logits))
-    if logits.params["implementation"] == "reference":
-        return logits.restore(reference.softmax(logits.operands[0], **logits.reference_operands()))
-    y = softmax_primitive.softmax(*logits.operands, algorithm=algorithm, in_place=in_place, **logits.params)
+    match choose_path(logits.implementation, logits.axis_name):
+        case "sharded":
+            y = sharding.sharded_softmax(logits)
+        case "reference":
+            y = reference.softmax(*logits.reference_operands(), axis=logits.axis)
+        case "primitive":
+            y = softmax_primitive.softmax(
+                *logits.operands, algorithm=algorithm, in_place=in_place, **logits.params
+            )
     return logits.restore(y)
 
 
-def logsumexp_of_logits(logits: Logits) -> tuple[Array, Array]:
-    """The logsumexp of arguments that have been checked: its rounding, and what that leaves."""
-    if logits.axis_name is not None:
-        return sharding.logsumexp(logits)
-    if logits.params["implementation"] == "reference":
-        return reference.logsumexp(logits.operands[0], **logits.reference_operands())
-    return logsumexp_primitives.logsumexp(*logits.operands, **logits.params)
+def logsumexp_of_logits(logits: Logits) -> Lse:
+    """The lse of arguments that have been checked, of the merged x's shape without the axis."""
+    match choose_path(logits.implementation, logits.axis_name):
+        case "sharded":
+            return sharding.sharded_logsumexp(logits)
+        case "reference":
+            return reference.logsumexp(*logits.reference_operands(), axis=logits.axis)
+        case "primitive":
+            return logsumexp_primitive.logsumexp(*logits.operands, **logits.params)
 
 
 def log_softmax(
@@ -178,8 +161,8 @@ def log_softmax(
     *,
     scale: jax.typing.ArrayLike | None = None,
     bias: jax.typing.ArrayLike | None = None,
-    axis_name: Names | None = None,
-    implementation: str | None = None,
+    axis_name: AxisNames | None = None,
+    implementation: Implementation | None = None,
 ) -> Array:
     r"""The logarithm of the softmax, as exact where the softmax vanishes.
 
@@ -216,15 +199,45 @@ def log_softmax(
     logits = as_logits(
         x, axis, where, scale=scale, bias=bias, axis_name=axis_name, implementation=implementation
     )
-    if axis_name is not None:
-        y = sharding.log_softmax(logits)
-    elif implementation == "reference":
-        y, *_ = reference.log_softmax(logits.operands[0], **logits.reference_operands())
-    else:
-        y, *_ = log_softmax_primitive.log_softmax(*logits.operands, **logits.params)
+    match choose_path(logits.implementation, logits.axis_name):
+        case "sharded":
+            y = sharding.sharded_log_softmax(logits)
+        case "reference":
+            y, *_ = reference.log_softmax(*logits.reference_operands(), axis=logits.axis)
+        case "primitive":
+            y, *_ = log_softmax_primitive.log_softmax(*logits.operands, **logits.params)
     return logits.restore(y)
 
 
+@overload
+def logsumexp(
+    a: jax.typing.ArrayLike,
+    axis: Axis = None,
+    b: jax.typing.ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: Literal[False] = False,
+    where: Where = None,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    bias: jax.typing.ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    implementation: Implementation | None = None,
+) -> Array: ...
+@overload
+def logsumexp(
+    a: jax.typing.ArrayLike,
+    axis: Axis = None,
+    b: jax.typing.ArrayLike | None = None,
+    keepdims: bool = False,
+    *,
+    return_sign: Literal[True],
+    where: Where = None,
+    scale: jax.typing.ArrayLike | None = None,
+    bias: jax.typing.ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Array, Array]: ...
+@overload
 def logsumexp(
     a: jax.typing.ArrayLike,
     axis: Axis = None,
@@ -235,8 +248,21 @@ def logsumexp(
     *,
     scale: jax.typing.ArrayLike | None = None,
     bias: jax.typing.ArrayLike | None = None,
-    axis_name: Names | None = None,
-    implementation: str | None = None,
+    axis_name: AxisNames | None = None,
+    implementation: Implementation | None = None,
+) -> Array | tuple[Array, Array]: ...
+def logsumexp(
+    a: jax.typing.ArrayLike,
+    axis: Axis = None,
+    b: jax.typing.ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    where: Where = None,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    bias: jax.typing.ArrayLike | None = None,
+    axis_name: AxisNames | None = None,
+    implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array]:
     r"""The logarithm of the sum of exponentials, in one read of the array.
 
@@ -278,7 +304,7 @@ def logsumexp(
     if b is not None and axis_name is not None:
         raise ValueError("axis_name cannot be combined with b")
     if b is not None or (np.iscomplexobj(a) and axis_name is None):
-        return _general_logsumexp(a, axis, b, keepdims, return_sign, where, scale, bias, implementation)
+        return _logsumexp_by_jax(a, axis, b, keepdims, return_sign, where, scale, bias, implementation)
     logits = as_logits(
         a,
         axis,
@@ -290,26 +316,30 @@ def logsumexp(
         shift_integers=False,
         name="a",
     )
-    hi, _ = logsumexp_of_logits(logits)
-    result = logits.restore_reduced(hi, keepdims)
+    result = logits.restore_reduced(logsumexp_of_logits(logits).hi, keepdims)
     if not return_sign:
         return result
     # Of a sum of exponentials: 1, or 0 where there is none, or NaN.
-    return result, jnp.where(result == -jnp.inf, 0, jnp.where(jnp.isnan(result), result, 1)).astype(
-        result.dtype
-    )
+    sign = jnp.where(result == -jnp.inf, 0, jnp.where(jnp.isnan(result), result, 1))
+    return result, sign.astype(result.dtype)
 
 
-def _general_logsumexp(
-    a, axis, b, keepdims, return_sign, where, scale, bias, implementation
-) -> Array | tuple[Array, Array]:
-    """With factors, or complex."""
+def _logsumexp_by_jax(
+    a: jax.typing.ArrayLike,
+    axis: Axis,
+    b: jax.typing.ArrayLike | None,
+    keepdims: bool,
+    return_sign: bool,
+    where: Where,
+    scale: jax.typing.ArrayLike | None,
+    bias: jax.typing.ArrayLike | None,
+    implementation: str | None,
+) -> Any:
+    """logsumexp with factors b, or of complex a, by jax.nn.logsumexp."""
     logits = as_logits(a, axis, where, scale=scale, bias=bias, implementation=None, shift_integers=False)
     if implementation == "native":
-        raise ValueError(
-            "implementation='native' cannot run: there is no native kernel with b, or for complex"
-        )
-    mask = operand_mask(logits.shape, None, logits.params["spec"].band) if isinstance(where, Band) else where
+        refuse_native("there is no native kernel with b, or for complex")
+    mask = operand_mask(logits.shape, None, logits.spec.band) if isinstance(where, Band) else where
     z = jnp.asarray(a)
     if scale is not None:
         z = z * scale

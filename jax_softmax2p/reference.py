@@ -1,164 +1,200 @@
 """The semantics in plain jax.numpy: what runs where no native kernel does, and what those must match.
 
-The functions work along one axis; ``ops`` does the rest. They compute float16, bfloat16 and float8 in float32
-and round once, as the native kernels do. Logits are scale·x + bias, all of one rank; what
-``where`` masks takes no part.
+The functions work along one axis of arrays of one rank. float16, bfloat16 and float8 are computed in float32
+and rounded once, as the native kernels do. Throughout, z are the logits scale·x + bias
+(:class:`ScaleBiasMask`); elements that ``where`` masks take no part. "Rows" are the slices along ``axis``,
+and an array "of rows" has x's shape without it.
 """
 
 from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
+T = TypeVar("T")
 
 
-def softmax(
-    x: Array, axis: int, scale: Array | None = None, bias: Array | None = None, where: Array | None = None
-) -> Array:
-    """exp(z - max(z)) / sum(exp(z - max(z))) along ``axis`` for logits z; 0 where masked."""
-    z = _logits(x, axis, scale, bias, where)
+class ScaleBiasMask(NamedTuple, Generic[T]):
+    """What is applied to x on the way to its logits. Each is None where it is not given.
+
+    Attributes:
+      scale: x is multiplied by it; broadcasts to x, with size 1 along the axis.
+      bias: is added to scale·x; broadcasts to x.
+      where: boolean, broadcasts to x; where it is False, an element is masked.
+    """
+
+    scale: T | None = None
+    bias: T | None = None
+    where: T | None = None
+
+
+class Lse(NamedTuple):
+    """log(sum(exp(z))) of rows as an unevaluated sum of two floats: hi is its rounding, lo what that leaves.
+
+    For float32 it is good to 2^-42, so that exp(z - hi - lo) is as exact as a softmax: with hi alone, an lse
+    of 100 would cost 32 ULP. Both arrays have x's shape without the axis, in the dtype that x is computed in.
+    """
+
+    hi: Array
+    lo: Array
+
+
+def softmax(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Array:
+    """exp(z - max(z)) / sum(exp(z - max(z))), of x's shape and dtype; 0 where masked."""
+    z = _logits(x, operands, axis)
     unnormalized = jnp.exp(z - jax.lax.stop_gradient(_maximum(z, axis)))
     y = (unnormalized / jnp.sum(unnormalized, axis, keepdims=True)).astype(x.dtype)
-    return y if where is None else jnp.where(where, y, 0)
+    return y if operands.where is None else jnp.where(operands.where, y, 0)
 
 
-def log_softmax(
-    x: Array, axis: int, scale: Array | None = None, bias: Array | None = None, where: Array | None = None
-) -> tuple[Array, Array, Array]:
-    """z - log(sum(exp(z))) along ``axis`` for logits z, -inf where masked; and the logsumexp as two."""
-    z = _logits(x, axis, scale, bias, where)
+def log_softmax(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> tuple[Array, Array, Array]:
+    """z - log(sum(exp(z))), of x's shape and dtype, -inf where masked; then hi and lo of the lse."""
+    z = _logits(x, operands, axis)
     shifted = z - jax.lax.stop_gradient(_maximum(z, axis))
     y = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))).astype(x.dtype)
-    y = y if where is None else jnp.where(where, y, -jnp.inf)
-    return y, *logsumexp(x, axis, scale, bias, where)
+    y = y if operands.where is None else jnp.where(operands.where, y, -jnp.inf)
+    return y, *logsumexp(x, operands, axis=axis)
 
 
-def subtract_lse(
-    x: Array,
-    hi: Array,
-    lo: Array,
-    axis: int,
-    scale: Array | None = None,
-    bias: Array | None = None,
-    where: Array | None = None,
-) -> Array:
-    """z - hi - lo for logits z, -inf where masked: log_softmax(z) from the logsumexp."""
-    hi, lo = jnp.expand_dims(hi, axis), jnp.expand_dims(lo, axis)
-    y = (_logits(x, axis, scale, bias, where) - hi) - lo
-    y = jnp.where(hi == jnp.inf, jnp.nan, y).astype(x.dtype)
-    return y if where is None else jnp.where(where, y, -jnp.inf)
-
-
-def log_softmax_vjp(
-    x: Array,
-    hi: Array,
-    lo: Array,
-    labels: Array,
-    t: Array,
-    axis: int,
-    scale: Array | None = None,
-    bias: Array | None = None,
-    where: Array | None = None,
-) -> Array:
-    """t - softmax(z)·sum(t) along ``axis``; 0 where masked."""
-    p = _probabilities(x, hi, lo, axis, scale, bias, where)
-    y = (_widen(t) - p * jnp.sum(_widen(t), axis, keepdims=True, where=where)).astype(t.dtype)
-    return y if where is None else jnp.where(where, y, 0)
-
-
-def logsumexp(
-    x: Array, axis: int, scale: Array | None = None, bias: Array | None = None, where: Array | None = None
-) -> tuple[Array, Array]:
-    """log(sum(exp(z))) along ``axis`` for logits z, as a sum of two: its rounding, and what that leaves."""
-    z = _logits(x, axis, scale, bias, where, empty=-jnp.inf)
+def logsumexp(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Lse:
+    """log(sum(exp(z))) of rows; -inf of a row without an element that takes part."""
+    z = _logits(x, operands, axis, fully_masked=-jnp.inf)
     z_max = jax.lax.stop_gradient(_maximum(z, axis))
     z_max = jnp.where(jnp.isfinite(z_max), z_max, 0)
     log = jnp.log(jnp.sum(jnp.exp(z - z_max), axis))
     z_max = jnp.squeeze(z_max, axis)
     hi = z_max + log
     lo = jnp.where(jnp.isfinite(hi), (z_max - hi) + log, 0)
-    return hi, jax.lax.stop_gradient(lo)
+    return Lse(hi, jax.lax.stop_gradient(lo))
+
+
+def subtract_lse(x: Array, lse: Lse, operands: ScaleBiasMask[Array], *, axis: int) -> Array:
+    """z - lse, of x's shape and dtype, -inf where masked: log_softmax(z) from the lse of rows."""
+    hi, lo = (jnp.expand_dims(part, axis) for part in lse)
+    y = (_logits(x, operands, axis) - hi) - lo
+    y = jnp.where(hi == jnp.inf, jnp.nan, y).astype(x.dtype)
+    return y if operands.where is None else jnp.where(operands.where, y, -jnp.inf)
+
+
+def log_softmax_vjp(
+    x: Array, hi: Array, lo: Array, labels: Array, t: Array, operands: ScaleBiasMask[Array], *, axis: int
+) -> Array:
+    """t - softmax(z)·sum(t), of t's shape, which is x's, and dtype; 0 where masked.
+
+    Args:
+      x: the operand of the log_softmax.
+      hi: of its lse, and lo.
+      lo: as hi.
+      labels: not used; there are none.
+      t: cotangent of the log_softmax.
+      operands: of the log_softmax.
+      axis: of the log_softmax.
+    """
+    p = _probabilities(x, Lse(hi, lo), operands, axis)
+    y = (_widen(t) - p * jnp.sum(_widen(t), axis, keepdims=True, where=operands.where)).astype(t.dtype)
+    return y if operands.where is None else jnp.where(operands.where, y, 0)
 
 
 def logsumexp_vjp(
-    x: Array,
-    hi: Array,
-    lo: Array,
-    labels: Array,
-    factor: Array,
-    axis: int,
-    scale: Array | None = None,
-    bias: Array | None = None,
-    where: Array | None = None,
+    x: Array, hi: Array, lo: Array, labels: Array, factor: Array, operands: ScaleBiasMask[Array], *, axis: int
 ) -> Array:
-    """factor·(exp(z - hi - lo) - one_hot(labels)) along ``axis``; 0 where masked, but for the labels."""
-    y = _probabilities(x, hi, lo, axis, scale, bias, where)
+    """factor·(exp(z - lse) - one_hot(labels)), of x's shape and dtype; 0 where masked, but for the labels.
+
+    Args:
+      x: the operand of the logsumexp.
+      hi: of its lse, and lo.
+      lo: as hi.
+      labels: integers of rows, or an empty array, without which there is no one_hot.
+      factor: cotangent of rows.
+      operands: of the logsumexp.
+      axis: of the logsumexp.
+    """
+    y = _probabilities(x, Lse(hi, lo), operands, axis)
     factor = jnp.expand_dims(factor, axis)
-    counts = where
-    if where is not None:
-        y = jnp.where(where, y, 0)
+    counts = operands.where
+    if operands.where is not None:
+        y = jnp.where(operands.where, y, 0)
     if labels.size:
         at_label = one_hot(labels, x.shape, axis)
         y = y - at_label
-        counts = None if where is None else where | at_label
+        counts = None if operands.where is None else operands.where | at_label
     y = (factor * y).astype(x.dtype)
     return y if counts is None else jnp.where(counts, y, 0)
 
 
 def logsumexp_jvp(
-    x: Array,
-    hi: Array,
-    lo: Array,
-    labels: Array,
-    t: Array,
-    axis: int,
-    scale: Array | None = None,
-    bias: Array | None = None,
-    where: Array | None = None,
+    x: Array, hi: Array, lo: Array, labels: Array, t: Array, operands: ScaleBiasMask[Array], *, axis: int
 ) -> Array:
-    """sum(softmax(z)·t) along ``axis``, less t at the labels: what logsumexp_vjp transposes."""
-    p = _probabilities(x, hi, lo, axis, scale, bias, where)
+    """sum(softmax(z)·t) of rows, minus t at the labels: what :func:`logsumexp_vjp` transposes.
+
+    Args:
+      x: as in :func:`logsumexp_vjp`.
+      hi: as in :func:`logsumexp_vjp`.
+      lo: as in :func:`logsumexp_vjp`.
+      labels: as in :func:`logsumexp_vjp`.
+      t: tangent of the logits, of x's shape.
+      operands: as in :func:`logsumexp_vjp`.
+      axis: as in :func:`logsumexp_vjp`.
+    """
+    p = _probabilities(x, Lse(hi, lo), operands, axis)
     t = _widen(t)
-    result = jnp.sum(p * t, axis, where=where)
+    result = jnp.sum(p * t, axis, where=operands.where)
     if labels.size:
         result = result - jnp.sum(jnp.where(one_hot(labels, x.shape, axis), t, 0), axis)
     return result
 
 
 def softmax_jacobian(
-    y: Array, t: Array, axis: int, *, total: Callable[[Array], Array] = lambda dot: dot
+    y: Array, t: Array, *, axis: int, reduce_shards: Callable[[Array], Array] = lambda dot: dot
 ) -> Array:
     """The symmetric Jacobian of softmax at the output y, applied to t: y·(t - <y, t>).
 
-    Of rows that are parts of longer ones, ``total`` makes <y, t> of the part that of the whole.
+    Args:
+      y: a softmax along the axis.
+      t: its tangent or cotangent, of y's shape and dtype.
+      axis: along which the rows lie.
+      reduce_shards: of rows that are shards of longer ones, makes <y, t> of the shard that of the whole row.
     """
     y_wide, t_wide = _widen(y), _widen(t)
-    return (y_wide * (t_wide - total(_dot(y_wide, t_wide, axis)))).astype(y.dtype)
+    return (y_wide * (t_wide - reduce_shards(_dot(y_wide, t_wide, axis)))).astype(y.dtype)
 
 
-def softmax_jacobian_derivative(y: Array, t: Array, y_dot: Array, axis: int) -> Array:
-    """The derivative of :func:`softmax_jacobian` with respect to y, applied to y_dot."""
+def softmax_jacobian_derivative(y: Array, t: Array, y_dot: Array, *, axis: int) -> Array:
+    """The derivative of :func:`softmax_jacobian` with respect to y, applied to y_dot; all of y's shape."""
     y_wide, t_wide, y_dot_wide = _widen(y), _widen(t), _widen(y_dot)
     centred = t_wide - _dot(y_wide, t_wide, axis)
     return (y_dot_wide * centred - y_wide * _dot(y_dot_wide, t_wide, axis)).astype(y.dtype)
 
 
 def one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """Where along ``axis`` the labels are: below 0 from the end, out of range nowhere."""
+    """Boolean, of ``shape``: True at the labels, which count from the end below 0, and are nowhere out of
+    range.
+
+    Args:
+      labels: integers, of the shape without the axis.
+      shape: of the result.
+      axis: along which labels count.
+    """
     labels = jnp.expand_dims(jnp.where(labels < 0, labels + shape[axis], labels), axis)
     return jax.lax.broadcasted_iota(labels.dtype, shape, axis % len(shape)) == labels
 
 
-def _logits(
-    x: Array,
-    axis: int,
-    scale: Array | None,
-    bias: Array | None,
-    where: Array | None,
-    empty: float = 0,
-) -> Array:
-    """scale·x + bias; -inf where masked, or ``empty`` throughout a row without a True."""
+def compute_dtype(dtype: Any) -> np.dtype:
+    """What arrays of a dtype are computed in: float32 for shorter floats."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        return np.dtype(np.float32)
+    return np.dtype(dtype)
+
+
+def _logits(x: Array, operands: ScaleBiasMask[Array], axis: int, fully_masked: float = 0) -> Array:
+    """scale·x + bias, of x's shape, in the dtype that it is computed in.
+
+    -inf where masked, or, throughout a row without an element that takes part, ``fully_masked``.
+    """
+    scale, bias, where = operands
     # Masked before it is scaled: 0 times what stands there would be NaN in scale's derivative.
     z = _widen(x if where is None else jnp.where(where, x, 0))
     if scale is not None:
@@ -167,21 +203,14 @@ def _logits(
         z = z + _widen(bias)
     if where is None:
         return z
-    masked = jnp.where(jnp.any(where, axis, keepdims=True), -jnp.inf, empty).astype(z.dtype)
+    masked = jnp.where(jnp.any(where, axis, keepdims=True), -jnp.inf, fully_masked).astype(z.dtype)
     return jnp.where(where, z, masked)
 
 
-def _probabilities(
-    x: Array,
-    hi: Array,
-    lo: Array,
-    axis: int,
-    scale: Array | None,
-    bias: Array | None,
-    where: Array | None,
-) -> Array:
-    z = _logits(x, axis, scale, bias, where)
-    return jnp.exp((z - jnp.expand_dims(hi, axis)) - jnp.expand_dims(lo, axis))
+def _probabilities(x: Array, lse: Lse, operands: ScaleBiasMask[Array], axis: int) -> Array:
+    """exp(z - lse), of x's shape, in the dtype that it is computed in."""
+    z = _logits(x, operands, axis)
+    return jnp.exp((z - jnp.expand_dims(lse.hi, axis)) - jnp.expand_dims(lse.lo, axis))
 
 
 def _maximum(z: Array, axis: int) -> Array:
@@ -193,6 +222,5 @@ def _dot(a: Array, b: Array, axis: int) -> Array:
 
 
 def _widen(x: Array) -> Array:
-    if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32:
-        return x.astype(jnp.float32)
-    return x
+    wide = compute_dtype(x.dtype)
+    return x if x.dtype == wide else x.astype(wide)

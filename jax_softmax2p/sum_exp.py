@@ -9,6 +9,8 @@ import numpy as np
 
 from jax_softmax2p.arguments import Axis, Where, as_logits
 from jax_softmax2p.ops import logsumexp_of_logits
+from jax_softmax2p.primitives.dispatch import Implementation
+from jax_softmax2p.reference import Lse
 
 Array = jax.Array
 
@@ -63,7 +65,7 @@ def sum_exp(
     axis: Axis = -1,
     where: Where = None,
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> SumExp:
     r"""The sum of exponentials as a pair (mantissa, exponent), which never overflows.
 
@@ -103,10 +105,11 @@ def sum_exp(
     Source: arXiv 2001.04438, section 4.
     """
     logits = as_logits(x, axis, where, implementation=implementation, shift_integers=False)
-    return _from_log(*logsumexp_of_logits(logits))
+    return _from_lse(logsumexp_of_logits(logits))
 
 
-def _from_log(hi: Array, lo: Array) -> SumExp:
+def _from_lse(lse: Lse) -> SumExp:
+    hi, lo = lse
     limits = jnp.finfo(hi.dtype)
     rounded = jnp.round(jax.lax.stop_gradient(hi) * np.log2(np.e).astype(hi.dtype))
     exponent = jnp.clip(rounded, limits.min, limits.max)

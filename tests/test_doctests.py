@@ -7,15 +7,19 @@ import jax
 import pytest
 from versions import has
 
-from jax_softmax2p import arguments, attention, integrations, losses, native, ops, sum_exp
+from jax_softmax2p import attention, integrations, losses, ops, sum_exp
+from jax_softmax2p.native import library, measurement, numpy_kernels
+from jax_softmax2p.primitives import operands
 
 # The package's attribute is the function, which hides its module.
 MODULES = [
-    arguments,
     attention,
     integrations,
     losses,
-    native,
+    library,
+    measurement,
+    numpy_kernels,
+    operands,
     ops,
     __import__("sys").modules[sum_exp.__module__],
 ]
@@ -45,7 +49,6 @@ def test_example(name):
 @pytest.mark.parametrize(
     "function",
     [
-        "arguments.Band",
         "attention.dot_product_attention",
         "integrations.flax_attention",
         "integrations.patch_jax_nn",
@@ -55,6 +58,7 @@ def test_example(name):
         "ops.log_softmax",
         "ops.logsumexp",
         "ops.softmax",
+        "primitives.operands.Band",
         "sum_exp.sum_exp",
     ],
 )

@@ -42,7 +42,7 @@ def test_headers_are_those_of_the_oldest_supported_jaxlib():
 
 
 def test_the_library_knows_the_same_algorithms():
-    assert tuple(native._library.algorithms()) == native.ALGORITHMS
+    assert tuple(native.library.require().algorithms()) == native.ALGORITHMS
 
 
 X = np.zeros((2, 3), np.float32)
@@ -89,7 +89,7 @@ def test_a_stack_of_outputs():
 
 def test_passes(isa):
     """Segments, vectors and what is left of them; as often as there are outputs."""
-    assert tuple(native._library.passes()) == native.PASSES
+    assert tuple(native.library.require().passes()) == native.PASSES
     x = cases.make("normal", 40_001, np.float32)
     maximum, wide = float(x.max()), x.astype(np.float64)
     out = np.full((2, x.size), np.nan, np.float32)

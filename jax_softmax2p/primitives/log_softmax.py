@@ -1,7 +1,7 @@
 """log_softmax_p: the logarithm of the softmax of logits along one axis; and the primitives of its derivative.
 
-It has the logsumexp as two more results, as logsumexp_p has. A derivative is recomputed from x and these: from
-the result, whose rounding an exponential multiplies, it would be less exact.
+It has hi and lo of the lse as two more results. A derivative is recomputed from x and these: from the result,
+whose rounding an exponential multiplies, it would be less exact.
 
 log_softmax_jvp_p and log_softmax_vjp_p are linear in t and each other's transposes:
 
@@ -14,114 +14,188 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import collectives, logsumexp_derivatives, registration
-from jax_softmax2p.primitives.logsumexp import logsumexp, logsumexp_jvp, logsumexp_vjp
-from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
-from jax_softmax2p.primitives.mask_to_zero import mask_to_zero, tangent_of_logits
-from jax_softmax2p.primitives.operands import OperandSpec, operand_mask
+from jax_softmax2p.primitives.collectives import reduce_lse
+from jax_softmax2p.primitives.logsumexp import logsumexp, logsumexp_jvp, logsumexp_vjp, lse_aval
+from jax_softmax2p.primitives.logsumexp_derivatives import (
+    PARAMS,
+    define_lse_derivative,
+    lse_attributes,
+    no_labels,
+)
+from jax_softmax2p.primitives.mask_to_zero import mask_to_zero, tangent_from_operands
+from jax_softmax2p.primitives.operands import OperandSpec, move_batch_to_front, reference_rule
+from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
+from jax_softmax2p.reference import Lse
 
-log_softmax_p = Primitive("softmax2p_log_softmax")
-log_softmax_p.multiple_results = True
-log_softmax_jvp_p = Primitive("softmax2p_log_softmax_jvp")
-log_softmax_vjp_p = Primitive("softmax2p_log_softmax_vjp")
+Array = jax.Array
 
 
-def log_softmax(x: jax.Array, *operands: jax.Array, **params: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The logarithm of the softmax of logits of an inexact dtype, and their logsumexp as (hi, lo).
+def log_softmax(x: Array, *operands: Array, **params: Any) -> tuple[Array, Array, Array]:
+    """The logarithm of the softmax of logits, of x's shape and dtype; then hi and lo of the lse.
+
+    Float32 and float64 results are within 2 ULP, 1 ULP of the row's largest logit, or 2^-50, whichever is
+    most, where they are native.
 
     Args:
-      x: and the operands: see ``primitives.operands``.
+      x: of an inexact dtype.
+      operands: those of ``spec``, see ``primitives.operands``.
       params: axis (negative), spec, implementation.
     """
-    y, hi, lo = logsumexp_derivatives.bind(log_softmax_p, x, *operands, **params)
+    y, hi, lo = bind(log_softmax_p, x, *operands, **params)
     return y, hi, lo
 
 
-def log_softmax_abstract_eval(x, *operands, axis, spec, implementation):
-    logsumexp = registration.without_axis(x, axis, registration.compute_dtype(x.dtype))
-    return x.update(weak_type=False), logsumexp, logsumexp
+def log_softmax_jvp(
+    x: Array, hi: Array, lo: Array, labels: Array, t: Array, *operands: Array, **params: Any
+) -> Array:
+    """The derivative of log_softmax along t, a tangent of the logits; all of x's shape, as the result."""
+    return bind(log_softmax_jvp_p, x, hi, lo, labels, t, *operands, **params)
 
 
-def log_softmax_jvp_rule(primals, tangents, *, spec: OperandSpec, **params):
+def log_softmax_vjp(
+    x: Array, hi: Array, lo: Array, labels: Array, t: Array, *operands: Array, **params: Any
+) -> Array:
+    """The transpose of :func:`log_softmax_jvp`, for a cotangent t; all of x's shape, as the result."""
+    return bind(log_softmax_vjp_p, x, hi, lo, labels, t, *operands, **params)
+
+
+def subtract_lse(x: Array, lse: Lse, *operands: Array, axis: int, spec: OperandSpec, **_: Any) -> Array:
+    """The logits minus the lse of whole rows, of x's shape; -inf where masked, NaN in rows with a +inf."""
+    return reference.subtract_lse(x, lse, spec.unpack_with_band((x, *operands)), axis=axis)
+
+
+def log_softmax_abstract_eval(x: Any, *operands: Any, axis: int, **_: Any) -> tuple[Any, Any, Any]:
+    """One of x's shape and dtype, and two of rows."""
+    aval = lse_aval(x, axis)
+    return x.update(weak_type=False), aval, aval
+
+
+def log_softmax_jvp_rule(
+    primals: Any, tangents: Any, *, spec: OperandSpec, **params: Any
+) -> tuple[tuple[Array, Array, Array], tuple[Any, Any, Any]]:
+    """Of y and of hi; lo has none."""
     x, *operands = primals
     y, hi, lo = log_softmax(*primals, spec=spec, **params)
-    t = tangent_of_logits(x, tangents[0], spec.named(primals), spec.named(tangents), spec)
-    of_log_sum = (x, hi, lo, no_labels(), t, *operands)
-    y_dot = logsumexp_derivatives.bind(log_softmax_jvp_p, *of_log_sum, spec=spec, **params)
+    t = tangent_from_operands(primals, tangents, spec)
+    derivative_operands = (x, hi, lo, no_labels(), t, *operands)
+    y_dot = log_softmax_jvp(*derivative_operands, spec=spec, **params)
     # Its transpose wants cotangents that are 0 where logits are masked.
-    y_dot = mask_to_zero(y_dot, spec.named(primals).get("where"), spec.band)
-    hi_dot = logsumexp_jvp(*of_log_sum, spec=spec, **params)
+    y_dot = mask_to_zero(y_dot, spec.unpack(primals).where, spec.band)
+    hi_dot = logsumexp_jvp(*derivative_operands, spec=spec, **params)
     return (y, hi, lo), (y_dot, hi_dot, ad.Zero(jax.typeof(lo).to_tangent_aval()))
 
 
-def log_softmax_batch_rule(operands, dims, **params):
-    return log_softmax(*registration.batch_logits(operands, dims), **params), (0, 0, 0)
+def log_softmax_batch_rule(
+    operands: Any, dims: Any, **params: Any
+) -> tuple[tuple[Array, Array, Array], tuple[int, int, int]]:
+    """One more dimension at the front."""
+    return log_softmax(*move_batch_to_front(operands, dims), **params), (0, 0, 0)
 
 
-def log_softmax_jvp_lowering(x, hi, lo, labels, t, *operands, axis, **params):
-    dot = logsumexp_jvp(x, hi, lo, labels, t, *operands, axis=axis, **params)
-    return (t.astype(dot.dtype) - jnp.expand_dims(dot, axis)).astype(t.dtype)
+def log_softmax_sharded_rule(
+    axis_names: tuple[str, ...], x: Array, *operands: Array, **params: Any
+) -> tuple[Array, Array, Array]:
+    """Two all-reduces of one number a row, for the lse of whole rows."""
+    lse = reduce_lse(logsumexp(x, *operands, **params), axis_names)
+    return subtract_lse(x, lse, *operands, **params), *lse
 
 
-def log_softmax_jvp_change(change, x, hi, lo, labels, t, *operands, axis, **params):
+def log_softmax_jvp_change(
+    change: Array,
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    t: Array,
+    *operands: Array,
+    axis: int,
+    **params: Any,
+) -> Array:
+    """-sum(p·change·t)."""
     weighted = (change * t).astype(t.dtype)
     dot = logsumexp_jvp(x, hi, lo, labels, weighted, *operands, axis=axis, **params)
     return jnp.broadcast_to(-jnp.expand_dims(dot, axis), t.shape).astype(t.dtype)
 
 
-def log_softmax_vjp_change(change, x, hi, lo, labels, t, *operands, axis, **params):
+def log_softmax_jvp_lowering(
+    x: Array, hi: Array, lo: Array, labels: Array, t: Array, *operands: Array, axis: int, **params: Any
+) -> Array:
+    """t - sum(p·t), by the primitive of that sum."""
+    dot = logsumexp_jvp(x, hi, lo, labels, t, *operands, axis=axis, **params)
+    return (t.astype(dot.dtype) - jnp.expand_dims(dot, axis)).astype(t.dtype)
+
+
+def log_softmax_vjp_change(
+    change: Array,
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    t: Array,
+    *operands: Array,
+    axis: int,
+    **params: Any,
+) -> Array:
+    """-p·change·sum(t)."""
     factor = jnp.sum(t.astype(hi.dtype), axis)
     weights = logsumexp_vjp(x, hi, lo, labels, factor, *operands, axis=axis, **params)
     return -(weights * change).astype(t.dtype)
 
 
-def subtract_lse(x, hi, lo, *operands, axis, spec: OperandSpec, **_):
-    """The logits less hi + lo, -inf where masked, and NaN throughout rows with a +inf."""
-    named = spec.named(operands)
-    named["where"] = operand_mask(x.shape, named.get("where"), spec.band)
-    return reference.subtract_lse(x, hi, lo, axis, **named)
-
-
-def _across_devices(names, x, *operands, **params):
-    hi, lo = collectives.reduce_lse(*logsumexp(x, *operands, **params), names)
-    return subtract_lse(x, hi, lo, *operands, **params), hi, lo
-
-
-def _vjp_across_devices(names, x, hi, lo, labels, t, *operands, axis, **params):
-    total = jax.lax.psum(jnp.sum(t.astype(hi.dtype), axis), names)
+def log_softmax_vjp_sharded_rule(
+    axis_names: tuple[str, ...],
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    t: Array,
+    *operands: Array,
+    axis: int,
+    **params: Any,
+) -> Array:
+    """One all-reduce of one number a row, sum(t)."""
+    total = jax.lax.psum(jnp.sum(t.astype(hi.dtype), axis), axis_names)
     weights = logsumexp_vjp(x, hi, lo, labels, total, *operands, axis=axis, **params)
     return (t - weights).astype(t.dtype)
 
 
-registration.define_eager_evaluation(log_softmax_p, logsumexp_derivatives.PARAMS)
-log_softmax_p.def_abstract_eval(log_softmax_abstract_eval)
-ad.primitive_jvps[log_softmax_p] = log_softmax_jvp_rule
-batching.primitive_batchers[log_softmax_p] = log_softmax_batch_rule
-registration.define_lowerings(
-    log_softmax_p,
-    native.LOG_SOFTMAX_TARGET,
-    reference.log_softmax,
-    logsumexp_derivatives.attributes,
-    sharded_rule=_across_devices,
+log_softmax_p = define_primitive(
+    "softmax2p_log_softmax",
+    params=PARAMS,
+    multiple_results=True,
+    abstract_eval=log_softmax_abstract_eval,
+    jvp_rule=log_softmax_jvp_rule,
+    batch_rule=log_softmax_batch_rule,
+    lowering=NativeLowering(
+        target=native.LOG_SOFTMAX_TARGET,
+        attributes=lse_attributes,
+        reference=reference_rule(reference.log_softmax),
+        sharded_rule=log_softmax_sharded_rule,
+    ),
 )
 
-logsumexp_derivatives.define_rules(
-    log_softmax_jvp_p, log_softmax_vjp_p, log_softmax_jvp_change, lambda x, *_: x
+log_softmax_jvp_p = define_lse_derivative(
+    "softmax2p_log_softmax_jvp",
+    apply=log_softmax_jvp,
+    transposed=log_softmax_vjp,
+    change_rule=log_softmax_jvp_change,
+    abstract_eval=lambda x, *_: x,
+    lowering=log_softmax_jvp_lowering,
 )
-mlir.register_lowering(log_softmax_jvp_p, mlir.lower_fun(log_softmax_jvp_lowering, multiple_results=False))
 
-logsumexp_derivatives.define_rules(
-    log_softmax_vjp_p, log_softmax_jvp_p, log_softmax_vjp_change, lambda x, *_: x
-)
-registration.define_lowerings(
-    log_softmax_vjp_p,
-    native.LOG_SOFTMAX_VJP_TARGET,
-    reference.log_softmax_vjp,
-    logsumexp_derivatives.attributes,
-    sharded_rule=_vjp_across_devices,
-    num_leading_operands=logsumexp_derivatives.NUM_LEADING_OPERANDS,
+log_softmax_vjp_p = define_lse_derivative(
+    "softmax2p_log_softmax_vjp",
+    apply=log_softmax_vjp,
+    transposed=log_softmax_jvp,
+    change_rule=log_softmax_vjp_change,
+    abstract_eval=lambda x, *_: x,
+    lowering=NativeLowering(
+        target=native.LOG_SOFTMAX_VJP_TARGET,
+        attributes=lse_attributes,
+        reference=reference_rule(reference.log_softmax_vjp),
+        sharded_rule=log_softmax_vjp_sharded_rule,
+    ),
 )

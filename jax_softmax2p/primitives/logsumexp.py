@@ -1,138 +1,217 @@
 """logsumexp_p: log(sum(exp(logits))) along one axis, and the two primitives of which its derivative is made.
 
-It has two results, the logsumexp as hi + lo: hi is its rounding. A derivative is recomputed from x and
-this pair, so nothing of x's size is kept for it, and e^(z - hi - lo) is as exact as a softmax: with hi
-alone, a logsumexp of 100 would cost 32 ULP.
+It has two results, hi and lo of the lse. A derivative is recomputed from x and this pair, so nothing of x's
+size is kept for it.
 
 logsumexp_jvp_p and logsumexp_vjp_p are linear, in t and in factor, and each other's transposes:
 
     logsumexp_jvp(t) = sum(p·t) - t[label]        logsumexp_vjp(factor) = factor·(p - one_hot(label))
 
-Without labels, what concerns these falls away. See ``primitives.logsumexp_derivatives``.
+Without labels they lack the second term. See ``primitives.logsumexp_derivatives``.
 """
 
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching
+import numpy as np
+from jax.interpreters import ad
+from jax.sharding import PartitionSpec
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import collectives, logsumexp_derivatives, registration
-from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
-from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
-from jax_softmax2p.primitives.operands import OperandSpec
+from jax_softmax2p.primitives import collectives
+from jax_softmax2p.primitives.logsumexp_derivatives import (
+    PARAMS,
+    define_lse_derivative,
+    lse_attributes,
+    no_labels,
+)
+from jax_softmax2p.primitives.mask_to_zero import tangent_from_operands
+from jax_softmax2p.primitives.operands import OperandSpec, move_batch_to_front, reference_rule
+from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
+from jax_softmax2p.reference import Lse, compute_dtype
 
-logsumexp_p = Primitive("softmax2p_logsumexp")
-logsumexp_p.multiple_results = True
-logsumexp_jvp_p = Primitive("softmax2p_logsumexp_jvp")
-logsumexp_vjp_p = Primitive("softmax2p_logsumexp_vjp")
+Array = jax.Array
 
 
-def logsumexp(x: jax.Array, *operands: jax.Array, **params: Any) -> tuple[jax.Array, jax.Array]:
-    """The logsumexp of logits of an inexact dtype, as (hi, lo), in the dtype that x is computed in.
+def logsumexp(x: Array, *operands: Array, **params: Any) -> Lse:
+    """The lse of the logits' rows: of x's shape without the axis, in the dtype that x is computed in.
+
+    hi is within 2 ULP, or 1 ULP of the row's largest logit, whichever is more, and hi + lo good to 2^-42 in
+    float32, where it is native.
 
     Args:
-      x: and the operands: see ``primitives.operands``.
+      x: of an inexact dtype.
+      operands: those of ``spec``, see ``primitives.operands``.
       params: axis (negative), spec, implementation.
     """
-    hi, lo = logsumexp_derivatives.bind(logsumexp_p, x, *operands, **params)
-    return hi, lo
+    return Lse(*bind(logsumexp_p, x, *operands, **params))
 
 
-def logsumexp_jvp(x, hi, lo, labels, t, *operands, **params: Any) -> jax.Array:
-    """The derivative of the logsumexp along t, a tangent of the logits, of x's shape."""
-    return logsumexp_derivatives.bind(logsumexp_jvp_p, x, hi, lo, labels, t, *operands, **params)
+def logsumexp_jvp(
+    x: Array, hi: Array, lo: Array, labels: Array, t: Array, *operands: Array, **params: Any
+) -> Array:
+    """The derivative of the lse along t, minus t at the labels; of hi's shape and dtype.
+
+    Args:
+      x: as in :func:`logsumexp`.
+      hi: of the lse, and lo.
+      lo: as hi.
+      labels: int32 of hi's shape, or :func:`no_labels`. Below 0 they count from the end; out of range, none
+        is there.
+      t: a tangent of the logits, of x's shape and dtype.
+      operands: as in :func:`logsumexp`.
+      params: as in :func:`logsumexp`.
+    """
+    return bind(logsumexp_jvp_p, x, hi, lo, labels, t, *operands, **params)
 
 
-def logsumexp_vjp(x, hi, lo, labels, factor, *operands, **params: Any) -> jax.Array:
-    """The transpose of :func:`logsumexp_jvp`, applied to factor."""
-    return logsumexp_derivatives.bind(logsumexp_vjp_p, x, hi, lo, labels, factor, *operands, **params)
+def logsumexp_vjp(
+    x: Array, hi: Array, lo: Array, labels: Array, factor: Array, *operands: Array, **params: Any
+) -> Array:
+    """The transpose of :func:`logsumexp_jvp`, of x's shape and dtype, for a factor of hi's."""
+    return bind(logsumexp_vjp_p, x, hi, lo, labels, factor, *operands, **params)
 
 
-def logsumexp_of_shards(hi: jax.Array, lo: jax.Array, *, implementation: str | None, **_) -> Any:
-    """The logsumexp of rows from those of their parts, which lie along the first axis, as (hi, lo).
+def combine_shards(lse: Lse, *, implementation: Any, **_: Any) -> Lse:
+    """The lse of whole rows from those of their shards, which lie along the first axis.
 
     As exact as hi + lo is: of e^(z + rest), with rest below an ULP of z, it takes two terms of the series.
     """
-    params = {"axis": -hi.ndim, "spec": OperandSpec(), "implementation": implementation}
-    largest = collectives.largest_of(hi)
-    z, rest = collectives.relative(hi, lo, largest)
-    log, log_rest = logsumexp(z, **params)
-    weighted = logsumexp_jvp(z, log, log_rest, no_labels(), rest, **params)
-    return collectives.plus(largest, log, log_rest + weighted)
+    params = {"axis": -lse.hi.ndim, "spec": OperandSpec(), "implementation": implementation}
+    largest = collectives.finite_max(lse.hi)
+    z, rest = collectives.subtract_max(lse, largest)
+    total = logsumexp(z, **params)
+    weighted = logsumexp_jvp(z, *total, no_labels(), rest, **params)
+    return collectives.add_max(largest, total.hi, total.lo + weighted)
 
 
-def logsumexp_abstract_eval(x, *operands, axis, spec, implementation):
-    result = registration.without_axis(x, axis, registration.compute_dtype(x.dtype))
-    return result, result
+def lse_aval(x: Any, axis: int) -> Any:
+    """The abstract value of hi and of lo, from that of x."""
+    shape = tuple(size for i, size in enumerate(x.shape) if i != axis % x.ndim)
+    partition = [entry for i, entry in enumerate(x.sharding.spec) if i != axis % x.ndim]
+    sharding = x.sharding.update(spec=PartitionSpec(*partition))
+    dtype: np.dtype = compute_dtype(x.dtype)
+    return x.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
-def logsumexp_jvp_rule(primals, tangents, *, spec: OperandSpec, **params):
+def logsumexp_abstract_eval(x: Any, *operands: Any, axis: int, **_: Any) -> tuple[Any, Any]:
+    """Two of rows."""
+    aval = lse_aval(x, axis)
+    return aval, aval
+
+
+def logsumexp_jvp_rule(
+    primals: Any, tangents: Any, *, spec: OperandSpec, **params: Any
+) -> tuple[Lse, tuple[Any, Any]]:
+    """The whole derivative is that of hi."""
     x, *operands = primals
-    hi, lo = logsumexp(*primals, spec=spec, **params)
-    t = tangent_of_logits(x, tangents[0], spec.named(primals), spec.named(tangents), spec)
-    hi_dot = logsumexp_jvp(x, hi, lo, no_labels(), t, *operands, spec=spec, **params)
-    return (hi, lo), (hi_dot, ad.Zero(jax.typeof(lo).to_tangent_aval()))
+    lse = logsumexp(*primals, spec=spec, **params)
+    t = tangent_from_operands(primals, tangents, spec)
+    hi_dot = logsumexp_jvp(x, *lse, no_labels(), t, *operands, spec=spec, **params)
+    return lse, (hi_dot, ad.Zero(jax.typeof(lse.lo).to_tangent_aval()))
 
 
-def logsumexp_batch_rule(operands, dims, **params):
-    return logsumexp(*registration.batch_logits(operands, dims), **params), (0, 0)
+def logsumexp_batch_rule(operands: Any, dims: Any, **params: Any) -> tuple[Lse, tuple[int, int]]:
+    """One more dimension at the front."""
+    return logsumexp(*move_batch_to_front(operands, dims), **params), (0, 0)
 
 
-def logsumexp_jvp_change(change, x, hi, lo, labels, t, *operands, **params):
+def logsumexp_sharded_rule(axis_names: tuple[str, ...], *operands: Array, **params: Any) -> Lse:
+    """Two all-reduces of one number a row."""
+    return collectives.reduce_lse(logsumexp(*operands, **params), axis_names)
+
+
+def logsumexp_jvp_change(
+    change: Array, x: Array, hi: Array, lo: Array, labels: Array, t: Array, *operands: Array, **params: Any
+) -> Array:
+    """sum(p·change·t): the labels' term does not change."""
     return logsumexp_jvp(x, hi, lo, no_labels(), (change * t).astype(x.dtype), *operands, **params)
 
 
-def logsumexp_vjp_change(change, x, hi, lo, labels, factor, *operands, **params):
+def logsumexp_jvp_sharded_rule(
+    axis_names: tuple[str, ...],
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    t: Array,
+    *operands: Array,
+    **params: Any,
+) -> Array:
+    """One all-reduce of one number a row; each shard has the labels that lie in it."""
+    labels = collectives.local_labels(labels, x.shape[params["axis"]], axis_names)
+    return jax.lax.psum(logsumexp_jvp(x, hi, lo, labels, t, *operands, **params), axis_names)
+
+
+def logsumexp_vjp_change(
+    change: Array,
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    factor: Array,
+    *operands: Array,
+    **params: Any,
+) -> Array:
+    """factor·p·change: the labels' term does not change."""
     weights = logsumexp_vjp(x, hi, lo, no_labels(), factor, *operands, **params)
     return (weights * change).astype(x.dtype)
 
 
-def _across_devices(names, *operands, **params):
-    return collectives.reduce_lse(*logsumexp(*operands, **params), names)
-
-
-def _jvp_across_devices(names, x, hi, lo, labels, t, *operands, **params):
-    labels = collectives.local_labels(labels, x.shape[params["axis"]], names)
-    return jax.lax.psum(logsumexp_jvp(x, hi, lo, labels, t, *operands, **params), names)
-
-
-def _vjp_across_devices(names, x, hi, lo, labels, factor, *operands, **params):
-    labels = collectives.local_labels(labels, x.shape[params["axis"]], names)
+def logsumexp_vjp_sharded_rule(
+    axis_names: tuple[str, ...],
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    factor: Array,
+    *operands: Array,
+    **params: Any,
+) -> Array:
+    """No communication; each shard has the labels that lie in it."""
+    labels = collectives.local_labels(labels, x.shape[params["axis"]], axis_names)
     return logsumexp_vjp(x, hi, lo, labels, factor, *operands, **params)
 
 
-registration.define_eager_evaluation(logsumexp_p, logsumexp_derivatives.PARAMS)
-logsumexp_p.def_abstract_eval(logsumexp_abstract_eval)
-ad.primitive_jvps[logsumexp_p] = logsumexp_jvp_rule
-batching.primitive_batchers[logsumexp_p] = logsumexp_batch_rule
-registration.define_lowerings(
-    logsumexp_p,
-    native.LOG_SUM_TARGET,
-    reference.logsumexp,
-    logsumexp_derivatives.attributes,
-    sharded_rule=_across_devices,
+logsumexp_p = define_primitive(
+    "softmax2p_logsumexp",
+    params=PARAMS,
+    multiple_results=True,
+    abstract_eval=logsumexp_abstract_eval,
+    jvp_rule=logsumexp_jvp_rule,
+    batch_rule=logsumexp_batch_rule,
+    lowering=NativeLowering(
+        target=native.LOG_SUM_TARGET,
+        attributes=lse_attributes,
+        reference=reference_rule(reference.logsumexp),
+        sharded_rule=logsumexp_sharded_rule,
+    ),
 )
 
-logsumexp_derivatives.define_rules(
-    logsumexp_jvp_p, logsumexp_vjp_p, logsumexp_jvp_change, lambda x, hi, *_: hi
-)
-registration.define_lowerings(
-    logsumexp_jvp_p,
-    native.LOG_SUM_JVP_TARGET,
-    reference.logsumexp_jvp,
-    logsumexp_derivatives.attributes,
-    sharded_rule=_jvp_across_devices,
-    num_leading_operands=logsumexp_derivatives.NUM_LEADING_OPERANDS,
+logsumexp_jvp_p = define_lse_derivative(
+    "softmax2p_logsumexp_jvp",
+    apply=logsumexp_jvp,
+    transposed=logsumexp_vjp,
+    change_rule=logsumexp_jvp_change,
+    abstract_eval=lambda x, hi, *_: hi,
+    lowering=NativeLowering(
+        target=native.LOG_SUM_JVP_TARGET,
+        attributes=lse_attributes,
+        reference=reference_rule(reference.logsumexp_jvp),
+        sharded_rule=logsumexp_jvp_sharded_rule,
+    ),
 )
 
-logsumexp_derivatives.define_rules(logsumexp_vjp_p, logsumexp_jvp_p, logsumexp_vjp_change, lambda x, *_: x)
-registration.define_lowerings(
-    logsumexp_vjp_p,
-    native.LOG_SUM_VJP_TARGET,
-    reference.logsumexp_vjp,
-    logsumexp_derivatives.attributes,
-    sharded_rule=_vjp_across_devices,
-    num_leading_operands=logsumexp_derivatives.NUM_LEADING_OPERANDS,
+logsumexp_vjp_p = define_lse_derivative(
+    "softmax2p_logsumexp_vjp",
+    apply=logsumexp_vjp,
+    transposed=logsumexp_jvp,
+    change_rule=logsumexp_vjp_change,
+    abstract_eval=lambda x, *_: x,
+    lowering=NativeLowering(
+        target=native.LOG_SUM_VJP_TARGET,
+        attributes=lse_attributes,
+        reference=reference_rule(reference.logsumexp_vjp),
+        sharded_rule=logsumexp_vjp_sharded_rule,
+    ),
 )

@@ -1,98 +1,111 @@
-"""What the derivatives of logsumexp have in common, as primitives.
+"""What the derivatives of logsumexp and log_softmax have in common, as primitives.
 
-Their operands are x, the logsumexp as hi and lo, labels (an empty array where there are none), and t, a
-tangent or cotangent, in which they are linear; then those of ``primitives.operands``. With z the logits they
-are made of p = e^(z - hi - lo).
+Their operands are x; the lse of its logits as hi and lo; labels, integers of rows, or an empty array where
+there are none; and t, a tangent or cotangent, in which they are linear; then those of
+``primitives.operands``. With z the logits they are made of p = e^(z - hi - lo).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching
+from jax.interpreters import ad
 
-from jax_softmax2p.primitives import registration
 from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
-from jax_softmax2p.primitives.operands import OperandSpec
+from jax_softmax2p.primitives.operands import OperandSpec, move_batch_to_front
+from jax_softmax2p.primitives.registration import NativeLowering, Rule, define_primitive
+
+Array = jax.Array
 
 PARAMS = ("axis", "spec", "implementation")
+"""The parameters of logsumexp, log_softmax and these derivatives."""
 
-NUM_LEADING_OPERANDS = 4
-"""How many there are between x and those of ``primitives.operands``."""
+NUM_LEADING_OPERANDS = 5
+"""x, hi, lo, labels and t."""
 
-NO_LABELS = (0,)
-"""The shape of an array of labels that are not there."""
-
-
-def no_labels() -> jax.Array:
-    """What stands for labels that are not there."""
-    return jnp.zeros(NO_LABELS, jnp.int32)
+NO_LABELS_SHAPE = (0,)
 
 
-def attributes(*, spec: OperandSpec, **_) -> dict[str, Any]:
-    """Those of the FFI targets, from the primitives' parameters."""
-    return spec.attributes()
+def no_labels() -> Array:
+    """What stands for labels where there are none."""
+    return jnp.zeros(NO_LABELS_SHAPE, jnp.int32)
 
 
-def bind(primitive: Primitive, *operands: Any, **params: Any) -> Any:
-    """Applies the primitive."""
-    return primitive.bind(*registration.with_common_varying_axes(*operands), **params)
+def lse_attributes(*, spec: OperandSpec, **_: Any) -> dict[str, Any]:
+    """The attributes of the FFI targets of primitives with PARAMS."""
+    return dict(spec.ffi_attributes())
 
 
-def define_rules(
-    primitive: Primitive,
-    transposed: Primitive,
-    of_change: Callable[..., jax.Array],
-    abstract_eval: Callable[..., Any],
-) -> None:
-    """Registers everything but the lowering.
+def define_lse_derivative(
+    name: str,
+    *,
+    apply: Rule,
+    transposed: Rule,
+    change_rule: Rule,
+    abstract_eval: Rule,
+    lowering: NativeLowering | Rule,
+) -> Primitive:
+    """Makes a primitive that is linear in t.
 
     Args:
-      transposed: the primitive that is the transpose in t.
-      of_change: by how much the result changes with z - hi - lo: of_change(change, *operands, **params).
-      abstract_eval: the result's abstract value, from those of the operands.
+      name: as in :func:`define_primitive`.
+      apply: applies the primitive, as apply(*operands, **params).
+      transposed: the same of the primitive that is its transpose in t.
+      change_rule: by how much the result changes with z - hi - lo, as change_rule(change, *operands,
+        **params), where the change has x's shape.
+      abstract_eval: the result's abstract value but for its weak type, from those of the operands.
+      lowering: as in :func:`define_primitive`.
     """
 
-    def jvp(primals, tangents, **params):
-        terms = []
-        change = _change_of_log(primals, tangents, params["spec"], params["axis"])
-        if change is not None:
-            terms.append(of_change(change, *primals, **params))
-        if not isinstance(tangents[4], ad.Zero):
-            terms.append(bind(primitive, *primals[:4], tangents[4], *primals[5:], **params))
-        return bind(primitive, *primals, **params), sum(terms[1:], terms[0])
+    def abstract_eval_rule(*avals: Any, **_: Any) -> Any:
+        return abstract_eval(*avals).update(weak_type=False)
 
-    def transpose(cotangent, x, hi, lo, labels, t, *operands, **params):
+    def jvp_rule(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+        terms = []
+        change = _change_of_log_probabilities(primals, tangents, params["spec"], params["axis"])
+        if change is not None:
+            terms.append(change_rule(change, *primals, **params))
+        if not isinstance(tangents[4], ad.Zero):
+            terms.append(apply(*primals[:4], tangents[4], *primals[5:], **params))
+        return apply(*primals, **params), sum(terms[1:], terms[0])
+
+    def transpose_rule(
+        cotangent: Any, x: Array, hi: Array, lo: Array, labels: Array, t: Any, *operands: Array, **params: Any
+    ) -> list[Any]:
         assert ad.is_undefined_primal(t), "linear in t alone"
         if isinstance(cotangent, ad.Zero):
-            of_t: Any = ad.Zero(t.aval)
+            t_bar: Any = ad.Zero(t.aval)
         else:
-            of_t = bind(transposed, x, hi, lo, labels, cotangent, *operands, **params)
-        return [None, None, None, None, of_t, *(None for _ in operands)]
+            t_bar = transposed(x, hi, lo, labels, cotangent, *operands, **params)
+        return [None, None, None, None, t_bar, *(None for _ in operands)]
 
-    def batch(operands, dims, **params):
-        batched = registration.batch_logits(operands, dims, num_leading_operands=NUM_LEADING_OPERANDS)
-        if operands[3].shape == NO_LABELS:
+    def batch_rule(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
+        batched = move_batch_to_front(operands, dims, NUM_LEADING_OPERANDS)
+        if operands[3].shape == NO_LABELS_SHAPE:
             batched[3] = operands[3]
-        return bind(primitive, *batched, **params), 0
+        return apply(*batched, **params), 0
 
-    registration.define_eager_evaluation(primitive, PARAMS)
-    primitive.def_abstract_eval(lambda *avals, **params: abstract_eval(*avals).update(weak_type=False))
-    ad.primitive_jvps[primitive] = jvp
-    ad.primitive_transposes[primitive] = transpose
-    batching.primitive_batchers[primitive] = batch
+    return define_primitive(
+        name,
+        params=PARAMS,
+        abstract_eval=abstract_eval_rule,
+        jvp_rule=jvp_rule,
+        transpose_rule=transpose_rule,
+        batch_rule=batch_rule,
+        lowering=lowering,
+    )
 
 
-def _change_of_log(primals: Any, tangents: Any, spec: OperandSpec, axis: int) -> jax.Array | None:
-    """By how much z - hi - lo changes, None if it does not."""
-    x, x_dot = primals[0], tangents[0]
-    named, named_dots = spec.named(primals), spec.named(tangents)
-    wide = primals[1].dtype
-    parts = []
-    dots = [x_dot, *(named_dots[name] for name in named_dots if name != "where")]
-    if any(not isinstance(dot, ad.Zero) for dot in dots):
-        parts.append(tangent_of_logits(x, x_dot, named, named_dots, spec).astype(wide))
-    parts += [-jnp.expand_dims(dot, axis) for dot in tangents[1:3] if not isinstance(dot, ad.Zero)]
-    return sum(parts[1:], parts[0]) if parts else None
+def _change_of_log_probabilities(primals: Any, tangents: Any, spec: OperandSpec, axis: int) -> Array | None:
+    """The tangent of z - hi - lo, of x's shape, in the dtype of hi; None if it is a symbolic zero."""
+    x, hi, *_ = primals
+    x_dot, hi_dot, lo_dot, *_ = tangents
+    operands, operands_dot = spec.unpack(primals), spec.unpack(tangents)
+    logits_dots = (x_dot, operands_dot.scale, operands_dot.bias)
+    terms = []
+    if any(dot is not None and not isinstance(dot, ad.Zero) for dot in logits_dots):
+        logits_dot = tangent_of_logits(x, x_dot, operands, operands_dot, spec.band)
+        terms.append(logits_dot.astype(hi.dtype))
+    terms += [-jnp.expand_dims(dot, axis) for dot in (hi_dot, lo_dot) if not isinstance(dot, ad.Zero)]
+    return sum(terms[1:], terms[0]) if terms else None

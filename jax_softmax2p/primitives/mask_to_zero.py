@@ -7,78 +7,97 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
-from jax_softmax2p.primitives import operands, registration
+from jax_softmax2p.primitives.operands import Band, OperandSpec, move_batch_to_front, operand_mask
+from jax_softmax2p.primitives.registration import bind, define_primitive
+from jax_softmax2p.reference import ScaleBiasMask
 
-mask_to_zero_p = Primitive("softmax2p_mask_to_zero")
+Array = jax.Array
 
 
-def mask_to_zero(t: jax.Array, where: jax.Array | None, band: operands.Limits | None) -> jax.Array:
-    """t, and 0 where the mask or the band is False: both as ``primitives.operands`` has them."""
+def mask_to_zero(t: Array, where: Array | None, band: Band | None) -> Array:
+    """t, and 0 where the mask or the band is False.
+
+    Args:
+      t: of any dtype and the shape of the logits.
+      where: boolean, of t's rank, broadcasts to t; or None.
+      band: or None.
+    """
     if where is None and band is None:
         return t
-    masks = [] if where is None else [where]
-    return mask_to_zero_p.bind(*registration.with_common_varying_axes(t, *masks), band=band)
+    return bind(mask_to_zero_p, t, *([] if where is None else [where]), band=band)
 
 
 def tangent_of_logits(
-    x: jax.Array, x_dot: Any, operands: dict[str, Any], tangents: dict[str, Any], spec: operands.OperandSpec
-) -> jax.Array:
-    """The tangent of the logits, of x's shape and dtype, 0 where they are masked.
+    x: Array, x_dot: Any, operands: ScaleBiasMask[Array], tangents: ScaleBiasMask[Any], band: Band | None
+) -> Array:
+    """The tangent of the logits scale·x + bias, of x's shape and dtype, 0 where they are masked.
 
     Args:
       x: as the primitive takes it.
-      x_dot: its tangent, an array or a symbolic zero.
-      operands: by name.
-      tangents: by name, arrays or symbolic zeros; that of ``where`` does not matter.
-      spec: the primitive's parameter.
+      x_dot: its tangent, an array or ad.Zero.
+      operands: what is applied to x.
+      tangents: of the operands, arrays or ad.Zero, or None; that of ``where`` is not looked at.
+      band: of the primitive.
     """
-    where = operands.get("where")
     terms = []
     if not isinstance(x_dot, ad.Zero):
-        terms.append(x_dot * operands["scale"] if "scale" in operands else x_dot)
-    scale_dot, bias_dot = tangents.get("scale"), tangents.get("bias")
-    if scale_dot is not None and not isinstance(scale_dot, ad.Zero):
-        # 0 times what is masked there would be NaN, where it is.
-        terms.append(mask_to_zero(x, where, spec.band) * scale_dot)
-    if bias_dot is not None and not isinstance(bias_dot, ad.Zero):
-        terms.append(jnp.broadcast_to(bias_dot, x.shape))
-    return mask_to_zero(sum(terms[1:], terms[0]).astype(x.dtype), where, spec.band)
+        terms.append(x_dot if operands.scale is None else x_dot * operands.scale)
+    if tangents.scale is not None and not isinstance(tangents.scale, ad.Zero):
+        # Masked first: 0 times a NaN that is masked would be NaN.
+        terms.append(mask_to_zero(x, operands.where, band) * tangents.scale)
+    if tangents.bias is not None and not isinstance(tangents.bias, ad.Zero):
+        terms.append(jnp.broadcast_to(tangents.bias, x.shape))
+    return mask_to_zero(sum(terms[1:], terms[0]).astype(x.dtype), operands.where, band)
 
 
-def mask_to_zero_lowering(t, *masks, band):
-    return jnp.where(operands.operand_mask(t.shape, masks[0] if masks else None, band), t, 0)
+def tangent_from_operands(primals: Any, tangents: Any, spec: OperandSpec) -> Array:
+    """The same, from all operands of a primitive and their tangents."""
+    return tangent_of_logits(primals[0], tangents[0], spec.unpack(primals), spec.unpack(tangents), spec.band)
 
 
-def mask_to_zero_abstract_eval(t, *masks, band):
+def mask_to_zero_abstract_eval(t: Any, *where: Any, band: Band | None) -> Any:
+    """Of t's shape and dtype."""
     return t.update(weak_type=False)
 
 
-def mask_to_zero_jvp_rule(primals, tangents, *, band):
-    masks = primals[1:]
-    y = mask_to_zero_p.bind(*primals, band=band)
+def mask_to_zero_jvp_rule(primals: Any, tangents: Any, *, band: Band | None) -> tuple[Any, Any]:
+    """It is linear in t."""
+    t, *where = primals
+    y = mask_to_zero_p.bind(t, *where, band=band)
     if isinstance(tangents[0], ad.Zero):
         return y, ad.Zero(jax.typeof(y).to_tangent_aval())
-    return y, mask_to_zero_p.bind(tangents[0], *masks, band=band)
+    return y, mask_to_zero_p.bind(tangents[0], *where, band=band)
 
 
-def mask_to_zero_transpose_rule(cotangent, t, *masks, band):
+def mask_to_zero_transpose_rule(cotangent: Any, t: Any, *where: Any, band: Band | None) -> list[Any]:
+    """It is its own transpose in t."""
     if isinstance(cotangent, ad.Zero):
-        of_t: Any = ad.Zero(t.aval)
+        t_bar: Any = ad.Zero(t.aval)
     else:
-        of_t = mask_to_zero_p.bind(cotangent, *masks, band=band)
-    return [of_t, *(None for _ in masks)]
+        t_bar = mask_to_zero_p.bind(cotangent, *where, band=band)
+    return [t_bar, *(None for _ in where)]
 
 
-def mask_to_zero_batch_rule(operands, dims, *, band):
-    return mask_to_zero_p.bind(*registration.batch_logits(operands, dims), band=band), 0
+def mask_to_zero_batch_rule(operands: Any, dims: Any, *, band: Band | None) -> tuple[Any, int]:
+    """The band masks the last two dimensions, which stay where they are."""
+    return mask_to_zero_p.bind(*move_batch_to_front(operands, dims), band=band), 0
 
 
-registration.define_eager_evaluation(mask_to_zero_p, ("band",))
-mask_to_zero_p.def_abstract_eval(mask_to_zero_abstract_eval)
-ad.primitive_jvps[mask_to_zero_p] = mask_to_zero_jvp_rule
-ad.primitive_transposes[mask_to_zero_p] = mask_to_zero_transpose_rule
-batching.primitive_batchers[mask_to_zero_p] = mask_to_zero_batch_rule
-mlir.register_lowering(mask_to_zero_p, mlir.lower_fun(mask_to_zero_lowering, multiple_results=False))
+def mask_to_zero_lowering(t: Array, *where: Array, band: Band | None) -> Array:
+    """A select."""
+    mask = operand_mask(t.shape, where[0] if where else None, band)
+    assert mask is not None, "without a mask there is no primitive"
+    return jnp.where(mask, t, 0)
+
+
+mask_to_zero_p = define_primitive(
+    "softmax2p_mask_to_zero",
+    params=("band",),
+    abstract_eval=mask_to_zero_abstract_eval,
+    jvp_rule=mask_to_zero_jvp_rule,
+    transpose_rule=mask_to_zero_transpose_rule,
+    batch_rule=mask_to_zero_batch_rule,
+    lowering=mask_to_zero_lowering,
+)

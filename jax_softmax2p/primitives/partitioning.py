@@ -1,4 +1,4 @@
-"""How XLA divides the primitives among devices: without communication along every dimension but their axis.
+"""How XLA shards the primitives among devices: without communication along every dimension but their axis.
 
 A lowering rule does not know how its operands will be sharded. It leaves a mark, and XLA calls back with the
 shardings that it has chosen: see ``jax.experimental.custom_partitioning``.
@@ -10,163 +10,157 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-
-# JAX tells lowering rules about devices only if a primitive of this set is in the program.
-from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jax_softmax2p.primitives import collectives
+from jax_softmax2p import jax_compat
+from jax_softmax2p.primitives.collectives import AxisNames, as_axis_names, shard_index
 from jax_softmax2p.primitives.operands import OperandSpec
 
 Shape = tuple[int, ...]
 
 ShardedRule = Callable[..., Any]
-"""What a device does where the axis itself is divided: sharded_rule(names, *operands, **params)."""
+"""What a device does where the axis itself is sharded: sharded_rule(axis_names, *operands, **params)."""
+
+Partition = tuple[Mesh, Callable[..., Any], Any, tuple[Sharding, ...]]
+"""What XLA is told: the mesh, what each device runs, and the shardings of the results and of the operands."""
 
 
-def num_shards(mesh: Any, part: collectives.Names | None) -> int:
-    """Into how many parts the axes of a mesh divide a dimension."""
-    return math.prod(mesh.shape[name] for name in collectives.names_of(part))
+def num_shards(mesh: Any, entry: AxisNames | None) -> int:
+    """Into how many shards an entry of a PartitionSpec divides a dimension."""
+    return math.prod(mesh.shape[name] for name in as_axis_names(entry))
 
 
-def require_devices(primitive: Primitive) -> None:
-    """Has JAX tell the primitive's lowering rule about devices."""
-    prim_requires_devices_during_lowering.add(primitive)
+def lower(
+    primitive: Primitive,
+    sharded_rule: ShardedRule,
+    ctx: mlir.LoweringRuleContext,
+    *operands: Any,
+    **params: Any,
+) -> Sequence[Any]:
+    """Lowers the primitive to what XLA partitions, and each shard then to the primitive on a shard.
 
-
-def is_sharded(ctx: Any) -> bool:
-    """Whether XLA is to divide what is being lowered among several devices."""
-    context = ctx.module_context.axis_context
-    if hasattr(context, "manual_axes"):
-        return context.mesh.size > 1 and set(context.manual_axes) != set(context.mesh.axis_names)
-    return getattr(context, "num_devices", 1) > 1
-
-
-def can_divide(ctx: Any) -> bool:
-    """Whether there are devices for XLA to call back about: to exported programs there are none."""
-    context = ctx.module_context.axis_context
-    known = hasattr(context, "mesh") or getattr(context, "device_assignment", None) is not None
-    return known and not ctx.module_context.lowering_parameters.for_export
-
-
-def lower(primitive: Primitive, sharded_rule: ShardedRule, ctx: Any, *operands: Any, **params: Any) -> Any:
-    """Lowers the primitive to what XLA divides, and each part then to the primitive on a part."""
+    Args:
+      primitive: that which is lowered.
+      sharded_rule: for shards of rows.
+      ctx: of the lowering rule.
+      operands: its values.
+      params: the primitive's parameters.
+    """
     axis = params["axis"]
 
-    def partition(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
+    def partition(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Partition:
         if mesh.empty:
-            return _as_they_are(primitive, mesh, arguments, results, params)
-        return _by_names(primitive, sharded_rule, mesh, arguments, results, params)
+            return _partition_without_names(primitive, mesh, arguments, results, params)
+        return _partition_by_names(primitive, sharded_rule, mesh, arguments, results, params)
 
     def infer(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
         x = arguments[0]
-        return jax.tree.map(lambda r: _like(x, mesh, _partition_spec(x), r.shape, axis), results)
+        return jax.tree.map(lambda r: _sharding_like(x, mesh, _entries(x), r.shape, axis), results)
 
     def rule(mesh: Mesh, operand_types: Sequence[Any], result_types: Sequence[Any]) -> SdyShardingRule:
-        return _rule([tuple(t.shape) for t in operand_types], [tuple(t.shape) for t in result_types], axis)
+        operand_shapes = [tuple(t.shape) for t in operand_types]
+        return _sharding_rule(operand_shapes, [tuple(t.shape) for t in result_types], axis)
 
     call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
     call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return mlir.lower_fun(call, multiple_results=primitive.multiple_results)(ctx, *operands)
 
 
-def _by_names(
+def _partition_by_names(
     primitive: Primitive,
     sharded_rule: ShardedRule,
     mesh: Mesh,
     arguments: Sequence[Any],
     results: Any,
     params: dict[str, Any],
-) -> tuple[Any, ...]:
-    """All operands and results as the first of them, whose sharding names axes of the mesh."""
+) -> Partition:
+    """All operands and results are sharded as x, whose sharding names axes of the mesh."""
     x = arguments[0]
     axis, spec = params["axis"], params.get("spec", OperandSpec())
-    partition = _partition_spec(x)
-    if x.shape[axis] % num_shards(mesh, partition[axis]):
-        partition[axis] = None  # The last shard would be padded, and the padding summed.
-    names = collectives.names_of(partition[axis])
-    row_names = collectives.names_of(partition[-2]) if spec.band is not None else ()
+    entries = _entries(x)
+    if x.shape[axis] % num_shards(mesh, entries[axis]):
+        entries[axis] = None  # The last shard would be padded, and the padding summed.
+    names = as_axis_names(entries[axis])
+    row_names = as_axis_names(entries[-2]) if spec.band is not None else ()
 
     def local(*operands: jax.Array) -> Any:
-        shard_params = dict(params)
+        local_params = dict(params)
         if spec.band is not None and (names or row_names):
-            first = [
-                collectives.shard_index(n) * size if n else 0
-                for n, size in zip((row_names, names), operands[0].shape[-2:], strict=True)
-            ]
-            operands, shard_params["spec"] = collectives.with_mask(operands, spec, *first)
+            first_row, first_column = (
+                shard_index(axis_names) * size if axis_names else 0
+                for axis_names, size in zip((row_names, names), operands[0].shape[-2:], strict=True)
+            )
+            operands, local_params["spec"] = spec.band_to_mask(operands, first_row, first_column)
         if names:
-            return sharded_rule(names, *operands, **shard_params)
-        return primitive.bind(*operands, **shard_params)
+            return sharded_rule(names, *operands, **local_params)
+        return primitive.bind(*operands, **local_params)
 
-    shardings = tuple(_like(x, mesh, partition, argument.shape, axis) for argument in arguments)
-    return mesh, local, jax.tree.map(lambda r: _like(x, mesh, partition, r.shape, axis), results), shardings
+    sharding = lambda array: _sharding_like(x, mesh, entries, array.shape, axis)
+    return mesh, local, jax.tree.map(sharding, results), tuple(map(sharding, arguments))
 
 
-def _as_they_are(
+def _partition_without_names(
     primitive: Primitive, mesh: Mesh, arguments: Sequence[Any], results: Any, params: dict[str, Any]
-) -> tuple[Any, ...]:
+) -> Partition:
     """The shardings that XLA has chosen if they need no communication, whole arrays if not.
 
-    In a part of the program that is manual along some axes of the mesh only, nothing has a name.
+    In a region of the program that is manual along some axes of the mesh only, nothing has a name.
     """
     x = arguments[0]
     axis = params["axis"]
-    of_x = x.sharding.shard_shape(x.shape)
-    parts = [whole // max(part, 1) for whole, part in zip(x.shape, of_x, strict=True)]
+    shard_shape = x.sharding.shard_shape(x.shape)
+    counts = [whole // max(shard, 1) for whole, shard in zip(x.shape, shard_shape, strict=True)]
     banded = params.get("spec", OperandSpec()).band is not None
-    everything = [*arguments, *jax.tree.leaves(results)]
-    fits = parts[axis] == 1 and not (banded and parts[-2] > 1)
-    for array in everything:
+    fits = counts[axis] == 1 and not (banded and counts[-2] > 1)
+    for array in (*arguments, *jax.tree.leaves(results)):
         expected = tuple(
-            size if at is None else size // parts[at]
-            for size, at in zip(array.shape, _dimensions(array.shape, x.shape, axis), strict=True)
+            size if at is None else size // counts[at]
+            for size, at in zip(array.shape, _dimensions_of_x(array.shape, x.shape, axis), strict=True)
         )
         fits = fits and array.sharding.shard_shape(array.shape) == expected
-    sharding = (lambda a: a.sharding) if fits else (lambda a: _replicated(a.sharding))
+    sharding = (lambda a: a.sharding) if fits else (lambda a: jax_compat.replicated(a.sharding))
     local = lambda *operands: primitive.bind(*operands, **params)
     return mesh, local, jax.tree.map(sharding, results), tuple(sharding(a) for a in arguments)
 
 
-def _rule(operands: Sequence[Shape], results: Sequence[Shape], axis: int) -> SdyShardingRule:
-    """Dimensions that correspond have the same name, others one of their own."""
-    own = itertools.count()
+def _sharding_rule(operands: Sequence[Shape], results: Sequence[Shape], axis: int) -> SdyShardingRule:
+    """Dimensions that correspond to one of x have its name, others one of their own."""
+    unique = itertools.count()
 
     def mapping(shape: Shape) -> ArrayMapping:
-        corresponding = _dimensions(shape, operands[0], axis)
-        return ArrayMapping(*(f"own{next(own)}" if at is None else f"x{at}" for at in corresponding))
+        dimensions = _dimensions_of_x(shape, operands[0], axis)
+        return ArrayMapping(*(f"own{next(unique)}" if at is None else f"x{at}" for at in dimensions))
 
-    of_axis = f"x{axis % len(operands[0])}"
-    of_results = tuple(map(mapping, results))
-    reduced = () if any(of_axis in mapped for mapped in of_results) else (of_axis,)
-    return SdyShardingRule(tuple(map(mapping, operands)), of_results, reduction_factors=reduced)
+    axis_factor = f"x{axis % len(operands[0])}"
+    result_mappings = tuple(map(mapping, results))
+    reduced = () if any(axis_factor in mapped for mapped in result_mappings) else (axis_factor,)
+    return SdyShardingRule(tuple(map(mapping, operands)), result_mappings, reduction_factors=reduced)
 
 
-def _dimensions(shape: Shape, of_x: Shape, axis: int) -> list[int | None]:
+def _dimensions_of_x(shape: Shape, x_shape: Shape, axis: int) -> list[int | None]:
     """To which dimension of x each of another operand or result corresponds; None: to none.
 
-    An array has x's rank, or, with one element a row, one less. Labels that are not there have a size of 0.
+    An array has x's rank, or, with one element a row, one less. The empty array that stands for no labels has
+    one dimension that corresponds to none.
     """
-    corresponding = [at for at in range(len(of_x)) if len(shape) == len(of_x) or at != axis % len(of_x)]
-    if len(shape) != len(corresponding):
+    dimensions = [at for at in range(len(x_shape)) if len(shape) == len(x_shape) or at != axis % len(x_shape)]
+    if len(shape) != len(dimensions):
         return [None] * len(shape)
-    return [at if size == of_x[at] else None for at, size in zip(corresponding, shape, strict=True)]
+    return [at if size == x_shape[at] else None for at, size in zip(dimensions, shape, strict=True)]
 
 
-def _like(x: Any, mesh: Mesh, partition: Sequence[Any], shape: Shape, axis: int) -> Sharding:
+def _sharding_like(x: Any, mesh: Mesh, entries: Sequence[Any], shape: Shape, axis: int) -> Sharding:
+    """The sharding of an array like x's, whose PartitionSpec has these entries."""
     if mesh.empty:
-        return _replicated(x.sharding)
-    parts = [None if at is None else partition[at] for at in _dimensions(shape, x.shape, axis)]
-    return NamedSharding(mesh, PartitionSpec(*parts))
+        return jax_compat.replicated(x.sharding)
+    dimensions = _dimensions_of_x(shape, x.shape, axis)
+    return NamedSharding(mesh, PartitionSpec(*(None if at is None else entries[at] for at in dimensions)))
 
 
-def _partition_spec(x: Any) -> list[Any]:
+def _entries(x: Any) -> list[Any]:
+    """The entries of x's PartitionSpec, one for each dimension."""
     spec = getattr(x.sharding, "spec", ())
     return [*spec, *(None for _ in range(x.ndim - len(spec)))]
-
-
-def _replicated(sharding: Any) -> Sharding:
-    return type(sharding).get_replicated(sharding._internal_device_list)

@@ -1,152 +1,143 @@
-"""What every primitive needs: eager evaluation, and the choice between kernel and reference."""
+"""Defining a primitive: everything that JAX has to be told, in one call at the bottom of the primitive's
+module.
 
-from collections.abc import Callable
+Primitives work along one axis, their parameter ``axis``, which is negative. Their parameter
+``implementation`` says what :mod:`jax_softmax2p.primitives.dispatch` may choose.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
 
-from jax_softmax2p import native
-from jax_softmax2p.primitives import collectives, partitioning
-from jax_softmax2p.primitives.operands import OperandSpec, operand_mask
+from jax_softmax2p import jax_compat
+from jax_softmax2p.primitives import dispatch, partitioning
+
+Rule = Callable[..., Any]
 
 
-def define_eager_evaluation(
-    primitive: Primitive, static_argnames: tuple[str, ...], **eager_params: Any
-) -> None:
-    """Makes the primitive run outside jit, each time as a jitted call of itself.
+def _no_attributes(**_: Any) -> dict[str, Any]:
+    return {}
 
-    Args:
-      static_argnames: its parameters.
-      eager_params: those that have this value there, whatever was given. What reuses an operand's memory in a
-        larger program would copy the operand first in one of its own.
+
+def _no_operand(**_: Any) -> None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeLowering:
+    """How a primitive is lowered that has a native kernel.
+
+    Attributes:
+      target: the name of the FFI target.
+      reference: the same in jax.numpy, as reference(*operands, **params).
+      sharded_rule: what each device does where XLA shards the axis itself, as sharded_rule(axis_names,
+        *operands, **params).
+      attributes: the target's attributes but the axis, as attributes(**params).
+      reused_operand: as reused_operand(**params), the operand whose memory the result takes, or None. XLA
+        copies it first where it is needed afterwards.
     """
 
-    def call(*operands, **params):
+    target: str
+    reference: Rule
+    sharded_rule: partitioning.ShardedRule
+    attributes: Callable[..., dict[str, Any]] = _no_attributes
+    reused_operand: Callable[..., int | None] = _no_operand
+
+
+def define_primitive(
+    name: str,
+    *,
+    params: tuple[str, ...],
+    abstract_eval: Rule,
+    jvp_rule: Rule,
+    batch_rule: Rule,
+    lowering: NativeLowering | Rule,
+    transpose_rule: Rule | None = None,
+    multiple_results: bool = False,
+    eager_params: Mapping[str, Any] | None = None,
+) -> Primitive:
+    """Makes a primitive with all of its rules.
+
+    Args:
+      name: of the primitive, as jaxprs show it.
+      params: the names of its parameters.
+      abstract_eval: abstract_eval(*avals, **params): the results' abstract values. They come from an
+        operand's (``aval.update``), so that shardings and varying mesh axes survive.
+      jvp_rule: jvp_rule(primals, tangents, **params): results and their tangents; tangents may be ad.Zero.
+      batch_rule: batch_rule(operands, dims, **params): results and their batch dimensions.
+      lowering: for a primitive without a kernel of its own, a function of jax.numpy and other primitives, as
+        lowering(*operands, **params).
+      transpose_rule: transpose_rule(cotangent, *operands, **params), of a primitive that is linear in an
+        operand.
+      multiple_results: whether it returns a sequence of results.
+      eager_params: parameters that have this value outside jit, whatever was passed. What reuses an operand's
+        memory in a larger program would copy the operand first in one of its own.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = multiple_results
+    primitive.def_abstract_eval(abstract_eval)
+    primitive.def_impl(_eager_evaluation(primitive, params, dict(eager_params or {})))
+    ad.primitive_jvps[primitive] = jvp_rule
+    batching.primitive_batchers[primitive] = batch_rule
+    if transpose_rule is not None:
+        ad.primitive_transposes[primitive] = transpose_rule
+    if isinstance(lowering, NativeLowering):
+        _register_native_lowering(primitive, lowering)
+    else:
+        mlir.register_lowering(primitive, mlir.lower_fun(lowering, multiple_results=multiple_results))
+    return primitive
+
+
+def bind(primitive: Primitive, *operands: Any, **params: Any) -> Any:
+    """Applies a primitive to operands, which inside shard_map must vary over the same mesh axes."""
+    axes = tuple(frozenset[str]().union(*map(jax_compat.varying_axes, operands)))
+    return primitive.bind(*(jax_compat.as_varying(operand, axes) for operand in operands), **params)
+
+
+def _eager_evaluation(primitive: Primitive, params: tuple[str, ...], eager_params: dict[str, Any]) -> Rule:
+    """Evaluation outside jit: a jitted call, compiled once for shapes, dtypes and parameters."""
+
+    def call(*operands: Any, **params: Any) -> Any:
         return primitive.bind(*operands, **params)
 
-    # To JAX's NaN checker a jitted function is something to take apart and run again, primitive by
-    # primitive, unless it carries this mark, as JAX's own primitives do.
-    call._apply_primitive = True  # type: ignore[attr-defined]
-    jitted = jax.jit(call, static_argnames=static_argnames)
+    jax_compat.mark_as_primitive(call)
+    jitted = jax.jit(call, static_argnames=params)
 
-    def evaluate(*operands, **params):
+    def evaluate(*operands: Any, **params: Any) -> Any:
         # Under disable_jit the jitted function would call the primitive, and so itself, forever.
         with jax.disable_jit(False):
             return jitted(*operands, **(params | eager_params))
 
-    primitive.def_impl(evaluate)
+    return evaluate
 
 
-def define_lowerings(
-    primitive: Primitive,
-    target: str,
-    reference: Callable[..., Any],
-    attributes: Callable[..., dict[str, Any]],
-    *,
-    sharded_rule: partitioning.ShardedRule,
-    num_leading_operands: int = 0,
-    reused: Callable[..., int | None] = lambda **params: None,
-) -> None:
-    """Lowers the primitive to an FFI call on CPU where that can run, to the reference elsewhere.
+def _register_native_lowering(primitive: Primitive, lowering: NativeLowering) -> None:
+    lower_to_reference = mlir.lower_fun(lowering.reference, multiple_results=primitive.multiple_results)
 
-    The primitive works along its parameter ``axis``, which is negative. Its parameter ``implementation`` may
-    be "native" to make the lowering fail rather than fall back, or "reference". Its operands are x, its own,
-    and what its parameter ``spec``, if it has one, says.
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, on_cpu: bool, **params: Any) -> Sequence[Any]:
+        match dispatch.choose_lowering(ctx, params["implementation"], on_cpu=on_cpu).lowering:
+            case "reference":
+                return lower_to_reference(ctx, *operands, **params)
+            case "sharded":
+                return partitioning.lower(primitive, lowering.sharded_rule, ctx, *operands, **params)
+            case "native":
+                reused = lowering.reused_operand(**params)
+                aliases = None if reused is None else {reused: 0}
+                call = jax.ffi.ffi_lowering(lowering.target, operand_output_aliases=aliases)
+                axis = np.int64(params["axis"])
+                return call(ctx, *operands, axis=axis, **lowering.attributes(**params))
 
-    Args:
-      target: the name of the FFI target.
-      reference: the same in jax.numpy: reference(x, *own operands, axis=, scale=, bias=, where=).
-      attributes: the target's attributes but the axis, from the primitive's parameters.
-      sharded_rule: what each device does where XLA divides the axis itself among several.
-      num_leading_operands: how many.
-      reused: the operand whose memory the result takes, from the primitive's parameters. XLA copies it first
-        where it is needed afterwards.
-    """
-    multiple = primitive.multiple_results
-    first_given = 1 + num_leading_operands
+    def lower_on_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Sequence[Any]:
+        return lower(ctx, *operands, on_cpu=True, **params)
 
-    def with_names(*operands, axis: int, spec: OperandSpec | None = None, **_):
-        if spec is None:
-            return reference(*operands, axis=axis)
-        named = spec.named(operands)
-        if spec.band is not None:
-            named["where"] = operand_mask(operands[0].shape, named.get("where"), spec.band)
-        return reference(*operands[:first_given], axis=axis, **named)
+    def lower_elsewhere(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Sequence[Any]:
+        return lower(ctx, *operands, on_cpu=False, **params)
 
-    def lower_to_reference(ctx: Any, *operands, **params):
-        rule = mlir.lower_fun(lambda *args: with_names(*args, **params), multiple_results=multiple)
-        return rule(ctx, *operands)
-
-    def lower_elsewhere(ctx: Any, *operands, implementation: str | None, **params):
-        if implementation == "native":
-            raise ValueError(native_refusal("there are native kernels for CPUs only"))
-        return lower_to_reference(ctx, *operands, **params)
-
-    def lower_on_cpu(ctx: Any, *operands, implementation: str | None, **params):
-        if implementation == "reference":
-            return lower_to_reference(ctx, *operands, **params)
-        reason = native.reason_against(ctx.avals_in[0].dtype)
-        divided = partitioning.is_sharded(ctx)
-        if reason is None and divided and not partitioning.can_divide(ctx):
-            reason = "a program for several devices is exported, or lowered without them"
-        if reason is not None:
-            if implementation == "native":
-                raise ValueError(native_refusal(reason))
-            return lower_to_reference(ctx, *operands, **params)
-        if divided:
-            params["implementation"] = implementation
-            return partitioning.lower(primitive, sharded_rule, ctx, *operands, **params)
-        operand = reused(**params)
-        aliases = None if operand is None else {operand: 0}
-        call = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)
-        return call(ctx, *operands, axis=np.int64(params["axis"]), **attributes(**params))
-
-    partitioning.require_devices(primitive)
+    jax_compat.require_devices_during_lowering(primitive)
     mlir.register_lowering(primitive, lower_elsewhere)
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
-
-
-def batch_logits(operands: Any, dims: Any, num_leading_operands: int = 0) -> list[jax.Array]:
-    """The operands of a primitive with their batch dimension at the front.
-
-    Those that are not batched get a dimension of size 1 there if they broadcast; x and the primitive's own,
-    of which there are ``num_leading_operands``, are repeated. As the axis counts from the end, it stays what it is.
-    """
-    size = next(x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None)
-    batched = []
-    for i, (x, dim) in enumerate(zip(operands, dims, strict=True)):
-        if dim is not None:
-            batched.append(jnp.moveaxis(x, dim, 0))
-        elif i <= num_leading_operands:
-            batched.append(jnp.broadcast_to(x, (size, *x.shape)))
-        else:
-            batched.append(jnp.expand_dims(x, 0))
-    return batched
-
-
-def compute_dtype(dtype: Any) -> np.dtype:
-    """What arrays of a floating dtype are computed in."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else np.dtype(dtype)
-
-
-def without_axis(x: Any, axis: int, dtype: Any) -> Any:
-    """The abstract value of a reduction of x along an axis."""
-    shape = tuple(size for i, size in enumerate(x.shape) if i != axis % x.ndim)
-    spec = [part for i, part in enumerate(x.sharding.spec) if i != axis % x.ndim]
-    sharding = x.sharding.update(spec=jax.sharding.PartitionSpec(*spec))
-    return x.update(shape=shape, dtype=np.dtype(dtype), weak_type=False, sharding=sharding)
-
-
-def with_common_varying_axes(*operands: Any) -> list[jax.Array]:
-    """Inside shard_map: operands must vary over the same mesh axes, as jax.numpy's own do."""
-    union = frozenset[str]().union(*map(collectives.varying_axes, operands))
-    return [collectives.as_varying(operand, tuple(union)) for operand in operands]
-
-
-def native_refusal(reason: str) -> str:
-    """The words of the error that implementation="native" raises."""
-    return f"implementation='native' cannot run: {reason}"

@@ -59,7 +59,7 @@ def test_what_the_system_is_asked_for(tmp_path):
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
 def test_what_the_library_can_ask_for():
     """It is linked with nothing that writes files, opens sockets, loads libraries or starts programs."""
-    command = ["nm", "--dynamic", "--undefined-only", native._library.__file__]
+    command = ["nm", "--dynamic", "--undefined-only", native.library.require().__file__]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     symbols = {line.split()[-1].split("@")[0] for line in output.splitlines()}
     assert "getenv" in symbols
@@ -68,10 +68,10 @@ def test_what_the_library_can_ask_for():
 
 
 def test_the_environment_variable_that_is_read_only_chooses():
-    sources = "".join(path.read_text() for path in pathlib.Path(native.__file__).parent.rglob("*.py"))
+    sources = "".join(path.read_text() for path in pathlib.Path(native.__file__).parent.parent.rglob("*.py"))
     assert "register_ffi_target" in sources
     assert not re.search(r"environ\b|getenv|import_module|__import__", sources)
-    library = pathlib.Path(native._library.__file__)
+    library = pathlib.Path(native.library.require().__file__)
     assert library.read_bytes().count(b"JAX_SOFTMAX2P_") == 1
     result = run(AUDITED, JAX_SOFTMAX2P_ISA=str(library))
     assert result.stdout == ""

@@ -1,0 +1,112 @@
+"""What JAX keeps private, and what differs between the versions of JAX that are supported (from 0.8 on).
+
+No other module imports from ``jax._src``, reads private attributes, or asks for JAX's version. Each function
+says which version it bridges, so that it can go once that version is no longer supported.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# Private in all versions: JAX tells lowering rules about devices only if a primitive of this set is in the
+# program.
+from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import Sharding
+
+Array = jax.Array
+
+
+def require_devices_during_lowering(primitive: Primitive) -> None:
+    """Has JAX tell the primitive's lowering rule about devices."""
+    prim_requires_devices_during_lowering.add(primitive)
+
+
+def mark_as_primitive(function: Callable[..., Any]) -> None:
+    """Marks the function that a jitted evaluation of one primitive is made of.
+
+    Private in all versions. JAX's NaN checker takes a jitted function apart and runs it again, primitive by
+    primitive, unless it carries this mark, as the evaluation of JAX's own primitives does.
+    """
+    function._apply_primitive = True  # type: ignore[attr-defined]
+
+
+def is_sharded(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether XLA is to partition what is being lowered among several devices.
+
+    Private in all versions: the context of a lowering says so only in its axis context, which is of one class
+    inside shard_map (with the mesh's manual axes) and of another outside.
+    """
+    context: Any = ctx.module_context.axis_context
+    if hasattr(context, "manual_axes"):
+        return context.mesh.size > 1 and set(context.manual_axes) != set(context.mesh.axis_names)
+    return getattr(context, "num_devices", 1) > 1
+
+
+def has_devices_to_partition(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether there are devices for XLA to call back about; an exported program has none.
+
+    Private in all versions, as for :func:`is_sharded`.
+    """
+    context: Any = ctx.module_context.axis_context
+    known = hasattr(context, "mesh") or getattr(context, "device_assignment", None) is not None
+    return known and not ctx.module_context.lowering_parameters.for_export
+
+
+def replicated(sharding: Any) -> Sharding:
+    """The sharding of whole arrays on the same devices. Private in all versions: the list of these."""
+    return type(sharding).get_replicated(sharding._internal_device_list)
+
+
+def inside_shard_map(axis_names: tuple[str, ...]) -> bool:
+    """Whether the axes are those of an enclosing shard_map, and not of a vmap."""
+    return set(axis_names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varying_axes(x: Array) -> frozenset[str]:
+    """The mesh axes along which JAX knows x to differ.
+
+    Its type has the attribute ``mat`` from jax 0.10 on, and ``vma`` before.
+    """
+    aval = jax.typeof(x)
+    return aval.mat.varying if hasattr(aval, "mat") else getattr(aval, "vma", frozenset())
+
+
+def as_varying(x: Array, axis_names: tuple[str, ...]) -> Array:
+    """x as an array that may differ along mesh axes, where JAX keeps track of that.
+
+    ``jax.lax.pcast`` is there from jax 0.9 on; before, ``jax.lax.pvary`` did the same.
+    """
+    varying = varying_axes(x)
+    missing = tuple(name for name in axis_names if name not in varying)
+    if not missing or not inside_shard_map(missing):
+        return x
+    if not hasattr(jax.lax, "pcast"):
+        return jax.lax.pvary(x, missing)  # type: ignore[attr-defined]
+    return jax.lax.pcast(x, missing, to="varying")
+
+
+def all_gather_invariant(x: Array, axis_names: tuple[str, ...]) -> Array:
+    """The arrays of all shards along a new first axis, which JAX knows to be the same on all devices.
+
+    ``all_gather`` has the argument ``to`` from jax 0.10 on; before, a function without a public name did
+    this.
+    """
+    if not inside_shard_map(axis_names):
+        return jax.lax.all_gather(x, axis_names)
+    x = as_varying(x, axis_names)
+    if jax.__version_info__ < (0, 10):
+        from jax._src.lax.parallel import all_gather_invariant
+
+        return all_gather_invariant(x, axis_names)
+    return jax.lax.all_gather(x, axis_names, to="invarying")
+
+
+def differentiates_unchecked_collectives() -> bool:
+    """Whether reverse-mode derivatives of collectives are right where shard_map does not check what varies.
+
+    Before 0.10 JAX follows the rules of checked programs in derivatives of unchecked ones.
+    """
+    return jax.__version_info__ >= (0, 10)

@@ -1,0 +1,107 @@
+"""What only measures: single passes of the algorithms, plans, and the machine's caches."""
+
+from typing import Any
+
+import numpy as np
+
+from jax_softmax2p.native import library
+from jax_softmax2p.native.names import DTYPE_NAMES, DTYPES, Algorithm, check_algorithm
+from jax_softmax2p.native.numpy_kernels import checked_copies, checked_isa, checked_threads
+
+PASSES = ("max", "sum_exp", "exp_store", "scale", "extended_sum", "extended_write")
+"""The passes of which the algorithms consist, for :func:`pass_into`."""
+
+
+def pass_into(
+    name: str,
+    x: np.ndarray,
+    out: np.ndarray,
+    *,
+    maximum: float,
+    isa: str | None = None,
+    threads: int = 1,
+) -> float | None:
+    """Runs one pass of an algorithm alone, over a row. For measurement.
+
+    Args:
+      name: one of :data:`PASSES`. ``"max"``, ``"sum_exp"`` and ``"extended_write"`` make up
+        ``three_pass_recompute``; ``"max"``, ``"exp_store"`` and ``"scale"`` ``three_pass_reload``;
+        ``"extended_sum"`` and ``"extended_write"`` ``two_pass``; ``two_pass_reload`` has a pass like
+        ``"exp_store"`` that finds the maximum itself.
+      x: C-contiguous float32 array of one dimension.
+      out: as in :func:`softmax_into`. ``"extended_write"`` writes e^x·2^-k there, with k the largest integer
+        not above maximum·log2 e; ``"scale"`` does so from what ``"exp_store"`` has left there.
+      maximum: of ``x``.
+      isa: as in :func:`softmax_into`.
+      threads: as in :func:`softmax_into`.
+
+    Returns:
+      The maximum or the sum of e^x, if the pass finds one.
+
+    Raises:
+      ImportError, TypeError, ValueError: as :func:`softmax_into`.
+
+    Example:
+      >>> x = np.zeros(4, np.float32)
+      >>> pass_into("extended_sum", x, np.empty_like(x), maximum=0.0)
+      4.0
+    """
+    kernels = _library()
+    copies = checked_copies(x, out)
+    if name not in PASSES:
+        raise ValueError(f"name must be one of {', '.join(PASSES)}; got {name!r}")
+    if x.dtype != np.float32 or x.ndim != 1:
+        raise TypeError(f"x must be float32 of one dimension, got {x.dtype} of {x.ndim}")
+    found = kernels.pass_into(
+        name, x, out, copies, x.size, maximum, checked_isa(isa), checked_threads(threads)
+    )
+    return None if found is None else float(found)
+
+
+def softmax_plan(
+    shape: tuple[int, int, int],
+    *,
+    dtype: np.dtype | type = np.float32,
+    algorithm: Algorithm = "auto",
+    isa: str | None = None,
+) -> dict[str, bool]:
+    """How an algorithm computes an array. For tests and measurement.
+
+    Args:
+      shape: the sizes of what lies outside, along and inside of the axis.
+      dtype: one of :data:`DTYPES`.
+      algorithm: one of :data:`ALGORITHMS`.
+      isa: as in :func:`softmax_into`.
+
+    Returns:
+      Whether the maximum comes first (``"maximum_first"``), whether the exponentials of pass 1 are kept
+      (``"reload"``), and whether the result is written past the caches (``"stream"``).
+
+    Raises:
+      ImportError: the compiled library cannot be loaded.
+      TypeError, ValueError: an argument is not one of those listed.
+
+    Example:
+      >>> softmax_plan((1, 1000, 1), algorithm="two_pass")
+      {'maximum_first': False, 'reload': False, 'stream': False}
+    """
+    kernels = _library()
+    check_algorithm(algorithm)
+    if (dtype := np.dtype(dtype)) not in DTYPE_NAMES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
+    return dict(kernels.softmax_plan(DTYPE_NAMES[dtype], *shape, algorithm, checked_isa(isa)))
+
+
+def cache_bytes() -> tuple[int, int]:
+    """The sizes of the second-level and of the last cache that the kernels go by.
+
+    Raises:
+      ImportError: the compiled library cannot be loaded.
+    """
+    second, last = _library().cache_bytes()
+    return second, last
+
+
+def _library() -> Any:
+    """The part of the library that only measures."""
+    return library.require()

@@ -1,0 +1,98 @@
+"""Reference or native: the one place that decides which of the two runs, and says why.
+
+There are two moments to decide at. When a public function is called, ``as_implementation`` and
+``check_native_support`` refuse what cannot be had, and ``choose_path`` says whether the primitives are used
+at all. When a primitive is lowered, for one platform, ``choose_lowering`` says what it becomes.
+"""
+
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import numpy as np
+from jax.interpreters import mlir
+
+from jax_softmax2p import jax_compat, native
+
+Implementation = Literal["native", "reference"]
+"""What users may ask for; None leaves the choice to :func:`choose_lowering`."""
+
+
+class Choice(NamedTuple):
+    """What a primitive is lowered to.
+
+    Attributes:
+      lowering: "native" is one FFI call; "sharded" leaves the primitive to XLA to partition among devices,
+        and is followed by another choice for what each device runs; "reference" is jax.numpy.
+      reason: why it is the reference; empty where it is not.
+    """
+
+    lowering: Literal["native", "sharded", "reference"]
+    reason: str = ""
+
+
+def as_implementation(implementation: str | None) -> Implementation | None:
+    """What users passed, checked.
+
+    Raises:
+      ValueError: there is no such implementation.
+    """
+    match implementation:
+        case None | "native" | "reference":
+            return implementation
+        case _:
+            raise ValueError(f"implementation must be None, 'native' or 'reference'; got {implementation!r}")
+
+
+def check_native_support(implementation: Implementation | None, dtype: np.dtype) -> None:
+    """Raises ValueError where a native kernel is asked for and cannot run on this CPU for the dtype."""
+    if implementation == "native" and (reason := native.unsupported_reason(dtype)):
+        refuse_native(reason)
+
+
+def refuse_native(reason: str) -> NoReturn:
+    """Raises the error of implementation="native" where no native kernel can run."""
+    raise ValueError(f"implementation='native' cannot run: {reason}")
+
+
+def choose_path(
+    implementation: Implementation | None, axis_name: Any
+) -> Literal["primitive", "reference", "sharded"]:
+    """Which code a public function runs.
+
+    With implementation="reference" it is the reference itself rather than a primitive that is lowered to it,
+    so that JAX differentiates the reference: that is what the primitives' own derivatives are tested against.
+    Rows that are sharded along a mesh axis have one implementation, of primitives and collectives.
+    """
+    if axis_name is not None:
+        return "sharded"
+    return "reference" if implementation == "reference" else "primitive"
+
+
+def choose_lowering(
+    ctx: mlir.LoweringRuleContext, implementation: Implementation | None, *, on_cpu: bool
+) -> Choice:
+    """What the primitive ``ctx.primitive`` becomes for operands of the avals ``ctx.avals_in``.
+
+    Args:
+      ctx: what JAX tells a lowering rule.
+      implementation: the primitive's parameter.
+      on_cpu: whether the rule is the one for CPUs.
+
+    Raises:
+      ValueError: the implementation is "native" and cannot run.
+    """
+    if implementation == "reference":
+        return Choice("reference", "implementation='reference'")
+    reason = _unsupported_reason(ctx) if on_cpu else "there are native kernels for CPUs only"
+    if reason is not None:
+        if implementation == "native":
+            refuse_native(reason)
+        return Choice("reference", reason)
+    return Choice("sharded" if jax_compat.is_sharded(ctx) else "native")
+
+
+def _unsupported_reason(ctx: mlir.LoweringRuleContext) -> str | None:
+    aval: Any = ctx.avals_in[0]
+    reason = native.unsupported_reason(aval.dtype)
+    if reason is None and jax_compat.is_sharded(ctx) and not jax_compat.has_devices_to_partition(ctx):
+        return "a program for several devices is exported, or lowered without them"
+    return reason
