@@ -1,0 +1,131 @@
+"""Imports and includes point down only: see the storeys below. A file of no storey fails."""
+
+import ast
+import graphlib
+import re
+
+import pytest
+from processes import ROOT
+
+PACKAGE = ROOT / "jax_softmax2p"
+FFI = ROOT / "ffi"
+
+# From the top. A module or package that is named here stands for all within.
+PYTHON_STOREYS = (
+    ("__main__",),
+    ("demo",),
+    ("__init__", "measure"),
+    ("integrations",),
+    ("attention",),
+    ("losses", "sum_exp"),
+    ("ops",),
+    ("sharding",),
+    ("arguments",),
+    ("primitives",),
+    ("jax_compat", "native", "reference"),
+)
+
+# What only measures is for the demonstration, the benchmarks and the tests.
+MEASURING = {"measure": {"__main__", "demo"}}
+
+FFI_STOREYS = (
+    ("module.cc",),
+    ("handlers",),
+    ("ops",),
+    ("runtime",),
+    ("targets",),
+    ("kernels",),
+    ("simd",),
+    ("base",),
+)
+
+
+def storey_of(name, storeys):
+    found = [level for level, names in enumerate(storeys) if name in names]
+    assert found, f"{name} is in no storey"
+    return found[0]
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def top(module):
+    """The module or package within ours, by which storeys are named."""
+    return module.split(".")[1]
+
+
+def imported_modules(path):
+    """Those of our own, wherever in the file they are imported, but for the compiled library."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {module for name in names if (module := known_module(name))}
+    return found
+
+
+def known_module(name):
+    """The module of ours that an imported name is, or is in; None for others'."""
+    parts = name.split(".")
+    if parts[0] != "jax_softmax2p" or name == "jax_softmax2p._native":
+        return None
+    while len(parts) > 1:
+        if ".".join(parts) in MODULES:
+            return ".".join(parts)
+        parts.pop()
+    return "jax_softmax2p.__init__"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_python_imports_point_down(module):
+    level = storey_of(top(module), PYTHON_STOREYS)
+    for imported in imported_modules(MODULES[module]):
+        if top(imported) == top(module):
+            continue
+        assert storey_of(top(imported), PYTHON_STOREYS) > level, f"{module} imports {imported}"
+        assert top(module) in MEASURING.get(top(imported), {top(module)}), f"{module} imports {imported}"
+
+
+def test_python_imports_have_no_circle():
+    """Within packages either, of which no storey tells."""
+    imports = {module: imported_modules(path) - {module} for module, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(imports).static_order())
+
+
+SOURCES = sorted(path for path in FFI.rglob("*") if path.is_file())
+
+
+def folder(path):
+    """The folder of ffi/, or the file in ffi/ itself, by which storeys are named."""
+    return path.relative_to(FFI).parts[0]
+
+
+def included_files(path):
+    """Those of our own. Quoted, and none of them ours, are XLA's alone."""
+    for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+        if not name.startswith("xla/ffi/api/"):
+            assert (ROOT / name).is_file(), f"{path} includes {name}, which is not a path from the root"
+            yield ROOT / name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(FFI)))
+def test_includes_point_down(path):
+    level = storey_of(folder(path), FFI_STOREYS)
+    for included in included_files(path):
+        if folder(included) != folder(path):
+            assert storey_of(folder(included), FFI_STOREYS) > level, f"{path.name} includes {included}"
+
+
+def test_includes_have_no_circle():
+    includes = {path: set(included_files(path)) for path in SOURCES}
+    list(graphlib.TopologicalSorter(includes).static_order())
