@@ -89,14 +89,14 @@ def as_logits(
     """Checks the arguments that softmaxes have in common.
 
     Args:
-      x: as in the public functions, as are axis, where, scale, bias, axis_name and implementation.
-      axis: as x.
-      where: as x.
-      scale: as x.
-      bias: as x.
+      x: as in the public functions.
+      axis: as in the public functions.
+      where: as in the public functions.
+      scale: as in the public functions.
+      bias: as in the public functions.
       band: a mask besides ``where``, if that is an array.
-      axis_name: as x.
-      implementation: as x.
+      axis_name: as in the public functions.
+      implementation: as in the public functions.
       shift_integers: whether the result does not change with a constant added to x; the maximum of integers
         is subtracted then, which they do exactly and floats may not.
       name: what the public function calls x.
@@ -249,7 +249,7 @@ def _with_rank(array: Array, ndim: int) -> Array:
 
 
 def _broadcast_along_all_or_none(operand: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
-    """Broadcast along all of the axes, unless it has size 1 along all of them: else they cannot be merged."""
+    """The operand, broadcast along all of the axes unless it has size 1 along all: so they can be merged."""
     if all(operand.shape[a] == 1 for a in axes) or all(operand.shape[a] == shape[a] for a in axes):
         return operand
     target = tuple(shape[a] if a in axes else operand.shape[a] for a in range(-len(shape), 0))
@@ -257,11 +257,11 @@ def _broadcast_along_all_or_none(operand: Array, shape: tuple[int, ...], axes: t
 
 
 def _as_inexact(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:
-    """Integers as floats, less their maximum, which integers subtract exactly and floats may not."""
+    """Integers minus their maximum, as floats: integers subtract exactly, and floats may not."""
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return x
     x_max = jnp.max(x, axes, keepdims=True, where=mask, initial=jnp.iinfo(x.dtype).min)
-    # The difference may exceed the signed range, by wrapping into what is right as unsigned.
+    # The difference may exceed the signed range; it then wraps to what is right as unsigned.
     unsigned = jnp.dtype(f"uint{jnp.iinfo(x.dtype).bits}")
     return -(x_max - x).astype(unsigned).astype(jax.eval_shape(jnp.exp, x).dtype)
 
@@ -272,7 +272,7 @@ def _has_no_infinity(dtype: np.dtype) -> bool:
 
 
 def _merge_axes(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
-    """The array with the axes merged into one, and where that is."""
+    """The array with the axes merged into one, and that axis, which is negative."""
     if len(axes) == 1:
         return x, axes[0]
     moved = jnp.moveaxis(x, axes, range(-len(axes), 0))

@@ -32,7 +32,7 @@ def softmax_cross_entropy_with_integer_labels(
     .. math:: \ell = \log \sum_j \exp(x_j) - x_{label}
 
     A drop-in for :func:`optax.softmax_cross_entropy_with_integer_labels`. It reads the logits once; its
-    gradient reads them once more and writes the result, and keeps but the logsumexp of every row meanwhile.
+    gradient reads them once more and writes the result. Meanwhile only the logsumexp of each row is kept.
 
     Args:
       logits: floating-point array.
@@ -41,8 +41,8 @@ def softmax_cross_entropy_with_integer_labels(
       axis: the axis of the classes, or several, which are flattened in that order.
       where: boolean array, of the logits' shape or of the labels'; masked logits take no part in the sum, and
         rows without a True give 0.
-      axis_name: as in :func:`softmax`; labels count the classes of all parts, and are the same on all devices
-        along the mesh axes. The axis must be one integer.
+      axis_name: as in :func:`softmax`; labels count the classes of all shards, and are the same on all
+        devices along the mesh axes. The axis must be one integer.
       implementation: as in :func:`softmax`.
 
     Returns:
@@ -159,7 +159,7 @@ def _as_floating(name: str, x: jax.typing.ArrayLike) -> Array:
 
 
 def _with_axis(where: Array, axis: int | tuple[int, ...] | None, ndim: int) -> Array:
-    """A mask of rows as one of elements."""
+    """A mask of rows or of elements, as one that broadcasts to elements."""
     return where if where.ndim == ndim or axis is None else jnp.expand_dims(where, axis)
 
 
@@ -187,8 +187,8 @@ def _subtract_label_logit(lse: Lse, x: Array, labels: Array, axis: int) -> Array
     return (lse.hi - logit.astype(lse.hi.dtype)) + lse.lo
 
 
-# Its derivative is one primitive, that of the lse with labels: left to JAX, the label's part would be
-# scattered into an array of zeros of x's size, and added.
+# Its derivative is one primitive, that of the lse with labels. JAX's own derivative would scatter the label's
+# cotangent into an array of zeros of x's size, and add that.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _lse_minus_label_logit(params: Any, x: Array, labels: Array, *operands: Array) -> Array:
     """The same from the primitives' operands; params are their parameters as a hashable value."""

@@ -1,4 +1,7 @@
-"""Measuring speed and error: for the demonstration, the benchmarks and the tests."""
+"""Measuring speed and error: for the demonstration, the benchmarks and the tests alone.
+
+Nothing that users call imports this module.
+"""
 
 import platform
 import statistics
@@ -25,13 +28,13 @@ def alternating_medians(
 ) -> dict[str, float]:
     """Median time of a call of each function, in seconds.
 
-    The functions take turns, so that a machine that slows down or is shared does so for all; of each
-    other's times only ratios within one call of this function mean something.
+    The functions are called alternately, so that a machine that slows down or is shared does so for all. Only
+    ratios of times within one call of this function mean something.
 
     Args:
       functions: what to call, by name. Results are waited for (``jax.block_until_ready``).
-      rounds: how many turns each has.
-      seconds: how long a turn lasts, about.
+      rounds: how often each function is timed.
+      seconds: how long all rounds of a function last, about.
     """
     calls = {}
     for name, function in functions.items():
@@ -42,7 +45,7 @@ def alternating_medians(
     for _ in range(rounds):
         for name, function in functions.items():
             times[name].append(_seconds_per_call(function, calls[name]))
-    return {name: statistics.median(of_one) for name, of_one in times.items()}
+    return {name: statistics.median(rounds_of_one) for name, rounds_of_one in times.items()}
 
 
 def _seconds_per_call(function: Callable[[], object], calls: int) -> float:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# By name: inside patch_jax_nn() jax.nn's attribute is this module's own function.
+# By name: inside patch_jax_nn() the attribute of jax.nn is this module's function.
 from jax.nn import logsumexp as logsumexp_of_jax
 
 from jax_softmax2p import native, reference, sharding
@@ -286,7 +286,8 @@ def logsumexp(
       implementation: as in :func:`softmax`; "native" cannot be combined with b.
 
     Returns:
-      Array of a's shape without the axes, of its (promoted) dtype; and its like, with signs. Results are
+      Array of a's shape without the axes, of its (promoted) dtype; with return_sign, also an array of
+      the signs. Results are
       within 2 ULP of the exact value or 1 ULP of the row's largest logit, whichever is more, where a native
       kernel runs.
 

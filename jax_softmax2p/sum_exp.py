@@ -1,4 +1,4 @@
-"""Sums of exponentials as the paper's pair, which add up whatever their size: for data in parts."""
+"""Sums of exponentials as the paper's pair, which can be added whatever their size, for data in chunks."""
 
 import functools
 from typing import NamedTuple
@@ -14,8 +14,8 @@ from jax_softmax2p.reference import Lse
 
 Array = jax.Array
 
-_PARTS_OF_LN2 = 7
-_BITS_OF_A_PART = 7
+_LN2_TERMS = 7
+_BITS_PER_TERM = 7
 
 
 class SumExp(NamedTuple):
@@ -39,9 +39,9 @@ class SumExp(NamedTuple):
     def combine(self, other: "SumExp") -> "SumExp":
         """The sum of both, which may broadcast."""
         exponent = jnp.maximum(self.exponent, other.exponent)
-        own = self.mantissa * _power_of_two(self.exponent - exponent)
-        others = other.mantissa * _power_of_two(other.exponent - exponent)
-        return SumExp(own + others, exponent)
+        mantissa = self.mantissa * _power_of_two(self.exponent - exponent)
+        other_mantissa = other.mantissa * _power_of_two(other.exponent - exponent)
+        return SumExp(mantissa + other_mantissa, exponent)
 
     def reduce(self, axis: int | tuple[int, ...] | None = None) -> "SumExp":
         """The sum of all along an axis, several, or, with None, all axes."""
@@ -53,9 +53,9 @@ class SumExp(NamedTuple):
         """The natural logarithm: -inf of an empty sum."""
         limits = jnp.finfo(self.exponent.dtype)
         log = total = jnp.log(self.mantissa)
-        for part in reversed(_parts_of_ln2()):
-            total = total + self.exponent * part
-        # Where no greater exponent could be had, or no lower one.
+        for term in reversed(_ln2_terms()):
+            total = total + self.exponent * term
+        # The exponent is clipped to the dtype's largest and smallest number.
         total = jnp.where(self.exponent == limits.max, jnp.maximum(log, limits.max), total)
         return jnp.where(self.exponent == limits.min, jnp.minimum(log, limits.min), total)
 
@@ -79,7 +79,7 @@ def sum_exp(
 
     Returns:
       :class:`SumExp` of arrays of x's shape without the axes, float64 for float64 and float32 for others.
-      Split a row as you like: the parts' sums combine to that of the whole, but for rounding.
+      However a row is split into chunks, their sums combine to that of the row, but for rounding.
 
     Raises:
       TypeError, ValueError: as :func:`softmax`.
@@ -109,30 +109,31 @@ def sum_exp(
 
 
 def _from_lse(lse: Lse) -> SumExp:
+    """e^(hi + lo) as a mantissa of about 1 and an exponent, both of hi's shape and dtype."""
     hi, lo = lse
     limits = jnp.finfo(hi.dtype)
     rounded = jnp.round(jax.lax.stop_gradient(hi) * np.log2(np.e).astype(hi.dtype))
     exponent = jnp.clip(rounded, limits.min, limits.max)
-    # Beyond, the exponent's rounding is all that there is, and hi - exponent·ln 2 has no digit right.
+    # Where the exponent itself is rounded, hi - exponent·ln 2 has no digit right.
     small = jnp.abs(exponent) < 2.0 ** (limits.nmant + 1)
     rest = jnp.where(small, hi, hi - jax.lax.stop_gradient(hi))
-    for part in _parts_of_ln2():
-        rest = rest - jnp.where(small, exponent, 0) * part
+    for term in _ln2_terms():
+        rest = rest - jnp.where(small, exponent, 0) * term
     finite = jnp.isfinite(hi)
     mantissa = jnp.where(finite, jnp.exp(jnp.where(finite, rest + lo, 0)), jnp.exp(hi))
     return SumExp(mantissa, exponent)
 
 
 @functools.cache
-def _parts_of_ln2() -> tuple[float, ...]:
-    """ln 2 as a sum of numbers of so few digits that their products with exponents are exact."""
-    parts, rest = [], float(np.log(2))
-    for i in range(1, _PARTS_OF_LN2 + 1):
-        unit = 2.0 ** (-i * _BITS_OF_A_PART)
-        part = np.floor(rest / unit) * unit if i < _PARTS_OF_LN2 else rest
-        parts.append(float(part))
-        rest -= part
-    return tuple(parts)
+def _ln2_terms() -> tuple[float, ...]:
+    """ln 2 as a sum of terms of so few bits that their products with exponents are exact, largest first."""
+    terms, rest = [], float(np.log(2))
+    for i in range(1, _LN2_TERMS + 1):
+        unit = 2.0 ** (-i * _BITS_PER_TERM)
+        term = np.floor(rest / unit) * unit if i < _LN2_TERMS else rest
+        terms.append(float(term))
+        rest -= term
+    return tuple(terms)
 
 
 def _power_of_two(exponent: Array) -> Array:

@@ -22,7 +22,7 @@ from jax_softmax2p.native.names import DTYPES, SOFTMAX_TARGET, TARGETS
 
 
 def _load() -> tuple[types.ModuleType | None, str]:
-    """The library, if there is one, and why XLA cannot have it, if it cannot."""
+    """The library, or None; and why XLA cannot use it, or nothing."""
     try:
         from jax_softmax2p import _native
     except ImportError as error:

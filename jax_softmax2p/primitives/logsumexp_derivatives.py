@@ -25,10 +25,11 @@ NUM_LEADING_OPERANDS = 5
 """x, hi, lo, labels and t."""
 
 NO_LABELS_SHAPE = (0,)
+"""The shape of the operand labels where there are none."""
 
 
 def no_labels() -> Array:
-    """What stands for labels where there are none."""
+    """The operand of a derivative without labels."""
     return jnp.zeros(NO_LABELS_SHAPE, jnp.int32)
 
 

@@ -58,7 +58,7 @@ class Band:
 
 
 def band_columns(band: Band, rows: range, num_columns: int) -> range:
-    """The columns, of ``num_columns``, that the band lets through in any of these rows, one at least."""
+    """The columns, of ``num_columns``, that the band lets through in any of these rows, not empty."""
     start = 0 if band.before is None else min(num_columns, max(0, rows.start - band.before))
     stop = num_columns if band.after is None else max(0, min(num_columns, rows.stop + band.after))
     return range(start, max(start, stop))
@@ -131,7 +131,7 @@ class OperandSpec(NamedTuple):
         return ScaleBiasMask(**dict(zip(self.names, operands[first:], strict=True)))
 
     def unpack_with_band(self, operands: Sequence[Array]) -> ScaleBiasMask[Array]:
-        """The same, of all of the primitive's operands, with the band as a part of the mask."""
+        """The same from all of the primitive's operands, x first, with the band merged into the mask."""
         unpacked = self.unpack(operands)
         if self.band is None:
             return unpacked
@@ -140,7 +140,7 @@ class OperandSpec(NamedTuple):
     def band_to_mask(
         self, operands: Sequence[Array], first_row: Array | int, first_column: Array | int
     ) -> tuple[tuple[Array, ...], "OperandSpec"]:
-        """All operands of the primitive, and their spec, with the band as a part of the mask, as on a shard.
+        """All operands of the primitive, and their spec, with the band merged into the mask.
 
         Args:
           operands: all of the primitive's.

@@ -143,8 +143,8 @@ def _sharding_rule(operands: Sequence[Shape], results: Sequence[Shape], axis: in
 def _dimensions_of_x(shape: Shape, x_shape: Shape, axis: int) -> list[int | None]:
     """To which dimension of x each of another operand or result corresponds; None: to none.
 
-    An array has x's rank, or, with one element a row, one less. The empty array that stands for no labels has
-    one dimension that corresponds to none.
+    An array has x's rank, or one less if it holds one element for each row. The empty array of a derivative
+    without labels has a dimension of size 0 that corresponds to none.
     """
     dimensions = [at for at in range(len(x_shape)) if len(shape) == len(x_shape) or at != axis % len(x_shape)]
     if len(shape) != len(dimensions):
