@@ -16,6 +16,7 @@ from jax_softmax2p.reference import Lse, compute_dtype
 from jax_softmax2p.sharding import sharded_cross_entropy
 
 Array = jax.Array
+_Params = tuple[tuple[str, Any], ...]
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -190,14 +191,16 @@ def _subtract_label_logit(lse: Lse, x: Array, labels: Array, axis: int) -> Array
 # Its derivative is one primitive, that of the lse with labels. JAX's own derivative would scatter the label's
 # cotangent into an array of zeros of x's size, and add that.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _lse_minus_label_logit(params: Any, x: Array, labels: Array, *operands: Array) -> Array:
+def _lse_minus_label_logit(params: _Params, x: Array, labels: Array, *operands: Array) -> Array:
     """The same from the primitives' operands; params are their parameters as a hashable value."""
     lse = logsumexp(x, *operands, **dict(params))
     return _subtract_label_logit(lse, x, labels, dict(params)["axis"])
 
 
 @_lse_minus_label_logit.defjvp
-def _lse_minus_label_logit_jvp(params: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _lse_minus_label_logit_jvp(
+    params: _Params, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
     x, labels, *operands = primals
     named = dict(params)
     lse = logsumexp(x, *operands, **named)

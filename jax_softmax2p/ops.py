@@ -1,6 +1,6 @@
 """softmax, log_softmax and logsumexp as users call them."""
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -335,7 +335,7 @@ def _logsumexp_by_jax(
     scale: jax.typing.ArrayLike | None,
     bias: jax.typing.ArrayLike | None,
     implementation: str | None,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     """logsumexp with factors b, or of complex a, by jax.nn.logsumexp."""
     logits = as_logits(a, axis, where, scale=scale, bias=bias, implementation=None, shift_integers=False)
     if implementation == "native":

@@ -7,7 +7,7 @@ and an array "of rows" has x's shape without it.
 """
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +182,7 @@ def one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
     return jax.lax.broadcasted_iota(labels.dtype, shape, axis % len(shape)) == labels
 
 
-def compute_dtype(dtype: Any) -> np.dtype:
+def compute_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     """What arrays of a dtype are computed in: float32 for shorter floats."""
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
         return np.dtype(np.float32)

@@ -8,6 +8,7 @@ Sums of exponentials travel as their logarithms, hi + lo: pairs as large as (man
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,9 @@ from jax_softmax2p.primitives.operands import OperandSpec
 from jax_softmax2p.reference import Lse
 
 Array = jax.Array
+_Primals = tuple[Array, ...]
+_Tangents = tuple[Array | SymbolicZero, ...]
+_CrossEntropy = tuple[Array, Lse, Array]
 
 
 class _Static(NamedTuple):
@@ -88,13 +92,13 @@ def _prepared(logits: Logits) -> tuple[Any, ...]:
     return static, *(as_varying(operand, axis_names) for operand in operands)
 
 
-def _tangent(static: _Static, primals: Any, tangents: Any) -> Array:
+def _tangent(static: _Static, primals: _Primals, tangents: _Tangents) -> Array:
     """That of the logits, of x's shape."""
     dots = [ad.Zero(dot.aval) if isinstance(dot, SymbolicZero) else dot for dot in tangents]
     return tangent_from_operands(primals, dots, static.spec)
 
 
-def _gather(static: _Static, x: Array, operands: Any, *of_rows: Array) -> tuple[Lse, list[Array]]:
+def _gather(static: _Static, x: Array, operands: Sequence[Array], *of_rows: Array) -> tuple[Lse, list[Array]]:
     """The lse of whole rows; and further arrays of rows, with those of all shards along a new first axis.
 
     All of them travel in one all-gather, in the dtype of the lse.
@@ -113,7 +117,7 @@ def _logsumexp(static: _Static, x: Array, *operands: Array) -> Lse:
 
 
 @functools.partial(_logsumexp.defjvp, symbolic_zeros=True)
-def _logsumexp_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[Lse, Lse]:
+def _logsumexp_jvp(static: _Static, primals: _Primals, tangents: _Tangents) -> tuple[Lse, Lse]:
     x, *operands = primals
     lse = _logsumexp(static, *primals)
     dot = _derivative_of_lse(static, x, lse, no_labels(), _tangent(static, primals, tangents), operands)
@@ -127,7 +131,7 @@ def _softmax(static: _Static, x: Array, *operands: Array) -> Array:
 
 
 @functools.partial(_softmax.defjvp, symbolic_zeros=True)
-def _softmax_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _softmax_jvp(static: _Static, primals: _Primals, tangents: _Tangents) -> tuple[Array, Array]:
     y = _softmax(static, *primals)
     reduce_shards = lambda dot: jax.lax.psum(dot, static.axis_names)
     t = _tangent(static, primals, tangents)
@@ -135,7 +139,7 @@ def _softmax_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[Array, A
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _cross_entropy(static: _Static, x: Array, labels: Array, *operands: Array) -> tuple[Array, Lse, Array]:
+def _cross_entropy(static: _Static, x: Array, labels: Array, *operands: Array) -> _CrossEntropy:
     """The loss; and, for the sake of the derivatives, the lse, and 1 for rows with a True in their mask."""
     size = x.shape[static.axis]
     index = jnp.expand_dims(collectives.local_labels(labels, size, static.axis_names), static.axis)
@@ -153,7 +157,9 @@ def _cross_entropy(static: _Static, x: Array, labels: Array, *operands: Array) -
 
 
 @functools.partial(_cross_entropy.defjvp, symbolic_zeros=True)
-def _cross_entropy_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _cross_entropy_jvp(
+    static: _Static, primals: _Primals, tangents: _Tangents
+) -> tuple[_CrossEntropy, _CrossEntropy]:
     x, labels, *operands = primals
     loss, lse, unmasked = _cross_entropy(static, *primals)
     t = jnp.zeros_like(x) if isinstance(tangents[0], SymbolicZero) else tangents[0]
@@ -164,7 +170,9 @@ def _cross_entropy_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[An
     return (loss, lse, unmasked), (loss_dot, lse_dot, jnp.zeros_like(unmasked))
 
 
-def _derivative_of_lse(static: _Static, x: Array, lse: Lse, labels: Array, t: Array, operands: Any) -> Array:
+def _derivative_of_lse(
+    static: _Static, x: Array, lse: Lse, labels: Array, t: Array, operands: Sequence[Array]
+) -> Array:
     """The derivative of the lse of whole rows along t, minus t at the labels, by one all-reduce."""
     dot = logsumexp.logsumexp_jvp(x, *lse, labels, t, *operands, **static.params)
     return jax.lax.psum(dot, static.axis_names)

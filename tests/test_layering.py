@@ -102,6 +102,13 @@ def test_python_imports_have_no_circle():
     list(graphlib.TopologicalSorter(imports).static_order())
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_one_module_touches_what_jax_keeps_private(module):
+    private = r"jax\._src|jax\.__version_info__|hasattr\(jax|\._apply_primitive|\.module_context"
+    found = re.search(private, MODULES[module].read_text(encoding="utf-8"))
+    assert module == "jax_softmax2p.jax_compat" or not found, f"{module} has {found}"
+
+
 SOURCES = sorted(path for path in FFI.rglob("*") if path.is_file())
 
 

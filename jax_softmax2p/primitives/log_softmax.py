@@ -10,10 +10,12 @@ log_softmax_jvp_p and log_softmax_vjp_p are linear in t and each other's transpo
 There are no labels. See ``primitives.logsumexp_derivatives``.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.interpreters import ad
 
 from jax_softmax2p import native, reference
@@ -26,7 +28,7 @@ from jax_softmax2p.primitives.logsumexp_derivatives import (
     no_labels,
 )
 from jax_softmax2p.primitives.mask_to_zero import mask_to_zero, tangent_from_operands
-from jax_softmax2p.primitives.operands import OperandSpec, move_batch_to_front, reference_rule
+from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
 from jax_softmax2p.reference import Lse
 
@@ -67,15 +69,17 @@ def subtract_lse(x: Array, lse: Lse, *operands: Array, axis: int, spec: OperandS
     return reference.subtract_lse(x, lse, spec.unpack_with_band((x, *operands)), axis=axis)
 
 
-def log_softmax_abstract_eval(x: Any, *operands: Any, axis: int, **_: Any) -> tuple[Any, Any, Any]:
+def log_softmax_abstract_eval(
+    x: ShapedArray, *operands: ShapedArray, axis: int, **_: Any
+) -> tuple[ShapedArray, ShapedArray, ShapedArray]:
     """One of x's shape and dtype, and two of rows."""
     aval = lse_aval(x, axis)
     return x.update(weak_type=False), aval, aval
 
 
 def log_softmax_jvp_rule(
-    primals: Any, tangents: Any, *, spec: OperandSpec, **params: Any
-) -> tuple[tuple[Array, Array, Array], tuple[Any, Any, Any]]:
+    primals: Sequence[Array], tangents: Sequence[Tangent], *, spec: OperandSpec, **params: Any
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, ad.Zero]]:
     """Of y and of hi; lo has none."""
     x, *operands = primals
     y, hi, lo = log_softmax(*primals, spec=spec, **params)
@@ -89,7 +93,7 @@ def log_softmax_jvp_rule(
 
 
 def log_softmax_batch_rule(
-    operands: Any, dims: Any, **params: Any
+    operands: Sequence[Array], dims: Sequence[int | None], **params: Any
 ) -> tuple[tuple[Array, Array, Array], tuple[int, int, int]]:
     """One more dimension at the front."""
     return log_softmax(*move_batch_to_front(operands, dims), **params), (0, 0, 0)

@@ -10,10 +10,12 @@ logsumexp_jvp_p and logsumexp_vjp_p are linear, in t and in factor, and each oth
 Without labels they lack the second term. See ``primitives.logsumexp_derivatives``.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 from jax.interpreters import ad
 from jax.sharding import PartitionSpec
 
@@ -26,7 +28,7 @@ from jax_softmax2p.primitives.logsumexp_derivatives import (
     no_labels,
 )
 from jax_softmax2p.primitives.mask_to_zero import tangent_from_operands
-from jax_softmax2p.primitives.operands import OperandSpec, move_batch_to_front, reference_rule
+from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
 from jax_softmax2p.reference import Lse, compute_dtype
 
@@ -85,7 +87,7 @@ def combine_shards(lse: Lse, *, implementation: Any, **_: Any) -> Lse:
     return collectives.add_max(largest, total.hi, total.lo + weighted)
 
 
-def lse_aval(x: Any, axis: int) -> Any:
+def lse_aval(x: ShapedArray, axis: int) -> ShapedArray:
     """The abstract value of hi and of lo, from that of x."""
     shape = tuple(size for i, size in enumerate(x.shape) if i != axis % x.ndim)
     partition = [entry for i, entry in enumerate(x.sharding.spec) if i != axis % x.ndim]
@@ -94,15 +96,17 @@ def lse_aval(x: Any, axis: int) -> Any:
     return x.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
-def logsumexp_abstract_eval(x: Any, *operands: Any, axis: int, **_: Any) -> tuple[Any, Any]:
+def logsumexp_abstract_eval(
+    x: ShapedArray, *operands: ShapedArray, axis: int, **_: Any
+) -> tuple[ShapedArray, ShapedArray]:
     """Two of rows."""
     aval = lse_aval(x, axis)
     return aval, aval
 
 
 def logsumexp_jvp_rule(
-    primals: Any, tangents: Any, *, spec: OperandSpec, **params: Any
-) -> tuple[Lse, tuple[Any, Any]]:
+    primals: Sequence[Array], tangents: Sequence[Tangent], *, spec: OperandSpec, **params: Any
+) -> tuple[Lse, tuple[Array, ad.Zero]]:
     """The whole derivative is that of hi."""
     x, *operands = primals
     lse = logsumexp(*primals, spec=spec, **params)
@@ -111,7 +115,9 @@ def logsumexp_jvp_rule(
     return lse, (hi_dot, ad.Zero(jax.typeof(lse.lo).to_tangent_aval()))
 
 
-def logsumexp_batch_rule(operands: Any, dims: Any, **params: Any) -> tuple[Lse, tuple[int, int]]:
+def logsumexp_batch_rule(
+    operands: Sequence[Array], dims: Sequence[int | None], **params: Any
+) -> tuple[Lse, tuple[int, int]]:
     """One more dimension at the front."""
     return logsumexp(*move_batch_to_front(operands, dims), **params), (0, 0)
 

@@ -5,15 +5,17 @@ there are none; and t, a tangent or cotangent, in which they are linear; then th
 ``primitives.operands``. With z the logits they are made of p = e^(z - hi - lo).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
-from jax_softmax2p.primitives.operands import OperandSpec, move_batch_to_front
+from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front
 from jax_softmax2p.primitives.registration import NativeLowering, Rule, define_primitive
 
 Array = jax.Array
@@ -59,11 +61,13 @@ def define_lse_derivative(
       lowering: as in :func:`define_primitive`.
     """
 
-    def abstract_eval_rule(*avals: Any, **_: Any) -> Any:
+    def abstract_eval_rule(*avals: ShapedArray, **_: Any) -> ShapedArray:
         return abstract_eval(*avals).update(weak_type=False)
 
-    def jvp_rule(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
-        terms = []
+    def jvp_rule(
+        primals: Sequence[Array], tangents: Sequence[Tangent], **params: Any
+    ) -> tuple[Array, Tangent]:
+        terms: list[Array] = []
         change = _change_of_log_probabilities(primals, tangents, params["spec"], params["axis"])
         if change is not None:
             terms.append(change_rule(change, *primals, **params))
@@ -72,16 +76,23 @@ def define_lse_derivative(
         return apply(*primals, **params), sum(terms[1:], terms[0])
 
     def transpose_rule(
-        cotangent: Any, x: Array, hi: Array, lo: Array, labels: Array, t: Any, *operands: Array, **params: Any
-    ) -> list[Any]:
+        cotangent: Tangent,
+        x: Array,
+        hi: Array,
+        lo: Array,
+        labels: Array,
+        t: ad.UndefinedPrimal,
+        *operands: Array,
+        **params: Any,
+    ) -> list[Tangent | None]:
         assert ad.is_undefined_primal(t), "linear in t alone"
         if isinstance(cotangent, ad.Zero):
-            t_bar: Any = ad.Zero(t.aval)
+            t_bar: Tangent = ad.Zero(t.aval)
         else:
             t_bar = transposed(x, hi, lo, labels, cotangent, *operands, **params)
         return [None, None, None, None, t_bar, *(None for _ in operands)]
 
-    def batch_rule(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
+    def batch_rule(operands: Sequence[Array], dims: Sequence[int | None], **params: Any) -> tuple[Array, int]:
         batched = move_batch_to_front(operands, dims, NUM_LEADING_OPERANDS)
         if operands[3].shape == NO_LABELS_SHAPE:
             batched[3] = operands[3]
@@ -98,13 +109,15 @@ def define_lse_derivative(
     )
 
 
-def _change_of_log_probabilities(primals: Any, tangents: Any, spec: OperandSpec, axis: int) -> Array | None:
+def _change_of_log_probabilities(
+    primals: Sequence[Array], tangents: Sequence[Tangent], spec: OperandSpec, axis: int
+) -> Array | None:
     """The tangent of z - hi - lo, of x's shape, in the dtype of hi; None if it is a symbolic zero."""
     x, hi, *_ = primals
     x_dot, hi_dot, lo_dot, *_ = tangents
     operands, operands_dot = spec.unpack(primals), spec.unpack(tangents)
     logits_dots = (x_dot, operands_dot.scale, operands_dot.bias)
-    terms = []
+    terms: list[Array] = []
     if any(dot is not None and not isinstance(dot, ad.Zero) for dot in logits_dots):
         logits_dot = tangent_of_logits(x, x_dot, operands, operands_dot, spec.band)
         terms.append(logits_dot.astype(hi.dtype))

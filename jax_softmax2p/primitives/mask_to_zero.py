@@ -3,13 +3,14 @@
 As a select it would have JAX keep an array of zeros for the backward pass, and of a band its mask.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.interpreters import ad
 
-from jax_softmax2p.primitives.operands import Band, OperandSpec, move_batch_to_front, operand_mask
+from jax_softmax2p.primitives.operands import Band, OperandSpec, Tangent, move_batch_to_front, operand_mask
 from jax_softmax2p.primitives.registration import bind, define_primitive
 from jax_softmax2p.reference import ScaleBiasMask
 
@@ -30,7 +31,11 @@ def mask_to_zero(t: Array, where: Array | None, band: Band | None) -> Array:
 
 
 def tangent_of_logits(
-    x: Array, x_dot: Any, operands: ScaleBiasMask[Array], tangents: ScaleBiasMask[Any], band: Band | None
+    x: Array,
+    x_dot: Tangent,
+    operands: ScaleBiasMask[Array],
+    tangents: ScaleBiasMask[Tangent],
+    band: Band | None,
 ) -> Array:
     """The tangent of the logits scale·x + bias, of x's shape and dtype, 0 where they are masked.
 
@@ -41,7 +46,7 @@ def tangent_of_logits(
       tangents: of the operands, arrays or ad.Zero, or None; that of ``where`` is not looked at.
       band: of the primitive.
     """
-    terms = []
+    terms: list[Array] = []
     if not isinstance(x_dot, ad.Zero):
         terms.append(x_dot if operands.scale is None else x_dot * operands.scale)
     if tangents.scale is not None and not isinstance(tangents.scale, ad.Zero):
@@ -52,17 +57,19 @@ def tangent_of_logits(
     return mask_to_zero(sum(terms[1:], terms[0]).astype(x.dtype), operands.where, band)
 
 
-def tangent_from_operands(primals: Any, tangents: Any, spec: OperandSpec) -> Array:
+def tangent_from_operands(primals: Sequence[Array], tangents: Sequence[Tangent], spec: OperandSpec) -> Array:
     """The same, from all operands of a primitive and their tangents."""
     return tangent_of_logits(primals[0], tangents[0], spec.unpack(primals), spec.unpack(tangents), spec.band)
 
 
-def mask_to_zero_abstract_eval(t: Any, *where: Any, band: Band | None) -> Any:
+def mask_to_zero_abstract_eval(t: ShapedArray, *where: ShapedArray, band: Band | None) -> ShapedArray:
     """Of t's shape and dtype."""
     return t.update(weak_type=False)
 
 
-def mask_to_zero_jvp_rule(primals: Any, tangents: Any, *, band: Band | None) -> tuple[Any, Any]:
+def mask_to_zero_jvp_rule(
+    primals: Sequence[Array], tangents: Sequence[Tangent], *, band: Band | None
+) -> tuple[Array, Tangent]:
     """It is linear in t."""
     t, *where = primals
     y = mask_to_zero_p.bind(t, *where, band=band)
@@ -71,16 +78,20 @@ def mask_to_zero_jvp_rule(primals: Any, tangents: Any, *, band: Band | None) -> 
     return y, mask_to_zero_p.bind(tangents[0], *where, band=band)
 
 
-def mask_to_zero_transpose_rule(cotangent: Any, t: Any, *where: Any, band: Band | None) -> list[Any]:
+def mask_to_zero_transpose_rule(
+    cotangent: Tangent, t: ad.UndefinedPrimal, *where: Array, band: Band | None
+) -> list[Tangent | None]:
     """It is its own transpose in t."""
     if isinstance(cotangent, ad.Zero):
-        t_bar: Any = ad.Zero(t.aval)
+        t_bar: Tangent = ad.Zero(t.aval)
     else:
         t_bar = mask_to_zero_p.bind(cotangent, *where, band=band)
     return [t_bar, *(None for _ in where)]
 
 
-def mask_to_zero_batch_rule(operands: Any, dims: Any, *, band: Band | None) -> tuple[Any, int]:
+def mask_to_zero_batch_rule(
+    operands: Sequence[Array], dims: Sequence[int | None], *, band: Band | None
+) -> tuple[Array, int]:
     """The band masks the last two dimensions, which stay where they are."""
     return mask_to_zero_p.bind(*move_batch_to_front(operands, dims), band=band), 0
 

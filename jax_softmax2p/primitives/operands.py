@@ -12,11 +12,15 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import ad
 
 from jax_softmax2p.reference import ScaleBiasMask
 
 Array = jax.Array
 T = TypeVar("T")
+
+Tangent = Array | ad.Zero
+"""A tangent or cotangent, as rules get them."""
 
 OPERAND_FLAGS = {"scale": 1, "bias": 2, "where": 4}
 """The operands after the leading ones in their order, with their bits in the FFI attribute ``operands``."""

@@ -1,15 +1,17 @@
 """softmax_p: softmax of logits along one axis. Its derivative is the primitive of softmax_jacobian.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 
 from jax_softmax2p import native, reference
 from jax_softmax2p.primitives.collectives import reduce_lse
 from jax_softmax2p.primitives.logsumexp import logsumexp, logsumexp_vjp, no_labels
 from jax_softmax2p.primitives.mask_to_zero import tangent_from_operands
-from jax_softmax2p.primitives.operands import OperandSpec, move_batch_to_front, reference_rule
+from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
 from jax_softmax2p.primitives.softmax_jacobian import softmax_jacobian
 from jax_softmax2p.reference import Lse
@@ -43,13 +45,19 @@ def softmax_from_lse(x: Array, lse: Lse, *operands: Array, **params: Any) -> Arr
     return logsumexp_vjp(x, *lse, no_labels(), factor, *operands, **params)
 
 
-def softmax_abstract_eval(x: Any, *operands: Any, **_: Any) -> Any:
+def softmax_abstract_eval(x: ShapedArray, *operands: ShapedArray, **_: Any) -> ShapedArray:
     """Of x's shape and dtype."""
     return x.update(weak_type=False)
 
 
 def softmax_jvp_rule(
-    primals: Any, tangents: Any, *, spec: OperandSpec, algorithm: str, in_place: bool, **params: Any
+    primals: Sequence[Array],
+    tangents: Sequence[Tangent],
+    *,
+    spec: OperandSpec,
+    algorithm: str,
+    in_place: bool,
+    **params: Any,
 ) -> tuple[Array, Array]:
     """J(y, t), for the tangent t of the logits."""
     y = softmax(*primals, spec=spec, algorithm=algorithm, in_place=in_place, **params)
@@ -57,7 +65,9 @@ def softmax_jvp_rule(
     return y, softmax_jacobian(y, t, reuses=1 if in_place else None, **params)
 
 
-def softmax_batch_rule(operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
+def softmax_batch_rule(
+    operands: Sequence[Array], dims: Sequence[int | None], **params: Any
+) -> tuple[Array, int]:
     """One more dimension at the front."""
     return softmax(*move_batch_to_front(operands, dims), **params), 0
 

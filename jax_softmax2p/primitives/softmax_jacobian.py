@@ -4,13 +4,15 @@ J is symmetric, so one primitive is both softmax's JVP and its VJP: as a functio
 transpose. Its own JVP in y brings the higher orders.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.interpreters import ad
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives.operands import move_batch_to_front
+from jax_softmax2p.primitives.operands import Tangent, move_batch_to_front
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
 
 Array = jax.Array
@@ -28,17 +30,19 @@ def softmax_jacobian(y: Array, t: Array, **params: Any) -> Array:
     return bind(softmax_jacobian_p, y, t, **params)
 
 
-def softmax_jacobian_abstract_eval(y: Any, t: Any, **_: Any) -> Any:
+def softmax_jacobian_abstract_eval(y: ShapedArray, t: ShapedArray, **_: Any) -> ShapedArray:
     """Of t's shape and dtype, which must be y's."""
     if y.shape != t.shape or y.dtype != t.dtype:
         raise TypeError(f"y and t must agree, got {y.str_short()} and {t.str_short()}")
     return t.update(weak_type=False)
 
 
-def softmax_jacobian_jvp_rule(primals: Any, tangents: Any, *, axis: int, **params: Any) -> tuple[Any, Any]:
+def softmax_jacobian_jvp_rule(
+    primals: Sequence[Array], tangents: Sequence[Tangent], *, axis: int, **params: Any
+) -> tuple[Array, Tangent]:
     """It is linear in t; its derivative in y is left to jax.numpy."""
     (y, t), (y_dot, t_dot) = primals, tangents
-    terms = []
+    terms: list[Array] = []
     if not isinstance(y_dot, ad.Zero):
         terms.append(reference.softmax_jacobian_derivative(y, t, y_dot, axis=axis))
     if not isinstance(t_dot, ad.Zero):
@@ -46,7 +50,9 @@ def softmax_jacobian_jvp_rule(primals: Any, tangents: Any, *, axis: int, **param
     return softmax_jacobian(y, t, axis=axis, **params), sum(terms[1:], terms[0])
 
 
-def softmax_jacobian_transpose_rule(cotangent: Any, y: Any, t: Any, **params: Any) -> list[Any]:
+def softmax_jacobian_transpose_rule(
+    cotangent: Tangent, y: Array, t: ad.UndefinedPrimal, **params: Any
+) -> list[Tangent | None]:
     """J is symmetric. In most programs this is the last use of y, whose memory the result then takes."""
     assert not ad.is_undefined_primal(y), "linear in t alone"
     if isinstance(cotangent, ad.Zero):
@@ -55,7 +61,9 @@ def softmax_jacobian_transpose_rule(cotangent: Any, y: Any, t: Any, **params: An
     return [None, softmax_jacobian(y, cotangent, **(params | {"reuses": reuses}))]
 
 
-def softmax_jacobian_batch_rule(operands: Any, dims: Any, **params: Any) -> tuple[Any, int]:
+def softmax_jacobian_batch_rule(
+    operands: Sequence[Array], dims: Sequence[int | None], **params: Any
+) -> tuple[Array, int]:
     """Both operands are batched."""
     return softmax_jacobian(*move_batch_to_front(operands, dims, num_leading_operands=2), **params), 0
 
