@@ -9,7 +9,8 @@ import pytest
 from jax.test_util import check_grads
 from versions import has
 
-from jax_softmax2p import attention, dot_product_attention
+from jax_softmax2p import dot_product_attention
+from jax_softmax2p.attention import blocks
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [np.float32, np.float64, jnp.bfloat16, np.float16]
@@ -115,7 +116,7 @@ ROWS_WITHOUT_A_KEY = ["mask, some rows empty", "lengths of 0, causal", "all"]
 
 IN_BLOCKS = ["plain", "mask and bias, causal", "lengths of 0, causal", "all"]
 
-blocks = pytest.mark.parametrize("block", [None, 4])
+with_and_without_blocks = pytest.mark.parametrize("block", [None, 4])
 
 
 def weighted(function, *operands):
@@ -178,7 +179,7 @@ class TestValues:
         assert_close(actual, expected, 3e-6)
 
     @pytest.mark.parametrize(("n", "k"), [(4, 4), (4, 1), (6, 2)])
-    @blocks
+    @with_and_without_blocks
     def test_groups_of_heads(self, n, k, block):
         operands = inputs(n=n, k=k)
         actual = dot_product_attention(*operands, is_causal=True, query_block_size=block)
@@ -186,7 +187,7 @@ class TestValues:
 
     @pytest.mark.parametrize(("t", "s"), [(9, 4), (4, 9), (5, 1)])
     @pytest.mark.parametrize("options", [{"is_causal": True}, {"local_window_size": (1, 1)}])
-    @blocks
+    @with_and_without_blocks
     def test_more_queries_than_keys_or_fewer(self, t, s, options, block):
         """Queries and keys are counted alike from the first; some may see none."""
         operands = inputs(t=t, s=s)
@@ -207,9 +208,9 @@ class TestValues:
         bias, mask = normal(1, 4, 8, 10), normal(3, 1, 8, 10) > 0
         operands = inputs(b=3, t=8, s=10)
         expected = formula(*operands, bias, mask), formula(*operands, is_causal=True)
-        monkeypatch.setattr(attention, "LEAST_QUERIES", 3)
+        monkeypatch.setattr(blocks, "MIN_BLOCK_QUERIES", 3)
         for most in (700, 320, 160, 30):
-            monkeypatch.setattr(attention, "BLOCK_ELEMENTS", most)
+            monkeypatch.setattr(blocks, "MAX_BLOCK_LOGITS", most)
             # With new functions, which nothing has been traced of.
             with_bias = jax.jit(lambda *operands: dot_product_attention(*operands, bias, mask))
             causal = jax.jit(lambda *operands: dot_product_attention(*operands, is_causal=True))
@@ -233,7 +234,7 @@ class TestValues:
 class TestHidden:
     """Queries that nothing is left for, and what stands in arrays where nobody is to look."""
 
-    @blocks
+    @with_and_without_blocks
     def test_bias_that_leaves_nothing(self, block):
         """No mask: as softmax has it. With one: finite, where a mask of -inf in the bias would make NaN."""
         q, k, v = inputs()
@@ -260,7 +261,7 @@ class TestHidden:
             actual = dot_product_attention(*inputs(), bias=bias, **options)
             assert_close(actual, formula(*inputs(), bias, **options))
 
-    @blocks
+    @with_and_without_blocks
     def test_padding_may_hold_anything(self, block):
         """In the logits, so that it does no harm as a factor: jax.nn's does in the values."""
         q, k, v = inputs()
@@ -304,7 +305,7 @@ class TestTransforms:
         operands = inputs(b=1, t=5, s=3, n=2, k=2, h=2)
         check_grads(f, operands, order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
 
-    @blocks
+    @with_and_without_blocks
     def test_gradients_of_bias_and_scale(self, block):
         mask = CASES["all"]["mask"]
         for shape in ((2, 4, 7, 9), (1, 4, 1, 9), (2, 1, 7, 1)):
@@ -325,7 +326,7 @@ class TestTransforms:
             np.testing.assert_array_equal(g, 0)
 
     @pytest.mark.parametrize("in_axes", [(0, None, None, None), (1, 0, 0, 0), (None, None, None, 0)])
-    @blocks
+    @with_and_without_blocks
     def test_vmap(self, in_axes, block):
         shapes = [(2, 7, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8), (1, 4, 7, 9)]
         operands = [
@@ -340,7 +341,7 @@ class TestTransforms:
             ]
             assert_close(actual[i], formula(*one, is_causal=True))
 
-    @blocks
+    @with_and_without_blocks
     def test_checkpoint_and_loops(self, block):
         q, k, v = inputs(n=2, s=7)
         f = lambda q: q + dot_product_attention(q, k, v, query_block_size=block)
@@ -372,7 +373,7 @@ class TestMemory:
 
     def test_logits_are_normalised_in_place(self):
         """One array of them, not two, where there are few enough to be computed as a whole."""
-        logits = 4 * attention.BLOCK_ELEMENTS
+        logits = 4 * blocks.MAX_BLOCK_LOGITS
         shape = (1, 1024, 1, 8)
         assert self.temporaries(dot_product_attention, shape, shape, shape) < 1.2 * logits
         # Backwards there are the weights and their cotangents.

@@ -7,14 +7,18 @@ import jax
 import pytest
 from versions import has
 
-from jax_softmax2p import attention, integrations, losses, ops, sum_exp
+from jax_softmax2p import losses, ops, sum_exp
+from jax_softmax2p.attention import api
+from jax_softmax2p.integrations import equinox_models, flax_hook, jax_patch
 from jax_softmax2p.native import library, measurement, numpy_kernels
 from jax_softmax2p.primitives import operands
 
 # The package's attribute is the function, which hides its module.
 MODULES = [
-    attention,
-    integrations,
+    api,
+    equinox_models,
+    flax_hook,
+    jax_patch,
     losses,
     library,
     measurement,
@@ -49,10 +53,10 @@ def test_example(name):
 @pytest.mark.parametrize(
     "function",
     [
-        "attention.dot_product_attention",
-        "integrations.flax_attention",
-        "integrations.patch_jax_nn",
-        "integrations.replace_equinox_attention",
+        "attention.api.dot_product_attention",
+        "integrations.flax_hook.flax_attention",
+        "integrations.jax_patch.patch_jax_nn",
+        "integrations.equinox_models.replace_equinox_attention",
         "losses.softmax_cross_entropy",
         "losses.softmax_cross_entropy_with_integer_labels",
         "ops.log_softmax",

@@ -1,0 +1,201 @@
+"""Attention for the argument ``attention_fn`` of flax's layers."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_softmax2p.attention.multi_head import multi_head_attention
+from jax_softmax2p.attention.operands import Options
+from jax_softmax2p.ops import softmax
+from jax_softmax2p.primitives.operands import Band
+
+if TYPE_CHECKING:
+    from flax import linen, nnx
+
+Array = jax.Array
+Einsum = Callable[..., Array]
+
+
+def flax_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    module: "linen.Module | nnx.Module | None" = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Array] | None = None,
+    qk_attn_weights_einsum: Einsum | None = None,
+    attn_weights_value_einsum: Einsum | None = None,
+    promote_dtype: Callable[..., Any] | None = None,
+    is_causal: bool = False,
+) -> Array:
+    """Attention for the argument ``attention_fn`` of flax's layers, in ``nnx`` and in ``linen``.
+
+    It computes what flax's own ``dot_product_attention`` computes, with the same random numbers in dropout,
+    and as :func:`jax_softmax2p.dot_product_attention` does it: the logits are in float32 whatever the dtype,
+    in place, and block by block where there are many.
+
+    Args:
+      query: array of shape (batch..., T, N, H), with any number of batch dimensions.
+      key: array of shape (batch..., S, K, H), where N is a multiple of K.
+      value: array of shape (batch..., S, K, H').
+      bias: array that broadcasts to (batch..., N, T, S).
+      mask: array that broadcasts like bias. A query attends to a key where it is neither 0 nor False.
+      broadcast_dropout: whether batch and heads share one dropout mask.
+      dropout_rng: key for dropout.
+      dropout_rate: the probability with which a weight is dropped.
+      deterministic: whether no weight is dropped.
+      dtype: of the operands and of the result; by default the dtype to which the arrays promote.
+      precision: of the matrix products.
+      module: a layer that is to store the weights as "attention_weights". They exist as a whole then.
+      force_fp32_for_softmax: whether to return at least float32, as linen does. The softmax is computed in
+        float32 anyway.
+      einsum_dot_general: the ``dot_general`` of both products. With this or one of the next two, the weights
+        exist as a whole.
+      qk_attn_weights_einsum: what computes the logits instead of ``jnp.einsum``.
+      attn_weights_value_einsum: what computes the result instead of ``jnp.einsum``.
+      promote_dtype: promote_dtype((query, key, value), dtype=dtype) replaces the usual promotion.
+      is_causal: as in :func:`jax_softmax2p.dot_product_attention`.
+
+    Returns:
+      Array of shape (batch..., T, N, H').
+
+    Raises:
+      ValueError: the shapes do not fit together, or dropout has no key.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jax_softmax2p.integrations import flax_attention
+      >>> layer = nnx.MultiHeadAttention(
+      ...     4, 32, decode=False, attention_fn=flax_attention, rngs=nnx.Rngs(0)
+      ... )
+      >>> layer(jax.numpy.ones((2, 5, 32)), is_causal=True).shape
+      (2, 5, 32)
+    """
+    query, key, value = _promote(query, key, value, dtype, promote_dtype, force_fp32_for_softmax)
+    _check_shapes(query, key, value)
+    batch, heads = query.shape[:-3], query.shape[-2]
+    shape = (*batch, heads, query.shape[-3], key.shape[-3])
+    if mask is not None:
+        mask = jnp.asarray(mask).astype(bool)
+    dropout_mask, keep_prob = None, 1.0
+    if not deterministic and dropout_rate > 0:
+        if dropout_rng is None:
+            raise ValueError("dropout_rng must be given where dropout_rate is not 0")
+        keep_prob = 1 - dropout_rate
+        drawn_shape = (1,) * (len(shape) - 2) + shape[-2:] if broadcast_dropout else shape
+        dropout_mask = jax.random.bernoulli(dropout_rng, keep_prob, drawn_shape)
+    if module is not None or einsum_dot_general or qk_attn_weights_einsum or attn_weights_value_einsum:
+        einsum = functools.partial(jnp.einsum, precision=precision)
+        if einsum_dot_general:
+            einsum = functools.partial(einsum, _dot_general=einsum_dot_general)
+        weights = _attention_weights(query, key, bias, mask, is_causal, qk_attn_weights_einsum or einsum)
+        if module is not None:
+            _sow(module, weights)
+        if dropout_mask is not None:
+            weights = weights * (dropout_mask / jnp.asarray(keep_prob, weights.dtype))
+        wv_einsum = attn_weights_value_einsum or einsum
+        return wv_einsum("...hqk,...khd->...qhd", weights.astype(value.dtype), _repeat_heads(value, heads))
+    flatten = lambda x: x.reshape(math.prod(batch), *x.shape[-3:])
+    flatten_operand = lambda x: None if x is None else _flatten_batch(x, shape)
+    output, _ = multi_head_attention(
+        flatten(query),
+        flatten(key),
+        flatten(value),
+        bias=flatten_operand(bias),
+        mask=flatten_operand(mask),
+        dropout_mask=flatten_operand(dropout_mask),
+        band=Band() if is_causal else None,
+        options=Options(keep_prob=keep_prob, precision=precision),
+    )
+    return output.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _promote(
+    query: Array,
+    key: Array,
+    value: Array,
+    dtype: jax.typing.DTypeLike | None,
+    promote_dtype: Callable[..., Any] | None,
+    at_least_float32: bool,
+) -> tuple[Array, Array, Array]:
+    """Query, key and value in one inexact dtype, which is ``dtype`` unless that is None."""
+    if promote_dtype is not None:
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    else:
+        dtype = dtype or jnp.result_type(query, key, value)
+        dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, jnp.float32)
+        query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+    if at_least_float32:
+        query, key, value = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
+    return query, key, value
+
+
+def _check_shapes(query: Array, key: Array, value: Array) -> None:
+    """Checks for (batch..., T, N, H), (batch..., S, K, H) and (batch..., S, K, H') where K divides N."""
+    if (
+        key.shape[:-3] != query.shape[:-3]
+        or key.shape[-1] != query.shape[-1]
+        or query.shape[-2] % key.shape[-2]
+    ):
+        raise ValueError(f"key must go with query's shape {query.shape}, got {key.shape}")
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(f"value must have key's shape {key.shape} but for the last size, got {value.shape}")
+
+
+def _flatten_batch(x: Array, shape: tuple[int, ...]) -> Array:
+    """An operand with one batch dimension.
+
+    Args:
+      x: an array that broadcasts to the shape.
+      shape: (batch..., N, T, S).
+
+    Returns:
+      (product of the batch or 1, ...), where the last three dimensions are as in x, or 1 where x lacks them.
+    """
+    x = jnp.asarray(x)
+    x = x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
+    batch = shape[:-3] if math.prod(x.shape[:-3]) != 1 else x.shape[:-3]
+    return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(math.prod(batch), *x.shape[-3:])
+
+
+def _repeat_heads(x: Array, heads: int) -> Array:
+    """Repeats key/value heads of (batch..., S, K, H) so that there are as many as the queries have."""
+    return x if x.shape[-2] == heads else jnp.repeat(x, heads // x.shape[-2], -2)
+
+
+def _attention_weights(
+    query: Array, key: Array, bias: Array | None, mask: Array | None, is_causal: bool, einsum: Einsum
+) -> Array:
+    """All weights of attention, (batch..., N, T, S), with the masks added as flax adds them."""
+    scaled = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
+    logits = einsum("...qhd,...khd->...hqk", scaled, _repeat_heads(key, query.shape[-2]))
+    if bias is not None:
+        logits = logits + bias
+    if is_causal:
+        causal = jnp.tri(logits.shape[-2], logits.shape[-1], dtype=bool)
+        mask = causal if mask is None else mask & causal
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    return softmax(logits).astype(query.dtype)
+
+
+def _sow(module: "linen.Module | nnx.Module", weights: Array) -> None:
+    """Stores the weights in the layer, where flax's own attention stores them."""
+    from flax import linen, nnx
+
+    if isinstance(module, linen.Module):
+        module.sow("intermediates", "attention_weights", weights)
+    else:
+        module.sow(nnx.Intermediate, "attention_weights", weights)
