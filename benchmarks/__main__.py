@@ -149,7 +149,7 @@ def train(quick: bool) -> dict[str, Any] | None:
         print(f"\n{TRAINING} left out: {error}")
         return None
     print("\nTraining a language model")
-    return train_lm.run(train_lm.QUICK if quick else train_lm.Size(), steps=10 if quick else 80)
+    return train_lm.run(train_lm.QUICK if quick else train_lm.FULL, steps=10 if quick else 80)
 
 
 def draw(results: Results, folder: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 
 from benchmarks.growth import crossovers
 from jax_softmax2p import native
-from jax_softmax2p.__main__ import describe_environment
+from jax_softmax2p.demo.environment import describe_environment
 
 PEERS = ("torch", "onnxruntime", "openvino", "scipy", "numpy", "optax", "flax")
 

@@ -1,17 +1,16 @@
 """``python -m benchmarks.train_lm``: a small language model, trained with jax.nn and with this package.
 
-A causal transformer of flax.nnx learns the text of CPython's pydoc_data.topics byte by byte, twice at once
-from one seed: with what flax and optax do by themselves, and with this package's attention and loss. Steps
-take turns, so that a machine that slows down does so for both. Prints the losses, tokens per second and what
-share of a step attention, softmax and loss take; draws the losses. Needs ``pip install '.[bench]'``.
+A causal transformer of flax.nnx learns the text of CPython's pydoc_data.topics byte by byte. It is trained
+twice at once from one seed: with the functions that flax and optax have, and with this package's attention
+and loss. The steps of the two trainings alternate, so that a slower machine slows down both. The program
+prints the losses, the tokens per second and the share of a step that attention, softmax and loss take, and
+draws the losses. It needs ``pip install '.[bench]'``.
 """
 
 import argparse
 import functools
 import json
 import pathlib
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,54 +24,54 @@ from tqdm import tqdm
 import jax_softmax2p
 from benchmarks import pictures
 from jax_softmax2p import integrations, measure
-from jax_softmax2p.__main__ import describe_environment
+from jax_softmax2p.demo.environment import describe_environment, format_environment
+from jax_softmax2p.demo.model import Size
+from jax_softmax2p.demo.text import documentation_text, sample_batch
+from jax_softmax2p.demo.training import StepRecord, largest_difference
 
 VOCABULARY = 256
 LEARNING_RATE = 1e-3
 
-
-class Size(NamedTuple):
-    """Of the model and of a batch."""
-
-    layers: int = 4
-    width: int = 256
-    heads: int = 8
-    context: int = 256
-    batch: int = 16
-
-
+FULL = Size(layers=4, width=256, heads=8, context=256, batch=16)
 QUICK = Size(layers=2, width=64, heads=4, context=64, batch=4)
 
 
-class Contender(NamedTuple):
-    """Whose functions a model uses.
+class Backend(NamedTuple):
+    """The functions that a model uses.
 
     Attributes:
-      attention: as flax's ``attention_fn``; None is flax's own.
-      softmax: as jax.nn.softmax, with ``where``.
+      attention: flax's ``attention_fn``.
+      softmax: as jax.nn.softmax.
+      causal_mask: (context) -> the causal mask, as the softmax's ``where``.
       loss: as optax.softmax_cross_entropy_with_integer_labels.
     """
 
-    attention: Callable[..., jax.Array] | None
+    attention: Callable[..., jax.Array]
     softmax: Callable[..., jax.Array]
+    causal_mask: Callable[[int], jax.Array | jax_softmax2p.Band]
     loss: Callable[..., jax.Array]
 
 
-CONTENDERS = {
-    "jax.nn": Contender(None, jax.nn.softmax, optax.softmax_cross_entropy_with_integer_labels),
-    "jax_softmax2p": Contender(
+BACKENDS = {
+    "jax.nn": Backend(
+        nnx.dot_product_attention,
+        jax.nn.softmax,
+        lambda context: jnp.tri(context, dtype=bool),
+        optax.softmax_cross_entropy_with_integer_labels,
+    ),
+    "jax_softmax2p": Backend(
         integrations.flax_attention,
         jax_softmax2p.softmax,
+        lambda context: jax_softmax2p.Band(),
         jax_softmax2p.softmax_cross_entropy_with_integer_labels,
     ),
 }
 
 
 class Layer(nnx.Module):
-    """Attention and two matrices, each on what has been normalised."""
+    """Attention and a multilayer perceptron, each of normalised inputs and added to them."""
 
-    def __init__(self, size: Size, attention: Callable[..., jax.Array] | None, rngs: nnx.Rngs):
-        attention = attention or nnx.dot_product_attention
+    def __init__(self, size: Size, attention: Callable[..., jax.Array], rngs: nnx.Rngs):
         self.attention = nnx.MultiHeadAttention(
             size.heads, size.width, decode=False, attention_fn=attention, rngs=rngs
         )
@@ -81,7 +80,7 @@ class Layer(nnx.Module):
         self.down = nnx.Linear(4 * size.width, size.width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Of shape (batch, context, width), like x."""
+        """Array of x's shape, (batch, context, width)."""
         x = x + self.attention(self.norms[0](x), is_causal=True)
         return x + self.down(nnx.gelu(self.up(self.norms[1](x))))
 
@@ -89,7 +88,7 @@ class Layer(nnx.Module):
 class Model(nnx.Module):
     """A causal transformer over bytes."""
 
-    def __init__(self, size: Size, attention: Callable[..., jax.Array] | None, rngs: nnx.Rngs):
+    def __init__(self, size: Size, attention: Callable[..., jax.Array], rngs: nnx.Rngs):
         self.embedding = nnx.Embed(VOCABULARY, size.width, rngs=rngs)
         self.position = nnx.Embed(size.context, size.width, rngs=rngs)
         self.layers = nnx.List([Layer(size, attention, rngs) for _ in range(size.layers)])
@@ -97,7 +96,7 @@ class Model(nnx.Module):
         self.head = nnx.Linear(size.width, VOCABULARY, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits for the next byte at every place."""
+        """Logits of the next byte, (batch, context, VOCABULARY), for tokens of shape (batch, context)."""
         x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[-1]))
         for layer in self.layers:
             x = layer(x)
@@ -105,20 +104,19 @@ class Model(nnx.Module):
 
 
 class Training:
-    """A model, its optimizer, and what has been measured so far."""
+    """A model, its optimizer, and the record of its steps."""
 
-    def __init__(self, contender: Contender, size: Size):
-        model = Model(size, contender.attention, nnx.Rngs(0))
+    def __init__(self, backend: Backend, size: Size):
+        model = Model(size, backend.attention, nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, optax.adamw(LEARNING_RATE), wrt=nnx.Param)
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
+        self.record = StepRecord()
 
-        def loss_of(model: Model, batch: jax.Array) -> jax.Array:
-            return contender.loss(model(batch[:, :-1]), batch[:, 1:]).mean()
+        def batch_loss(model: Model, batch: jax.Array) -> jax.Array:
+            return backend.loss(model(batch[:, :-1]), batch[:, 1:]).mean()
 
         @nnx.jit
         def step(model: Model, optimizer: nnx.Optimizer, batch: jax.Array) -> jax.Array:
-            loss, gradient = nnx.value_and_grad(loss_of)(model, batch)
+            loss, gradient = nnx.value_and_grad(batch_loss)(model, batch)
             optimizer.update(model, gradient)
             return loss
 
@@ -126,106 +124,94 @@ class Training:
 
     def step(self, batch: jax.Array) -> None:
         """One step, timed."""
-        start = time.perf_counter()
-        self.losses.append(float(self._step(batch)))
-        self.seconds.append(time.perf_counter() - start)
-
-    def seconds_per_step(self) -> float:
-        """The median, without the first step, which compiles."""
-        return statistics.median(self.seconds[1:])
+        self.record.run(lambda: self._step(batch))
 
 
-def load_text() -> np.ndarray:
-    """The text's bytes."""
-    from pydoc_data.topics import topics
-
-    return np.frombuffer("\n".join(topics.values()).encode(), np.uint8).astype(np.int32)
-
-
-def train(size: Size, steps: int) -> dict[str, Training]:
-    """Trains all contenders on the same batches."""
-    text, rng = load_text(), np.random.default_rng(0)
-    trainings = {name: Training(contender, size) for name, contender in CONTENDERS.items()}
+def train(size: Size, steps: int) -> dict[str, StepRecord]:
+    """Trains with each backend, on the same batches."""
+    tokens = np.frombuffer(documentation_text().encode(), np.uint8).astype(np.int32)
+    rng = np.random.default_rng(0)
+    trainings = {name: Training(backend, size) for name, backend in BACKENDS.items()}
+    records = {name: training.record for name, training in trainings.items()}
     with tqdm(range(steps), unit="step", disable=None) as bar:
         for _ in bar:
-            starts = rng.integers(len(text) - size.context - 1, size=(size.batch, 1))
-            batch = jnp.asarray(text[starts + np.arange(size.context + 1)])
+            batch = jnp.asarray(sample_batch(rng, tokens, size.batch, size.context))
             for training in trainings.values():
                 training.step(batch)
-            bar.set_postfix({name: f"{training.losses[-1]:.4f}" for name, training in trainings.items()})
-    return trainings
+            bar.set_postfix({name: f"{record.losses[-1]:.4f}" for name, record in records.items()})
+    return records
 
 
-def seconds_of_parts(size: Size) -> dict[str, dict[str, float]]:
-    """Seconds that a step spends in its parts, value and gradient, each measured alone at its shapes.
+def seconds_by_operation(size: Size) -> dict[str, dict[str, float]]:
+    """The seconds that a step spends in attention, softmax and loss, value and gradient.
+
+    Each is measured by itself, at the shapes of a step, and multiplied by the number of layers that have it.
 
     Returns:
-      {part: {contender: seconds}}. The softmax is a part of attention, were it done by itself.
+      {operation: {backend: seconds}}. The softmax is also a part of attention.
     """
     normal = lambda *shape: jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     heads = normal(size.batch, size.context, size.heads, size.width // size.heads)
     scores = normal(size.batch, size.heads, size.context, size.context)
     logits, labels = normal(size.batch, size.context, VOCABULARY), jnp.zeros((size.batch, size.context), int)
-    causal = jnp.tri(size.context, dtype=bool)
 
-    def attention(contender: Contender) -> tuple[Callable[..., jax.Array], jax.Array]:
-        function = contender.attention or nnx.dot_product_attention
-        return lambda x: function(x, x, x, is_causal=True), heads
+    def attention(backend: Backend) -> Callable[[], Any]:
+        return _value_and_gradient(lambda x: backend.attention(x, x, x, is_causal=True), heads)
 
-    def softmax(contender: Contender) -> tuple[Callable[..., jax.Array], jax.Array]:
-        ours = contender.softmax is jax_softmax2p.softmax
-        where = jax_softmax2p.Band() if ours else causal
-        return lambda x: contender.softmax(x, where=where), scores
+    def softmax(backend: Backend) -> Callable[[], Any]:
+        where = backend.causal_mask(size.context)
+        return _value_and_gradient(lambda x: backend.softmax(x, where=where), scores)
 
-    def loss(contender: Contender) -> tuple[Callable[..., jax.Array], jax.Array]:
-        return lambda x: contender.loss(x, labels), logits
+    def loss(backend: Backend) -> Callable[[], Any]:
+        return _value_and_gradient(lambda x: backend.loss(x, labels), logits)
 
-    parts = {"attention": (attention, size.layers), "softmax": (softmax, size.layers), "loss": (loss, 1)}
     seconds = {}
-    for part, (make, times) in parts.items():
-        calls = {name: _value_and_gradient(*make(contender)) for name, contender in CONTENDERS.items()}
+    for make_call, calls_per_step in ((attention, size.layers), (softmax, size.layers), (loss, 1)):
+        calls = {name: make_call(backend) for name, backend in BACKENDS.items()}
         medians = measure.alternating_medians(calls)
-        seconds[part] = {name: times * median for name, median in medians.items()}
+        seconds[make_call.__name__] = {name: calls_per_step * median for name, median in medians.items()}
     return seconds
 
 
-def _value_and_gradient(function: Callable[..., jax.Array], x: jax.Array) -> Callable[[], Any]:
-    weights = jnp.cos(jnp.arange(function(x).size, dtype=x.dtype)).reshape(function(x).shape)
+def _value_and_gradient(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> Callable[[], Any]:
+    """A call of the jitted value and gradient of a weighted sum of the function's results."""
+    y = function(x)
+    weights = jnp.cos(jnp.arange(y.size, dtype=x.dtype)).reshape(y.shape)
     return functools.partial(jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * function(x)))), x)
 
 
 def run(size: Size, steps: int) -> dict[str, dict[str, Any]]:
-    """Trains, prints the table and returns its figures, by contender."""
+    """Trains, prints the table and returns its figures by backend."""
     print(f"{'model':>16}  {', '.join(f'{name} {n}' for name, n in size._asdict().items())}", flush=True)
     return report(train(size, steps), size)
 
 
-def report(trainings: dict[str, Training], size: Size) -> dict[str, dict[str, Any]]:
-    """Prints the table; returns its figures."""
-    parts = seconds_of_parts(size)
-    print(f"\n{'':>16}  {'loss':>8}  {'ms/step':>8}  {'tokens/s':>9}  " + "".join(f"{p:>16}" for p in parts))
+def report(records: dict[str, StepRecord], size: Size) -> dict[str, dict[str, Any]]:
+    """Prints the table; returns its figures by backend."""
+    operations = seconds_by_operation(size)
+    header = f"\n{'':>16}  {'loss':>8}  {'ms/step':>8}  {'tokens/s':>9}  "
+    print(header + "".join(f"{operation:>16}" for operation in operations))
     figures = {}
-    for name, training in trainings.items():
-        step = training.seconds_per_step()
-        shares = {part: seconds[name] / step for part, seconds in parts.items()}
+    for name, record in records.items():
+        step = record.seconds_per_step()
         tokens = size.batch * size.context / step
+        seconds = {operation: by_backend[name] for operation, by_backend in operations.items()}
         print(
-            f"{name:>16}  {training.losses[-1]:8.4f}  {step * 1e3:8.1f}  {tokens:9,.0f}  "
-            + "".join(f"{parts[p][name] * 1e3:7.1f} ms {share:5.0%}" for p, share in shares.items())
+            f"{name:>16}  {record.losses[-1]:8.4f}  {step * 1e3:8.1f}  {tokens:9,.0f}  "
+            + "".join(f"{s * 1e3:7.1f} ms {s / step:5.0%}" for s in seconds.values())
         )
         figures[name] = {
-            "losses": training.losses,
+            "losses": record.losses,
             "seconds_per_step": step,
             "tokens_per_second": tokens,
-            "seconds_of_parts": {part: seconds[name] for part, seconds in parts.items()},
+            "seconds_of_parts": seconds,
         }
-    first, second = (np.array(training.losses) for training in trainings.values())
-    print(f"\nLosses differ by {np.abs(first - second).max():.1e} at most.")
+    print(f"\nLosses differ by {largest_difference(*(r.losses for r in records.values())):.1e} at most.")
     return figures
 
 
 def main() -> None:
-    """Trains, prints and draws."""
+    """Trains, prints the figures and draws the losses."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_lm", description=__doc__)
     parser.add_argument("--steps", type=int, help="training steps; 300 by default, 10 with --quick")
     parser.add_argument(
@@ -241,11 +227,10 @@ def main() -> None:
     steps = options.steps if options.steps is not None else 10 if options.quick else 300
     if steps < 2:
         parser.error(f"--steps must be at least 2, got {steps}")
-    size = QUICK if options.quick else Size()
+    size = QUICK if options.quick else FULL
 
     environment = describe_environment()
-    for key, value in environment.items():
-        print(f"{key:>16}  {value}")
+    print(format_environment(environment))
     figures = run(size, steps)
     pictures.draw_training(figures, options.output)
     print(f"The losses' curves are in {options.output}.")
