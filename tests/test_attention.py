@@ -1,4 +1,4 @@
-"""dot_product_attention: jax.nn's semantics against its formula in float64, and what memory it takes."""
+"""dot_product_attention: jax.nn's semantics against its formula in float64, and the memory that it takes."""
 
 import functools
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import assert_close, normal, weighted_sum
 from jax.test_util import check_grads
 from versions import has
 
@@ -15,31 +16,27 @@ from jax_softmax2p.attention import blocks
 NAN, INF = float("nan"), float("inf")
 DTYPES = [np.float32, np.float64, jnp.bfloat16, np.float16]
 LOWEST = float(np.finfo(np.float32).min)
-MASKED = 0.7 * LOWEST
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+DEFAULT_MASK_VALUE = 0.7 * LOWEST
 
 
 def inputs(b=2, t=7, s=9, n=4, k=2, h=8):
     return normal(b, t, n, h), normal(b, s, k, h, seed=1), normal(b, s, k, h, seed=2)
 
 
-def mask_of(t, s, mask, is_causal, query_lengths, key_lengths, window):
+def combined_mask(t, s, mask, is_causal, query_lengths, key_lengths, window):
     """All of jax.nn's masks as one, which broadcasts to (B, N, T, S); None if there is none."""
     i, j = np.arange(t)[:, None], np.arange(s)
-    parts = [] if mask is None else [mask]
+    masks = [] if mask is None else [mask]
     if is_causal:
-        parts.append(j <= i)
+        masks.append(j <= i)
     if window is not None:
         left, right = (window, window) if isinstance(window, int) else window
-        parts.append((i - left <= j) & (j <= i + right))
+        masks.append((i - left <= j) & (j <= i + right))
     if query_lengths is not None:
-        parts.append(i < query_lengths[:, None, None, None])
+        masks.append(i < query_lengths[:, None, None, None])
     if key_lengths is not None:
-        parts.append(j < key_lengths[:, None, None, None])
-    return functools.reduce(np.logical_and, parts) if parts else None
+        masks.append(j < key_lengths[:, None, None, None])
+    return functools.reduce(np.logical_and, masks) if masks else None
 
 
 def formula(
@@ -56,7 +53,7 @@ def formula(
     local_window_size=None,
     return_residual=False,
 ):
-    """jax.nn's definition, in jax.numpy throughout in the operands' dtype, which is to be float64."""
+    """jax.nn's definition in jax.numpy, computed in the dtype of the operands, which is to be float64."""
     groups = query.shape[2] // key.shape[2]
     t, s = query.shape[1], key.shape[1]
     key, value = jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)
@@ -65,9 +62,9 @@ def formula(
     if bias is not None:
         z = z + bias
     lengths = query_seq_lengths, key_value_seq_lengths
-    inside = mask_of(t, s, mask, is_causal, *lengths, local_window_size)
-    if inside is not None:
-        z = jnp.where(inside, z, MASKED)
+    combined = combined_mask(t, s, mask, is_causal, *lengths, local_window_size)
+    if combined is not None:
+        z = jnp.where(combined, z, DEFAULT_MASK_VALUE)
     e = jnp.exp(z - jax.lax.stop_gradient(z.max(-1, keepdims=True)))
     result = jnp.einsum("bnts,bsnh->btnh", e / e.sum(-1, keepdims=True), value)
     if query_seq_lengths is not None:
@@ -79,8 +76,8 @@ def lengths(*values):
     return np.array(values, np.int32)
 
 
-FEW = normal(2, 4, 7, 9) > 0.8
-FEW[1, :, 2] = False
+SPARSE_MASK = normal(2, 4, 7, 9) > 0.8
+SPARSE_MASK[1, :, 2] = False
 
 CASES = {
     "plain": {},
@@ -88,13 +85,13 @@ CASES = {
     "scale and bias": {"scale": 0.3, "bias": normal(2, 4, 7, 9)},
     "bias of heads": {"bias": normal(1, 4, 1, 9), "is_causal": True},
     "bias of three dimensions": {"bias": normal(4, 7, 9)},
-    "mask, some rows empty": {"mask": FEW},
+    "mask, some rows fully masked": {"mask": SPARSE_MASK},
     "mask of keys": {"mask": normal(2, 1, 1, 9) > 0},
     "mask for all": {"mask": normal(1, 1, 7, 9) > 0, "bias": normal(2, 1, 7, 1)},
-    "mask and bias, causal": {"mask": FEW, "bias": normal(1, 4, 7, 9), "is_causal": True},
+    "mask and bias, causal": {"mask": SPARSE_MASK, "bias": normal(1, 4, 7, 9), "is_causal": True},
     "window": {"local_window_size": (1, 2)},
     "window, causal": {"local_window_size": 2, "is_causal": True},
-    "window of none beside": {"local_window_size": 0, "bias": normal(1, 1, 7, 9)},
+    "window of the diagonal": {"local_window_size": 0, "bias": normal(1, 1, 7, 9)},
     "lengths": {"query_seq_lengths": lengths(3, 7), "key_value_seq_lengths": lengths(9, 4)},
     "lengths of 0, causal": {
         "query_seq_lengths": lengths(5, 0),
@@ -102,7 +99,7 @@ CASES = {
         "is_causal": True,
     },
     "all": {
-        "mask": FEW,
+        "mask": SPARSE_MASK,
         "bias": normal(2, 4, 7, 9),
         "scale": 2.0,
         "query_seq_lengths": lengths(3, 7),
@@ -112,43 +109,33 @@ CASES = {
     },
 }
 
-ROWS_WITHOUT_A_KEY = ["mask, some rows empty", "lengths of 0, causal", "all"]
+CASES_WITH_FULLY_MASKED_ROWS = ["mask, some rows fully masked", "lengths of 0, causal", "all"]
 
-IN_BLOCKS = ["plain", "mask and bias, causal", "lengths of 0, causal", "all"]
+CASES_FOR_BLOCKS = ["plain", "mask and bias, causal", "lengths of 0, causal", "all"]
 
-with_and_without_blocks = pytest.mark.parametrize("block", [None, 4])
-
-
-def weighted(function, *operands):
-    """A sum that no symmetry makes 0."""
-    y = function(*operands)
-    return jnp.sum(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape) * y)
+blocks_or_not = pytest.mark.parametrize("block", [None, 4])
 
 
-def assert_close(actual, expected, tolerance=1e-12):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(
-            np.asarray(a, np.float64), np.asarray(e, np.float64), rtol=tolerance, atol=tolerance
-        )
+def weighted_sum_of(function, *operands):
+    return weighted_sum(function(*operands))
 
 
 @functools.cache
-def expected_of(case):
-    """A weighted sum of the results, and its gradients."""
-    function = functools.partial(weighted, functools.partial(formula, **CASES[case]))
+def expected_value_and_gradients(case):
+    """A weighted sum of the results, and its gradients in query, key and value."""
+    function = functools.partial(weighted_sum_of, functools.partial(formula, **CASES[case]))
     return jax.jit(jax.value_and_grad(function, (0, 1, 2)))(*inputs())
 
 
 class TestValues:
     @pytest.mark.parametrize(
-        ("case", "block"), [(case, None) for case in CASES] + [(case, 4) for case in IN_BLOCKS]
+        ("case", "block"), [(case, None) for case in CASES] + [(case, 4) for case in CASES_FOR_BLOCKS]
     )
     def test_values_and_gradients(self, case, block):
-        """Float64 throughout, which jax.nn does not do."""
+        """The whole computation is in float64, unlike jax.nn's."""
         ours = functools.partial(dot_product_attention, query_block_size=block, **CASES[case])
-        actual = jax.jit(jax.value_and_grad(functools.partial(weighted, ours), (0, 1, 2)))(*inputs())
-        assert_close(actual, expected_of(case))
+        actual = jax.jit(jax.value_and_grad(functools.partial(weighted_sum_of, ours), (0, 1, 2)))(*inputs())
+        assert_close(actual, expected_value_and_gradients(case))
 
     @pytest.mark.parametrize("case", ["plain", "all"])
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,19 +144,19 @@ class TestValues:
         rounded = [x.astype(dtype) for x in inputs()]
         options = CASES[case] | {"return_residual": True}
         ours = functools.partial(dot_product_attention, implementation=implementation, **options)
-        y, log_sum = jax.jit(ours)(*rounded)
+        y, lse = jax.jit(ours)(*rounded)
         exact = formula(*(x.astype(np.float64) for x in rounded), **options)
-        assert y.dtype == log_sum.dtype == dtype
+        assert y.dtype == lse.dtype == dtype
         wide = max(float(jnp.finfo(dtype).eps), 2e-7 if dtype != np.float64 else 0)
-        with np.errstate(over="ignore"):  # float16 has no such number as a masked row's logarithm.
+        with np.errstate(over="ignore"):  # The lse of a masked row is beyond float16.
             expected = exact[0], np.asarray(exact[1]).astype(dtype)
-        assert_close((y, log_sum), expected, 4 * wide)
+        assert_close((y, lse), expected, 4 * wide)
 
-    @pytest.mark.parametrize("case", ["plain", *ROWS_WITHOUT_A_KEY])
+    @pytest.mark.parametrize("case", ["plain", *CASES_WITH_FULLY_MASKED_ROWS])
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    def test_is_that_of_jax(self, case, dtype, implementation):
-        if dtype == np.float64 and case in ROWS_WITHOUT_A_KEY and not has(jax, "0.10.1"):
-            # What to compare with is wrong there; our own result is held to the formula above.
+    def test_agrees_with_jax(self, case, dtype, implementation):
+        if dtype == np.float64 and case in CASES_WITH_FULLY_MASKED_ROWS and not has(jax, "0.10.1"):
+            # jax.nn is wrong there; test_values_and_gradients compares ours with the formula.
             pytest.skip("rows of float64 without a key are not NaN in jax.nn since 0.10.1")
         options = CASES[case] | ({"return_residual": True} if has(jax, "0.8.1") else {})
         operands = [x.astype(dtype) for x in inputs()]
@@ -179,7 +166,7 @@ class TestValues:
         assert_close(actual, expected, 3e-6)
 
     @pytest.mark.parametrize(("n", "k"), [(4, 4), (4, 1), (6, 2)])
-    @with_and_without_blocks
+    @blocks_or_not
     def test_groups_of_heads(self, n, k, block):
         operands = inputs(n=n, k=k)
         actual = dot_product_attention(*operands, is_causal=True, query_block_size=block)
@@ -187,9 +174,9 @@ class TestValues:
 
     @pytest.mark.parametrize(("t", "s"), [(9, 4), (4, 9), (5, 1)])
     @pytest.mark.parametrize("options", [{"is_causal": True}, {"local_window_size": (1, 1)}])
-    @with_and_without_blocks
+    @blocks_or_not
     def test_more_queries_than_keys_or_fewer(self, t, s, options, block):
-        """Queries and keys are counted alike from the first; some may see none."""
+        """Queries and keys are both counted from 0, so that some queries may have no key."""
         operands = inputs(t=t, s=s)
         options = options | {"return_residual": True}
         ours = functools.partial(dot_product_attention, query_block_size=block)
@@ -198,25 +185,25 @@ class TestValues:
     @pytest.mark.parametrize("size", [7, 64, 100, 1000])
     @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (5, 90)}])
     def test_sizes_of_blocks(self, size, options):
-        """Parts of the band in one block, in several, and with a rest."""
+        """Ranges of a band in one block, in several, and with a smaller last one."""
         operands = inputs(b=1, t=300, s=270, n=2, k=1, h=4)
         actual = jax.jit(functools.partial(dot_product_attention, query_block_size=size, **options))
         assert_close(actual(*operands), formula(*operands, **options))
 
-    def test_blocks_by_size(self, monkeypatch):
-        """As by default, with less to a block: of several examples, several heads, one, and parts of one."""
+    def test_blocks_of_limited_size(self, monkeypatch):
+        """Smaller limits than the default: a block has several examples, several heads, one head, or less."""
         bias, mask = normal(1, 4, 8, 10), normal(3, 1, 8, 10) > 0
         operands = inputs(b=3, t=8, s=10)
         expected = formula(*operands, bias, mask), formula(*operands, is_causal=True)
         monkeypatch.setattr(blocks, "MIN_BLOCK_QUERIES", 3)
-        for most in (700, 320, 160, 30):
-            monkeypatch.setattr(blocks, "MAX_BLOCK_LOGITS", most)
-            # With new functions, which nothing has been traced of.
+        for limit in (700, 320, 160, 30):
+            monkeypatch.setattr(blocks, "MAX_BLOCK_LOGITS", limit)
+            # New functions, since JAX does not trace a known function again.
             with_bias = jax.jit(lambda *operands: dot_product_attention(*operands, bias, mask))
             causal = jax.jit(lambda *operands: dot_product_attention(*operands, is_causal=True))
             assert_close((with_bias(*operands), causal(*operands)), expected)
 
-    def test_a_single_example(self):
+    def test_no_batch_dimension(self):
         q, k, v = (x[0] for x in inputs())
         options = {"bias": normal(4, 7, 9), "query_seq_lengths": lengths(5), "return_residual": True}
         actual = dot_product_attention(q, k, v, **options)
@@ -224,28 +211,28 @@ class TestValues:
         assert_close(actual, jax.tree.map(lambda x: x[0], expected))
 
     @pytest.mark.parametrize("sizes", [{"b": 0}, {"t": 0}, {"s": 0}, {"h": 0}])
-    def test_nothing(self, sizes):
+    def test_empty_arrays(self, sizes):
         operands = inputs(**sizes)
         y = dot_product_attention(*operands, is_causal=True)
         assert y.shape == operands[0].shape
         np.testing.assert_array_equal(y, 0)
 
 
-class TestHidden:
-    """Queries that nothing is left for, and what stands in arrays where nobody is to look."""
+class TestMasking:
+    """Fully masked queries, and values at masked positions."""
 
-    @with_and_without_blocks
-    def test_bias_that_leaves_nothing(self, block):
-        """No mask: as softmax has it. With one: finite, where a mask of -inf in the bias would make NaN."""
+    @blocks_or_not
+    def test_bias_that_masks_whole_rows(self, block):
+        """Rows of -inf are NaN without a mask, as in softmax, and the mean of the values with one."""
         q, k, v = inputs()
         ours = functools.partial(dot_product_attention, query_block_size=block)
         causal = functools.partial(ours, is_causal=True)
-        both = jax.jit(lambda bias: (ours(q, k, v, bias), causal(q, k, v, bias)))
-        gradients = jax.jit(jax.grad(functools.partial(weighted, causal), (0, 1, 2, 3)))
-        for fill in (-INF, LOWEST, MASKED):
+        plain_and_causal = jax.jit(lambda bias: (ours(q, k, v, bias), causal(q, k, v, bias)))
+        gradients = jax.jit(jax.grad(functools.partial(weighted_sum_of, causal), (0, 1, 2, 3)))
+        for fill in (-INF, LOWEST, DEFAULT_MASK_VALUE):
             bias = np.zeros((2, 1, 7, 9))
             bias[0, 0, 2], bias[1, 0, :3] = fill, fill
-            plain, masked = both(bias)
+            plain, masked = plain_and_causal(bias)
             np.testing.assert_array_equal(np.isnan(plain[0, 2]), fill == -INF)
             expected = formula(q, k, v, bias, is_causal=True)
             assert_close(masked[:, 3:], expected[:, 3:])
@@ -261,23 +248,23 @@ class TestHidden:
             actual = dot_product_attention(*inputs(), bias=bias, **options)
             assert_close(actual, formula(*inputs(), bias, **options))
 
-    @with_and_without_blocks
-    def test_padding_may_hold_anything(self, block):
-        """In the logits, so that it does no harm as a factor: jax.nn's does in the values."""
+    @blocks_or_not
+    def test_padding_may_hold_nan(self, block):
+        """In query and key, which reach only masked logits; in value it would spread, as in jax.nn."""
         q, k, v = inputs()
         options = {"query_seq_lengths": lengths(3, 7), "key_value_seq_lengths": lengths(9, 4)}
         expected = formula(q, k, v, **options)
         q[0, 3:], k[1, 4:] = NAN, INF
         assert_close(dot_product_attention(q, k, v, query_block_size=block, **options), expected)
 
-    def test_keys_that_the_band_hides_from_a_block_are_not_read(self):
+    def test_keys_outside_the_band_of_a_block_are_not_read(self):
         q, k, v = inputs(t=9)
         v[:, 6:] = NAN
         y = dot_product_attention(q, k, v, is_causal=True, query_block_size=3)
         assert_close(y[:, :6], formula(q[:, :6], k[:, :6], v[:, :6], is_causal=True))
         assert np.isnan(y[:, 6:]).all()
 
-    def test_not_a_number(self):
+    def test_nan_in_one_query(self):
         q, k, v = inputs()
         q[0, 2, 1] = NAN
         y = dot_product_attention(q, k, v)
@@ -288,7 +275,7 @@ class TestHidden:
 class TestTransforms:
     @pytest.mark.parametrize("block", [None, 2])
     def test_derivatives(self, block):
-        """Of first and second order, in both modes; with queries that see nothing."""
+        """Of first and second order, in both modes, with fully masked queries."""
         mask = normal(1, 2, 3, 4) > 0
         mask[0, 0, 1] = False
 
@@ -305,7 +292,7 @@ class TestTransforms:
         operands = inputs(b=1, t=5, s=3, n=2, k=2, h=2)
         check_grads(f, operands, order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
 
-    @with_and_without_blocks
+    @blocks_or_not
     def test_gradients_of_bias_and_scale(self, block):
         mask = CASES["all"]["mask"]
         for shape in ((2, 4, 7, 9), (1, 4, 1, 9), (2, 1, 7, 1)):
@@ -315,18 +302,18 @@ class TestTransforms:
                 call = lambda bias, scale: function(
                     *inputs(), bias, mask, scale=scale, is_causal=True, **options
                 )
-                return jax.jit(jax.grad(functools.partial(weighted, call), (0, 1)))(*operands)
+                return jax.jit(jax.grad(functools.partial(weighted_sum_of, call), (0, 1)))(*operands)
 
             actual = gradients(dot_product_attention, operands, query_block_size=block)
             assert_close(actual, gradients(formula, operands))
 
-    def test_the_residual_has_no_gradient(self):
+    def test_residual_has_no_gradient(self):
         f = lambda *operands: dot_product_attention(*operands, return_residual=True)[1].sum()
         for g in jax.grad(f, (0, 1, 2, 3))(*inputs(), normal(1, 4, 7, 9)):
             np.testing.assert_array_equal(g, 0)
 
     @pytest.mark.parametrize("in_axes", [(0, None, None, None), (1, 0, 0, 0), (None, None, None, 0)])
-    @with_and_without_blocks
+    @blocks_or_not
     def test_vmap(self, in_axes, block):
         shapes = [(2, 7, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8), (1, 4, 7, 9)]
         operands = [
@@ -336,23 +323,23 @@ class TestTransforms:
         f = functools.partial(dot_product_attention, is_causal=True, query_block_size=block)
         actual = jax.jit(jax.vmap(f, in_axes))(*operands)
         for i in range(3):
-            one = [
+            operands_of_one = [
                 x if axis is None else np.take(x, i, axis) for x, axis in zip(operands, in_axes, strict=True)
             ]
-            assert_close(actual[i], formula(*one, is_causal=True))
+            assert_close(actual[i], formula(*operands_of_one, is_causal=True))
 
-    @with_and_without_blocks
+    @blocks_or_not
     def test_checkpoint_and_loops(self, block):
         q, k, v = inputs(n=2, s=7)
         f = lambda q: q + dot_product_attention(q, k, v, query_block_size=block)
         g = lambda q: q + formula(q, k, v)
-        actual = jax.jit(jax.grad(functools.partial(weighted, jax.checkpoint(lambda q: f(f(q))))))(q)
-        assert_close(actual, jax.grad(functools.partial(weighted, lambda q: g(g(q))))(q))
+        actual = jax.jit(jax.grad(functools.partial(weighted_sum_of, jax.checkpoint(lambda q: f(f(q))))))(q)
+        assert_close(actual, jax.grad(functools.partial(weighted_sum_of, lambda q: g(g(q))))(q))
         looped = jax.jit(lambda q: jax.lax.fori_loop(0, 2, lambda _, q: f(q), q))
         assert_close(looped(q), g(g(q)))
 
     def test_implementations(self):
-        """One kernel for scale, bias, mask and normalisation; the reference calls none."""
+        """One kernel applies scale, bias, mask and softmax in place; the reference has none."""
         q, k, v = (x.astype(np.float32) for x in inputs())
         for implementation, calls in (("native", 1), ("xla", 1), ("reference", 0)):
             f = functools.partial(
@@ -364,7 +351,7 @@ class TestTransforms:
 
 
 class TestMemory:
-    """What XLA sets apart besides inputs and outputs."""
+    """The memory that XLA allocates besides inputs and outputs."""
 
     @staticmethod
     def temporaries(function, *shapes):
@@ -372,17 +359,17 @@ class TestMemory:
         return jax.jit(function).lower(*operands).compile().memory_analysis().temp_size_in_bytes
 
     def test_logits_are_normalised_in_place(self):
-        """One array of them, not two, where there are few enough to be computed as a whole."""
+        """One block takes one array of logits, not two."""
         logits = 4 * blocks.MAX_BLOCK_LOGITS
         shape = (1, 1024, 1, 8)
         assert self.temporaries(dot_product_attention, shape, shape, shape) < 1.2 * logits
-        # Backwards there are the weights and their cotangents.
+        # The gradient has the weights and their cotangents.
         gradient = jax.grad(lambda *operands: dot_product_attention(*operands).sum(), (0, 1, 2))
         assert self.temporaries(gradient, shape, shape, shape) < 2.2 * logits
 
     @pytest.mark.parametrize("options", [{}, {"is_causal": True}])
     def test_is_bounded_by_a_block(self, options):
-        """All logits were 8 GiB, and with them their gradient; query, key and value are 32 MiB each."""
+        """All logits would be 8 GiB, as would their gradient; query, key and value have 32 MiB each."""
         shape = (1, 16384, 8, 64)
         f = functools.partial(dot_product_attention, **options)
         assert self.temporaries(f, shape, shape, shape) < 2**28

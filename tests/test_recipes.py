@@ -1,19 +1,15 @@
-"""What the docstrings show how to build, against formulas in NumPy; and the sums in parts themselves."""
+"""Functions that the docstrings show how to build, compared with formulas in NumPy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import normal
 
 import jax_softmax2p as s2p
 from jax_softmax2p import SumExp, sum_exp
 
-NAN, INF = float("nan"), float("inf")
 FLOATS = [np.float32, np.float64]
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape)
 
 
 def plain_softmax(z):
@@ -21,200 +17,65 @@ def plain_softmax(z):
     return e / e.sum(-1, keepdims=True)
 
 
-class TestRecipes:
-    def test_a_temperature_for_every_query(self):
-        scores, inverse = normal(2, 5, 7), np.abs(normal(2, 5, 1)) + 0.1
-        y = s2p.softmax(scores, scale=inverse)
-        np.testing.assert_allclose(y, plain_softmax(scores * inverse), rtol=1e-13)
-        # Learnt: its gradient is the covariance of scores and cotangents under the softmax.
-        t = normal(2, 5, 7, seed=1)
-        g = jax.grad(lambda inverse: jnp.sum(t * s2p.softmax(scores, scale=inverse)))(inverse)
-        p = plain_softmax(scores * inverse)
-        covariance = (p * scores * t).sum(-1) - (p * scores).sum(-1) * (p * t).sum(-1)
-        np.testing.assert_allclose(g[..., 0], covariance, rtol=1e-12)
-
-    @pytest.mark.parametrize("k", [1, 2, 8])
-    def test_gates_of_the_k_largest(self, k):
-        router = normal(6, 8)
-        kth = jnp.sort(router)[:, -k][:, None]
-        gates = np.asarray(s2p.softmax(router, where=router >= kth))
-        for row, gate in zip(router, gates, strict=True):
-            largest = np.argsort(row)[-k:]
-            expected = np.zeros(8)
-            expected[largest] = np.exp(row[largest]) / np.exp(row[largest]).sum()
-            np.testing.assert_allclose(gate, expected, rtol=1e-13)
-
-    def test_decoupled_loss_for_many_positives(self):
-        """Each positive against the negatives, not against one another."""
-        positives, negatives = 5 * normal(3, 4), 5 * normal(3, 9, seed=1)
-        pairs = sum_exp(positives[..., None]).combine(SumExp(*(part[:, None] for part in sum_exp(negatives))))
-        others = np.exp(negatives).sum(-1, keepdims=True)
-        expected = -np.log(np.exp(positives) / (np.exp(positives) + others))
-        np.testing.assert_allclose(pairs.log() - positives, expected, rtol=1e-12, atol=1e-14)
-
-        def loss(positives, negatives):
-            pairs = sum_exp(positives[:, None]).combine(sum_exp(negatives))
-            return jnp.sum(pairs.log() - positives)
-
-        of_positives, of_negatives = jax.grad(loss, (0, 1))(positives[0], negatives[0])
-        p = np.exp(positives[0]) / (np.exp(positives[0]) + others[0])
-        np.testing.assert_allclose(of_positives, p - 1, rtol=1e-12)
-        expected = np.exp(negatives[0]) * ((1 - p) / others[0]).sum()
-        np.testing.assert_allclose(of_negatives, expected, rtol=1e-12)
-
-    def test_distillation(self):
-        """The gradient is T·(student's probabilities - teacher's), at the temperature T."""
-        teacher, student, temperature = 3 * normal(4, 6), 3 * normal(4, 6, seed=1), 4.0
-        soft = s2p.softmax(teacher, scale=1 / temperature)
-        loss = lambda student: temperature**2 * s2p.softmax_cross_entropy(student / temperature, soft)
-        p, q = plain_softmax(teacher / temperature), plain_softmax(student / temperature)
-        np.testing.assert_allclose(loss(student), -(temperature**2) * (p * np.log(q)).sum(-1), rtol=1e-13)
-        g = jax.grad(lambda student: loss(student).sum())(student)
-        np.testing.assert_allclose(g, temperature * (q - p), rtol=1e-11, atol=1e-14)
-
-    @pytest.mark.parametrize("dtype", FLOATS)
-    def test_logsumexp_of_chunks(self, dtype):
-        chunks = (300 * normal(5, 3, 4)).astype(dtype)
-        step = lambda total, chunk: (total.combine(sum_exp(chunk)), None)
-        total, _ = jax.lax.scan(step, SumExp.empty((3,), dtype), chunks)
-        flat = np.moveaxis(chunks, 0, 1).reshape(3, 20).astype(np.float64)
-        expected = flat.max(-1) + np.log(np.exp(flat - flat.max(-1, keepdims=True)).sum(-1))
-        np.testing.assert_allclose(total.log(), expected, rtol=2 * np.finfo(dtype).eps)
+def test_temperature_of_every_query():
+    scores, inverse = normal(2, 5, 7), np.abs(normal(2, 5, 1)) + 0.1
+    y = s2p.softmax(scores, scale=inverse)
+    np.testing.assert_allclose(y, plain_softmax(scores * inverse), rtol=1e-13)
+    # The gradient of the scale is the covariance of scores and cotangents under the softmax.
+    t = normal(2, 5, 7, seed=1)
+    g = jax.grad(lambda inverse: jnp.sum(t * s2p.softmax(scores, scale=inverse)))(inverse)
+    p = plain_softmax(scores * inverse)
+    covariance = (p * scores * t).sum(-1) - (p * scores).sum(-1) * (p * t).sum(-1)
+    np.testing.assert_allclose(g[..., 0], covariance, rtol=1e-12)
 
 
-def exact_log(x):
-    """log(sum(exp(x))) of all, where x holds no NaN and no +inf."""
-    x = np.asarray(x, np.longdouble)
-    top = x.max()
-    return float(top + np.log(np.exp(x - top).sum())) if np.isfinite(top) else float(top)
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_gates_of_the_k_largest(k):
+    router = normal(6, 8)
+    kth = jnp.sort(router)[:, -k][:, None]
+    gates = np.asarray(s2p.softmax(router, where=router >= kth))
+    for row, gate in zip(router, gates, strict=True):
+        largest = np.argsort(row)[-k:]
+        expected = np.zeros(8)
+        expected[largest] = np.exp(row[largest]) / np.exp(row[largest]).sum()
+        np.testing.assert_allclose(gate, expected, rtol=1e-13)
 
 
-def assert_logs_close(total, expected, dtype):
-    eps = float(np.finfo(dtype).eps)
-    np.testing.assert_allclose(total.log(), expected, rtol=2 * eps, atol=2 * eps)
+def test_decoupled_loss_for_many_positives():
+    """The softmax of each positive is over itself and the negatives, without the other positives."""
+    positives, negatives = 5 * normal(3, 4), 5 * normal(3, 9, seed=1)
+    pairs = sum_exp(positives[..., None]).combine(SumExp(*(x[:, None] for x in sum_exp(negatives))))
+    negative_sum = np.exp(negatives).sum(-1, keepdims=True)
+    expected = -np.log(np.exp(positives) / (np.exp(positives) + negative_sum))
+    np.testing.assert_allclose(pairs.log() - positives, expected, rtol=1e-12, atol=1e-14)
+
+    def loss(positives, negatives):
+        pairs = sum_exp(positives[:, None]).combine(sum_exp(negatives))
+        return jnp.sum(pairs.log() - positives)
+
+    positive_grad, negative_grad = jax.grad(loss, (0, 1))(positives[0], negatives[0])
+    p = np.exp(positives[0]) / (np.exp(positives[0]) + negative_sum[0])
+    np.testing.assert_allclose(positive_grad, p - 1, rtol=1e-12)
+    expected = np.exp(negatives[0]) * ((1 - p) / negative_sum[0]).sum()
+    np.testing.assert_allclose(negative_grad, expected, rtol=1e-12)
+
+
+def test_distillation():
+    """The gradient at temperature T is T times the student's probabilities minus the teacher's."""
+    teacher, student, temperature = 3 * normal(4, 6), 3 * normal(4, 6, seed=1), 4.0
+    soft = s2p.softmax(teacher, scale=1 / temperature)
+    loss = lambda student: temperature**2 * s2p.softmax_cross_entropy(student / temperature, soft)
+    p, q = plain_softmax(teacher / temperature), plain_softmax(student / temperature)
+    np.testing.assert_allclose(loss(student), -(temperature**2) * (p * np.log(q)).sum(-1), rtol=1e-13)
+    g = jax.grad(lambda student: loss(student).sum())(student)
+    np.testing.assert_allclose(g, temperature * (q - p), rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-class TestSumExp:
-    @pytest.mark.parametrize("size", [1, 50, 1e4, 9e4, 1e6, 5e7, 1e12])
-    def test_log(self, size, dtype):
-        """Logits of every size, each alone and together; float32's exponents are rounded from 90,000 on."""
-        x = (size * np.random.default_rng(0).uniform(-1, 1, 200)).astype(dtype)
-        eps = float(np.finfo(dtype).eps)
-        np.testing.assert_allclose(sum_exp(x[:, None]).log(), x, rtol=2 * eps, atol=2 * eps)
-        assert_logs_close(sum_exp(x), exact_log(x), dtype)
-
-    def test_is_a_pair(self, dtype):
-        x = (40 * normal(100, 3)).astype(dtype)
-        total = sum_exp(x)
-        for part in total:
-            assert (part.shape, part.dtype) == ((100,), dtype)
-        assert (np.asarray(total.exponent) == np.round(total.exponent)).all()
-        wide = np.asarray(total.mantissa, np.longdouble) * np.exp2(np.asarray(total.exponent, np.longdouble))
-        expected = np.exp(x.astype(np.longdouble)).sum(-1)
-        np.testing.assert_allclose((wide / expected).astype(float), 1, rtol=64 * np.finfo(dtype).eps)
-        leaves, tree = jax.tree.flatten(total)
-        assert isinstance(jax.tree.unflatten(tree, leaves), SumExp)
-
-    @pytest.mark.parametrize("dtype_of_x", [jnp.bfloat16, np.float16, np.int32])
-    def test_narrow_dtypes_are_summed_in_float32(self, dtype_of_x, dtype):
-        x = np.array([1, 2, 4]).astype(dtype_of_x)
-        total = sum_exp(x)
-        assert total.mantissa.dtype == total.exponent.dtype == np.float32
-        np.testing.assert_allclose(total.log(), exact_log([1, 2, 4]), rtol=1e-6)
-
-    def test_any_split_equals_the_whole(self, dtype):
-        x = (100 * normal(60)).astype(dtype)
-        expected = exact_log(x)
-        for at in (0, 1, 30):
-            parts = sum_exp(x[:at]).combine(sum_exp(x[at:]))
-            assert_logs_close(parts, expected, dtype)
-        assert_logs_close(sum_exp(x.reshape(5, 12)).reduce(), expected, dtype)
-        assert_logs_close(sum_exp(x.reshape(12, 5)).reduce(0), expected, dtype)
-        assert_logs_close(sum_exp(x.reshape(3, 4, 5)).reduce((0, 1)), expected, dtype)
-        assert_logs_close(sum_exp(x.reshape(3, 20), axis=None), expected, dtype)
-
-    def test_is_a_monoid(self, dtype):
-        """Associative and commutative up to rounding, of parts of any size and of none."""
-        rows = np.array([[0.5], [-800], [800], [3e4], [-INF], [-3e4], [801], [1e30], [-1e30]], dtype)
-        a, b, c = np.broadcast_arrays(rows[:, None, None], rows[:, None], rows)
-        a, b, c = (sum_exp(v) for v in (a, b, c))
-        expected = a.combine(b).combine(c).log()
-        for other in (a.combine(b.combine(c)), c.combine(a.combine(b)), b.combine(a).combine(c)):
-            np.testing.assert_allclose(other.log(), expected, rtol=4 * np.finfo(dtype).eps)
-        triples = np.stack(np.broadcast_arrays(rows[:, None, None], rows[:, None], rows))[..., 0]
-        exact = [exact_log(triple) for triple in triples.reshape(3, -1).T]
-        np.testing.assert_allclose(np.ravel(expected), exact, rtol=4 * np.finfo(dtype).eps)
-
-    def test_nothing(self, dtype):
-        nothing = SumExp.empty((2,), dtype)
-        assert nothing.mantissa.shape == nothing.exponent.shape == (2,)
-        assert nothing.mantissa.dtype == nothing.exponent.dtype == dtype
-        np.testing.assert_array_equal(nothing.log(), -INF)
-        np.testing.assert_array_equal(nothing.combine(nothing).log(), -INF)
-        np.testing.assert_array_equal(sum_exp(np.zeros((2, 0), dtype)).log(), -INF)
-        np.testing.assert_array_equal(sum_exp(np.full((2, 3), -INF, dtype)).log(), -INF)
-        for value in (-3e4, -1.0, 0.0, 1e4, -INF, INF, NAN, np.finfo(dtype).max, np.finfo(dtype).min):
-            some = sum_exp(np.full((2, 3), value, dtype))
-            for both in (nothing.combine(some), some.combine(nothing)):
-                np.testing.assert_array_equal(both.log(), some.log())
-
-    def test_reduce_of_nothing(self, dtype):
-        np.testing.assert_array_equal(SumExp.empty((2, 0), dtype).reduce(1).log(), [-INF, -INF])
-        assert SumExp.empty((2, 0), dtype).reduce().log() == -INF
-
-    def test_not_a_number_and_infinities(self, dtype):
-        x = np.array([[NAN, 0], [INF, 0], [NAN, INF], [-INF, 0], [NAN, -INF], [INF, -INF]], dtype)
-        np.testing.assert_array_equal(sum_exp(x).log(), jax.nn.logsumexp(x, -1))
-        parts = sum_exp(x[:, :1]).combine(sum_exp(x[:, 1:]))
-        np.testing.assert_array_equal(parts.log(), jax.nn.logsumexp(x, -1))
-        np.testing.assert_array_equal(sum_exp(x[:, :, None]).reduce(1).log(), jax.nn.logsumexp(x, -1))
-
-    @pytest.mark.parametrize("value", [800, 8e4, 1e5, 1e30, 2.3e38, -8e4, -1e5, -1e30, -2.3e38])
-    def test_huge_values_never_overflow(self, value, dtype):
-        value = dtype(value)
-        total = sum_exp(np.full((4, 3), value))
-        for part in total:
-            assert np.isfinite(part).all()
-        for result, count in ((total, 3), (total.combine(total), 6), (total.reduce(), 12)):
-            expected = float(np.longdouble(value) + np.log(np.longdouble(count)))
-            np.testing.assert_allclose(result.log(), expected, rtol=4 * np.finfo(dtype).eps)
-
-    def test_the_ends_of_the_format(self, dtype):
-        """From 2**128·ln 2 on, that is 2.36e38 in float32, the logarithm is finfo.max, as documented."""
-        limits = np.finfo(dtype)
-        for value in (limits.max, limits.max * dtype(0.9)):
-            total = sum_exp(np.full((4, 3), value))
-            for result in (
-                total,
-                total.combine(total),
-                total.reduce(),
-                total.combine(SumExp.empty((), dtype)),
-            ):
-                assert np.isfinite(result.exponent).all()
-                np.testing.assert_array_equal(result.log(), limits.max)
-        # Downwards it is not documented, so that there it is to be right, and not -inf, which is nothing's.
-        total = sum_exp(np.full((4, 3), limits.min))
-        for result in (total, total.combine(total), total.reduce()):
-            np.testing.assert_allclose(result.log(), limits.min, rtol=4 * limits.eps)
-
-    def test_masks_and_axes(self, dtype):
-        x = (10 * normal(3, 4, 5)).astype(dtype)
-        mask = normal(3, 4, 5, seed=1) > 0
-        for axis in (-1, 0, (0, 2), None):
-            with np.errstate(divide="ignore"):  # Some rows keep nothing.
-                expected = np.log(np.exp(x.astype(np.float64)).sum(axis, where=mask))
-            total = sum_exp(np.where(mask, x, NAN).astype(dtype), axis, mask)
-            assert_logs_close(total, expected, dtype)
-
-    def test_combine_broadcasts(self, dtype):
-        x, y = normal(3, 1, 4).astype(dtype), normal(5, 2).astype(dtype)
-        both = sum_exp(x).combine(sum_exp(y))
-        assert both.mantissa.shape == both.exponent.shape == (3, 5)
-        expected = np.log(np.exp(x).sum(-1) + np.exp(y).sum(-1))
-        assert_logs_close(both, expected, dtype)
-
-    def test_implementations_agree(self, dtype, implementation):
-        x = (10 * normal(4, 300)).astype(dtype)
-        expected = [exact_log(row) for row in x]
-        assert_logs_close(sum_exp(x, implementation=implementation), expected, dtype)
+def test_logsumexp_of_chunks(dtype):
+    chunks = (300 * normal(5, 3, 4)).astype(dtype)
+    step = lambda total, chunk: (total.combine(sum_exp(chunk)), None)
+    total, _ = jax.lax.scan(step, SumExp.empty((3,), dtype), chunks)
+    flat = np.moveaxis(chunks, 0, 1).reshape(3, 20).astype(np.float64)
+    expected = flat.max(-1) + np.log(np.exp(flat - flat.max(-1, keepdims=True)).sum(-1))
+    np.testing.assert_allclose(total.log(), expected, rtol=2 * np.finfo(dtype).eps)

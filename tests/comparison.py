@@ -1,0 +1,24 @@
+"""Random operands, and comparisons of results, for tests of functions of several arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def normal(*shape, seed=0):
+    """Normal numbers of float64, the same ones for the same shape and seed."""
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def weighted_sum(y):
+    """A sum of the elements with weights that make its gradient differ from element to element."""
+    return jnp.sum(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape) * y)
+
+
+def assert_close(actual, expected, tolerance=1e-12):
+    """Compares two pytrees of one structure, with the tolerance both relative and absolute."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(e, np.float64), rtol=tolerance, atol=tolerance
+        )

@@ -1,0 +1,125 @@
+"""Layers and models of equinox with this package's attention, compared with the same ones without it."""
+
+import copy
+import pickle
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from layers import assert_close, normal, uses_this_package, weighted_sum
+
+from jax_softmax2p import integrations
+from jax_softmax2p.integrations import replace_equinox_attention
+
+MASK = normal(5, 5) > -0.5
+MASK = MASK.at[2].set(False)
+
+
+class TestEquinox:
+    @staticmethod
+    def layers(**options):
+        options = {"num_heads": 4, "query_size": 32, "key": jax.random.key(0)} | options
+        return integrations.EquinoxMultiheadAttention(**options), eqx.nn.MultiheadAttention(**options)
+
+    @staticmethod
+    def both(layer, x, **call):
+        def loss(layer, x):
+            y = layer(x, x, x, **call)
+            return weighted_sum(y), y
+
+        gradient, y = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))(layer, x)
+        return y, jax.tree.leaves(gradient)
+
+    @pytest.mark.parametrize(
+        ("options", "call"),
+        [
+            ({}, {}),
+            ({}, {"mask": MASK, "key": jax.random.key(2)}),
+            ({"dropout_p": 0.4, "inference": True}, {"key": jax.random.key(2)}),
+            (
+                {"qk_size": 6, "vo_size": 10, "output_size": 7, "use_query_bias": True},
+                {"mask": normal(4, 5, 5) > 0},
+            ),
+        ],
+        ids=["plain", "mask and key", "inference", "sizes and masks of heads"],
+    )
+    def test_agrees_with_equinox(self, options, call):
+        ours, theirs = self.layers(**options)
+        assert_close(self.both(ours, normal(5, 32), **call), self.both(theirs, normal(5, 32), **call))
+
+    @pytest.mark.parametrize("mask", [None, MASK])
+    def test_dropout(self, mask):
+        ours, theirs = self.layers(dropout_p=0.4)
+        x, call = normal(5, 32), {"key": jax.random.key(3), "mask": mask}
+        actual = self.both(ours, x, **call)
+        assert_close(actual, self.both(theirs, x, **call))
+        assert not np.allclose(actual[0], ours(x, x, x, inference=True, mask=mask))
+        assert_close(ours(x, x, x, inference=True), theirs(x, x, x, inference=True))
+        with pytest.raises(RuntimeError, match="key"):
+            ours(x, x, x)
+
+    def test_batch_and_longer_keys(self):
+        ours, theirs = self.layers()
+        q, k = normal(3, 5, 32), normal(3, 7, 32)
+        assert_close(jax.vmap(ours)(q, k, k), jax.vmap(theirs)(q, k, k))
+
+    def test_processing_of_heads(self):
+        ours, theirs = self.layers()
+        x, twice = normal(5, 32), lambda q, k, v: (2 * q, k, v)
+        assert_close(ours(x, x, x, process_heads=twice), theirs(x, x, x, process_heads=twice))
+        with pytest.raises(ValueError, match="process_heads must not change"):
+            ours(x, x, x, process_heads=lambda q, k, v: (q[:1], k, v))
+
+    def test_errors(self):
+        ours, _ = self.layers()
+        x = normal(5, 32)
+        with pytest.raises(ValueError, match="value must be as long as key_, 5, got 4"):
+            ours(x, x, x[:4])
+        with pytest.raises(ValueError, match=r"mask must have shape \(5, 5\) or \(4, 5, 5\), got \(5,\)"):
+            ours(x, x, x, mask=np.ones(5, bool))
+        with pytest.warns(UserWarning, match="deterministic"):
+            ours(x, x, x, deterministic=True)
+
+    def test_replacing(self):
+        """A layer of an existing model keeps its weights, and the model is not changed."""
+        _, theirs = self.layers(dropout_p=0.2)
+        model = {"attention": theirs, "others": [eqx.nn.Linear(2, 3, key=jax.random.key(0)), theirs]}
+        ours = replace_equinox_attention(model)
+        assert type(model["attention"]) is eqx.nn.MultiheadAttention
+        assert type(ours["others"][1]) is integrations.EquinoxMultiheadAttention
+        x, key = normal(5, 32), jax.random.key(1)
+        assert uses_this_package(lambda x: ours["attention"](x, x, x, key=key), x)
+        assert_close(ours["attention"](x, x, x, key=key), theirs(x, x, x, key=key))
+        for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert type(copied["attention"]) is integrations.EquinoxMultiheadAttention
+
+    def test_training(self):
+        """With optax, with either layer: the same losses in every step."""
+        x = normal(5, 32)
+
+        def train(layer):
+            optimizer = optax.adam(1e-2)
+            state = optimizer.init(eqx.filter(layer, eqx.is_array))
+
+            @eqx.filter_jit
+            def step(layer, state):
+                loss, gradient = eqx.filter_value_and_grad(lambda layer: jnp.sum(layer(x, x, x) ** 2))(layer)
+                updates, state = optimizer.update(gradient, state)
+                return eqx.apply_updates(layer, updates), state, loss
+
+            losses = []
+            for _ in range(5):
+                layer, state, loss = step(layer, state)
+                losses.append(loss)
+            return losses
+
+        ours, theirs = (train(layer) for layer in self.layers())
+        assert ours[-1] < 0.9 * ours[0]
+        assert_close(ours, theirs, 1e-4)
+
+    def test_unknown_attributes(self):
+        with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+            _ = integrations.nonsense
