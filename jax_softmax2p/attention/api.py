@@ -10,7 +10,7 @@ import numpy as np
 from jax_softmax2p.arguments import as_numeric_array
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
-from jax_softmax2p.primitives.dispatch import Implementation
+from jax_softmax2p.primitives.dispatch import Implementation, as_implementation
 from jax_softmax2p.primitives.operands import Band
 
 Array = jax.Array
@@ -259,8 +259,8 @@ def _as_block_size(size: int | None) -> int | None:
     return size
 
 
-def _as_implementation(implementation: Implementation | Literal["xla", "cudnn"] | None) -> Implementation | None:
-    """The softmax's implementation. The softmax itself refuses the unknown ones."""
+def _as_implementation(implementation: str | None) -> Implementation | None:
+    """The implementation of the softmax."""
     if implementation == "cudnn":
         raise ValueError("implementation='cudnn' is jax.nn's alone; None runs on any device")
-    return None if implementation == "xla" else implementation
+    return as_implementation(None if implementation == "xla" else implementation)

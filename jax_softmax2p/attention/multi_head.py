@@ -154,9 +154,8 @@ def _fully_masked_queries(operands: Operands, band: Band | None) -> Array | None
         band is None or all(band_columns(band, range(i, i + 1), s) for i in range(t))
     ):
         return None
-    mask = operand_mask(operands.sizes, operands.mask, band)
     kv_mask = None if operands.kv_padding is None else ~operands.kv_padding
-    mask = all_of(mask, kv_mask)
+    mask = all_of(operand_mask(operands.sizes, operands.mask, band), kv_mask)
     if mask is None:
         return None
     if operands.bias is None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_softmax2p.demo.model import Size, Softmax, batch_loss, initial_parameters
+from jax_softmax2p.demo.model import Parameters, Size, Softmax, batch_loss, initial_parameters
 from jax_softmax2p.demo.text import sample_batch
 
 LEARNING_RATE = 3e-3
@@ -65,7 +65,9 @@ def train(
     moments = jax.tree.map(jnp.zeros_like, (params, params))
 
     @jax.jit
-    def adam_step(params, moments, count, batch):
+    def adam_step(
+        params: Parameters, moments: tuple[Parameters, Parameters], count: jax.Array, batch: jax.Array
+    ) -> tuple[Parameters, tuple[Parameters, Parameters], jax.Array]:
         loss, gradient = jax.value_and_grad(batch_loss)(params, batch, size, softmax)
         first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], gradient)
         second = jax.tree.map(lambda m, g: 0.99 * m + 0.01 * g * g, moments[1], gradient)

@@ -18,7 +18,7 @@ def _with_fallback(function: Callable[..., Any], original: Callable[..., Any]) -
     """The function, or the original for calls that the function refuses."""
 
     @functools.wraps(original)
-    def routed(*args, **kwargs):
+    def routed(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except (TypeError, ValueError):
