@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: all tables and pictures of this package, from measurements kept as JSON."""
+"""``python -m benchmarks``: all tables and plots of this package, from measurements kept as JSON."""
 
 import argparse
 import contextlib
@@ -6,11 +6,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import compare, environment, pictures
+from benchmarks import compare, environment, plots
 from benchmarks.markdown import markdown
 from benchmarks.progress import Progress
-from benchmarks.race import Effort, Table, run_table
 from benchmarks.results import Results
+from benchmarks.runner import Effort, Table, run_table
 from benchmarks.sections import SECTIONS
 from jax_softmax2p import native
 
@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=pathlib.Path,
         metavar="FOLDER",
         default=RESULTS.parent / "figures",
-        help="where to draw the pictures (%(default)s)",
+        help="where to draw the plots (%(default)s)",
     )
     parser.add_argument(
         "--plot",
@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="JSON",
         nargs="?",
         const=RESULTS,
-        help="draw the pictures of an earlier run from its JSON (%(const)s), instead of measuring",
+        help="draw the plots of an earlier run from its JSON (%(const)s), instead of measuring",
     )
     parser.add_argument(
         "--compare",
@@ -153,11 +153,11 @@ def train(quick: bool) -> dict[str, Any] | None:
 
 
 def draw(results: Results, folder: pathlib.Path) -> None:
-    """All pictures for which there are measurements."""
+    """All plots for which there are measurements."""
     try:
-        files = pictures.draw(results, folder)
+        files = plots.draw(results, folder)
     except ImportError as error:
-        print(f"No pictures: {error}")
+        print(f"No plots: {error}")
         return
     for file in files:
         print(f"  {file}")

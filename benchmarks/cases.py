@@ -153,7 +153,7 @@ CASES = {
         *(Case((_rows(n), n)) for n in _POWERS_OF_FOUR),
         *(Case((_rows(n), n), data="ramp") for n in _POWERS_OF_FOUR[:-1]),
     ),
-    "growth in n": tuple(Case((1, n)) for n in _LENGTHS[::2]),
-    "growth in batch": tuple(Case((4**k, 1024)) for k in range(9)),
+    "scaling in n": tuple(Case((1, n)) for n in _LENGTHS[::2]),
+    "scaling in batch": tuple(Case((4**k, 1024)) for k in range(9)),
 }
 """What each table of ``benchmarks.sections`` measures."""

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from benchmarks.memory_traffic import PAPER_BEST_OVER_TWO_PASS, gigabytes_per_second
 from benchmarks.results import Results, Row
-from benchmarks.traffic import PAPER_BEST_OVER_TWO_PASS, gigabytes_per_second
 
 SPEED_OF_MEMORY = 0.8
 """A pass that moves memory at this part of what a plain loop does counts as bound by it."""

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.contenders import Ours
-from benchmarks.race import Goal, Ratio, Summary, Table
+from benchmarks.backends import Ours
 from benchmarks.results import Results
+from benchmarks.runner import Goal, Ratio, Summary, Table
 from benchmarks.workers import Elsewhere
 
 TOLERANCE = 0.15
@@ -87,7 +87,7 @@ def against_revision(
     """The tables that this package takes part in, with it alone: as it is, and as installed in the folder."""
     there = Elsewhere(folder, functools.partial(Ours, revision))
     ratio = Ratio(f"{revision} / ours", (revision,), "ours")
-    goals = (Goal("geometric mean", 1.0), Goal("least", 1.0))
+    goals = (Goal("geometric mean", 1.0), Goal("minimum", 1.0))
     return {
         name: [
             Table(
@@ -98,7 +98,7 @@ def against_revision(
                 (Summary(ratio, goals),),
             )
             for table in tables
-            if Ours in table.contenders and table.quantity == "seconds"
+            if Ours in table.backends and table.quantity == "seconds"
         ]
         for name, tables in sections.items()
     }

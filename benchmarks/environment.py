@@ -5,7 +5,7 @@ import pathlib
 import re
 import subprocess
 
-from benchmarks.growth import crossovers
+from benchmarks.scaling import crossovers
 from jax_softmax2p import native
 from jax_softmax2p.__main__ import describe_environment
 

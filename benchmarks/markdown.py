@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from benchmarks.claims import claims
+from benchmarks.formatting import cells, sentences
+from benchmarks.memory_traffic import ELEMENTS_MOVED, gigabytes_per_second
 from benchmarks.results import Result, Results
-from benchmarks.text import cells, sentences
-from benchmarks.traffic import ELEMENTS_MOVED, gigabytes_per_second
 
 
 def markdown(results: Results) -> str:
@@ -18,12 +18,12 @@ def markdown(results: Results) -> str:
 
 
 def _section(result: Result) -> str:
-    contenders, ratios = (
+    backends, ratios = (
         list(dict.fromkeys(name for row in result.rows for name in columns(row)))
         for columns in (lambda row: row.samples, lambda row: row.ratios)
     )
-    lines = [["case", *contenders, *ratios]]
-    lines += [[row.case.name, *cells(row, result.quantity, contenders, ratios)] for row in result.rows]
+    lines = [["case", *backends, *ratios]]
+    lines += [[row.case.name, *cells(row, result.quantity, backends, ratios)] for row in result.rows]
     table = _table(lines)
     said = "\n".join(f"- {sentence}" for sentence in sentences(result.figures))
     parts = [f"## {result.title}", table, said, *_bandwidths(result)]

@@ -14,7 +14,7 @@ DIGITS = 4
 
 
 class Row(NamedTuple):
-    """What was measured in one case: samples of every contender, and the ratios of their medians."""
+    """What was measured in one case: samples of every backend, and the ratios of their medians."""
 
     case: Case
     samples: dict[str, list[float]]
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     @property
     def medians(self) -> dict[str, float]:
-        """By contender."""
+        """By backend."""
         return {name: statistics.median(samples) for name, samples in self.samples.items()}
 
 
@@ -41,8 +41,8 @@ class Result(NamedTuple):
 
     Attributes:
       title: its heading.
-      name: what pictures know it by, if there is one of it.
-      quantity: one of ``text.QUANTITIES``.
+      name: what plots know it by, if there is one of it.
+      quantity: one of ``formatting.QUANTITIES``.
       isa: whose kernels it is about, if not about several.
       rows: a case each.
       figures: what sums it up.

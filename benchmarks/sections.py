@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks import memory
-from benchmarks.cases import CASES, SHORT_ROWS, SMALL_CALL, Case
-from benchmarks.contenders import (
+from benchmarks.backends import (
     AddOne,
-    Contender,
+    Backend,
     EmptyCall,
     JaxNN,
     Kernel,
@@ -22,10 +21,11 @@ from benchmarks.contenders import (
     Torch,
     cores,
 )
-from benchmarks.growth import slopes
-from benchmarks.race import STATISTICS, Goal, Ratio, Summary, Table
+from benchmarks.cases import CASES, SHORT_ROWS, SMALL_CALL, Case
+from benchmarks.memory_traffic import PAPER_BEST_OVER_TWO_PASS
 from benchmarks.results import Figure, Row
-from benchmarks.traffic import PAPER_BEST_OVER_TWO_PASS
+from benchmarks.runner import STATISTICS, Goal, Ratio, Summary, Table
+from benchmarks.scaling import slopes
 from jax_softmax2p import native
 
 JAX_OVER_OURS = Ratio("jax.nn / ours", ("jax.nn",), "ours")
@@ -66,20 +66,20 @@ def jit(isas: Sequence[str]) -> list[Table]:
         for summary in (
             Summary(
                 JAX_OVER_OURS,
-                (Goal("geometric mean", mean), Goal("least", 1.2)),
+                (Goal("geometric mean", mean), Goal("minimum", 1.2)),
                 f", {dtype}",
                 partial(_is_of, dtype),
             ),
             Summary(
                 TORCH_OVER_OURS,
-                (Goal("geometric mean", 3.0), Goal("least", 1.0)),
+                (Goal("geometric mean", 3.0), Goal("minimum", 1.0)),
                 f", {dtype} from 128 KiB up",
                 partial(_is_of, dtype, least_bytes=128 * 1024),
             ),
         )
     ]
     small = Summary(
-        OURS_OVER_ADD, (Goal("greatest", 1.3),), f", {SMALL_CALL.name}", lambda case: case == SMALL_CALL
+        OURS_OVER_ADD, (Goal("maximum", 1.3),), f", {SMALL_CALL.name}", lambda case: case == SMALL_CALL
     )
     return [
         Table(
@@ -109,11 +109,11 @@ def layouts(isas: Sequence[str]) -> list[Table]:
             (Ours, JaxNN, Torch),
             (JAX_OVER_OURS, TORCH_OVER_OURS),
             (
-                Summary(JAX_OVER_OURS, (Goal("least", 1.5),), ", axis not last", _has_inner_axis),
-                Summary(TORCH_OVER_OURS, (Goal("least", 1.0),), ", axis not last", _has_inner_axis),
+                Summary(JAX_OVER_OURS, (Goal("minimum", 1.5),), ", axis not last", _has_inner_axis),
+                Summary(TORCH_OVER_OURS, (Goal("minimum", 1.0),), ", axis not last", _has_inner_axis),
                 Summary(
                     JAX_OVER_OURS,
-                    (Goal("least", 2.0),),
+                    (Goal("minimum", 2.0),),
                     f", {SHORT_ROWS.name}",
                     lambda case: case == SHORT_ROWS,
                 ),
@@ -146,7 +146,7 @@ def attention(isas: Sequence[str]) -> list[Table]:
             CASES[name],
             (Ours, JaxNN, Torch),
             (JAX_OVER_OURS, TORCH_OVER_OURS),
-            (Summary(JAX_OVER_OURS, (Goal("least", target),)),),
+            (Summary(JAX_OVER_OURS, (Goal("minimum", target),)),),
         )
         for name, target in (("attention", 1.8), ("gradient of attention", 1.5))
     ]
@@ -169,7 +169,7 @@ def peers(isas: Sequence[str]) -> list[Table]:
         CASES["peers"],
         (partial(Kernel, "ours", threads=cores()), Torch, *elsewhere),
         OVER_OURS,
-        (Summary(ORT_OVER_OURS, (Goal("least", 1.2),)),),
+        (Summary(ORT_OVER_OURS, (Goal("minimum", 1.2),)),),
         name="peers",
     )
     return [
@@ -200,15 +200,15 @@ def accuracy(isas: Sequence[str]) -> list[Table]:
     ]
 
 
-def growth(isas: Sequence[str]) -> list[Table]:
+def scaling(isas: Sequence[str]) -> list[Table]:
     """Time and memory of a call in jit against the length of a row and against the number of rows."""
     return [
         Table(
-            f"Growth: {quantity} against {along}, in jit",
-            CASES[f"growth in {along}"],
+            f"Scaling: {quantity} against {along}, in jit",
+            CASES[f"scaling in {along}"],
             (Ours, JaxNN),
             quantity=quantity,
-            name=f"growth of {quantity} in {along}",
+            name=f"scaling of {quantity} in {along}",
             # Below, a call costs more than what it does, and memory that is there already serves.
             derive=partial(slopes, what=f"{quantity} against {along}", least_elements=10**6),
         )
@@ -235,7 +235,7 @@ SECTIONS: dict[str, Callable[[Sequence[str]], list[Table]]] = {
     "paper": paper,
     "peers": peers,
     "accuracy": accuracy,
-    "growth": growth,
+    "scaling": scaling,
 }
 """The tables of each section, from the instruction sets that `kernels` and `paper` are to measure."""
 
@@ -246,7 +246,7 @@ BOUNDS = {OURS_OVER_READ: 1.5, OURS_OVER_PLAIN: 1.15}
 
 def _family(
     name: str,
-    contenders: tuple[Callable[[], Contender], ...],
+    backends: tuple[Callable[[], Backend], ...],
     over_jax: tuple[float, ...],
     over_torch: tuple[float, ...],
     bounded: Ratio | None = None,
@@ -256,20 +256,20 @@ def _family(
     for case, jax_target, torch_target in zip(CASES[name], over_jax, over_torch, strict=False):
         for ratio, target in ((JAX_OVER_OURS, jax_target), (TORCH_OVER_OURS, torch_target)):
             if target:
-                summaries.append(Summary(ratio, (Goal("least", target),), f", {case.name}", case.__eq__))
+                summaries.append(Summary(ratio, (Goal("minimum", target),), f", {case.name}", case.__eq__))
     if bounded is not None:
         of_float32 = Summary(
-            bounded, (Goal("greatest", BOUNDS[bounded]),), ", float32", partial(_is_of, "float32")
+            bounded, (Goal("maximum", BOUNDS[bounded]),), ", float32", partial(_is_of, "float32")
         )
         summaries.append(of_float32)
     ratios = (JAX_OVER_OURS, TORCH_OVER_OURS, *([bounded] if bounded else []))
-    return Table(f"In jit: {CASES[name][0].operation}", CASES[name], contenders, ratios, tuple(summaries))
+    return Table(f"In jit: {CASES[name][0].operation}", CASES[name], backends, ratios, tuple(summaries))
 
 
 def _out_of_cache(isa: str) -> Table:
-    summaries = [Summary(AUTO_OVER_READ_AND_COPY, (Goal("greatest", 1.2),), f", {isa}")]
+    summaries = [Summary(AUTO_OVER_READ_AND_COPY, (Goal("maximum", 1.2),), f", {isa}")]
     if isa in PAPER_BEST_OVER_TWO_PASS:
-        goal = Goal("least", PAPER_BEST_OVER_TWO_PASS[isa])
+        goal = Goal("minimum", PAPER_BEST_OVER_TWO_PASS[isa])
         summaries.insert(0, Summary(BEST_OVER_TWO_PASS, (goal,), f", {isa}"))
     return Table(
         f"Kernels out of cache, {isa}, 1 thread: {WHAT_KERNELS_ARE}",
@@ -375,8 +375,8 @@ def _in_cache(isa: str) -> Table:
         ),
         (RELOAD_OVER_AUTO,),
         (
-            Summary(RELOAD_OVER_AUTO, (Goal("least", 1.0),), f", {isa}, in L1", lambda case: case == l1),
-            Summary(RELOAD_OVER_AUTO, (Goal("least", 1.15),), f", {isa}, in L2", lambda case: case == l2),
+            Summary(RELOAD_OVER_AUTO, (Goal("minimum", 1.0),), f", {isa}, in L1", lambda case: case == l1),
+            Summary(RELOAD_OVER_AUTO, (Goal("minimum", 1.15),), f", {isa}, in L2", lambda case: case == l2),
         ),
     )
 
@@ -390,7 +390,7 @@ def _against_copy(isa: str) -> Table:
             partial(MemoryLoop, "non-temporal copy", threads=THREADS),
         ),
         (AUTO_OVER_COPY,),
-        (Summary(AUTO_OVER_COPY, (Goal("greatest", 1.3),), f", {isa}"),),
+        (Summary(AUTO_OVER_COPY, (Goal("maximum", 1.3),), f", {isa}"),),
     )
 
 
@@ -408,7 +408,7 @@ def _speed_up(isa: str, where: str, target: float) -> Table:
         CASES[f"kernels, {THREADS} threads {where}"],
         (partial(Kernel, "1 thread", isa=isa), partial(Kernel, "2 threads", isa=isa, threads=THREADS)),
         (SPEED_UP,),
-        (Summary(SPEED_UP, (Goal("least", target),), f", {isa}, {where}"),),
+        (Summary(SPEED_UP, (Goal("minimum", target),), f", {isa}, {where}"),),
     )
 
 

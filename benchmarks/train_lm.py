@@ -23,7 +23,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import jax_softmax2p
-from benchmarks import pictures
+from benchmarks import plots
 from jax_softmax2p import integrations, measure
 from jax_softmax2p.__main__ import describe_environment
 
@@ -44,7 +44,7 @@ class Size(NamedTuple):
 QUICK = Size(layers=2, width=64, heads=4, context=64, batch=4)
 
 
-class Contender(NamedTuple):
+class Backend(NamedTuple):
     """Whose functions a model uses.
 
     Attributes:
@@ -58,9 +58,9 @@ class Contender(NamedTuple):
     loss: Callable[..., jax.Array]
 
 
-CONTENDERS = {
-    "jax.nn": Contender(None, jax.nn.softmax, optax.softmax_cross_entropy_with_integer_labels),
-    "jax_softmax2p": Contender(
+BACKENDS = {
+    "jax.nn": Backend(None, jax.nn.softmax, optax.softmax_cross_entropy_with_integer_labels),
+    "jax_softmax2p": Backend(
         integrations.flax_attention,
         jax_softmax2p.softmax,
         jax_softmax2p.softmax_cross_entropy_with_integer_labels,
@@ -107,14 +107,14 @@ class Model(nnx.Module):
 class Training:
     """A model, its optimizer, and what has been measured so far."""
 
-    def __init__(self, contender: Contender, size: Size):
-        model = Model(size, contender.attention, nnx.Rngs(0))
+    def __init__(self, backend: Backend, size: Size):
+        model = Model(size, backend.attention, nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, optax.adamw(LEARNING_RATE), wrt=nnx.Param)
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
         def loss_of(model: Model, batch: jax.Array) -> jax.Array:
-            return contender.loss(model(batch[:, :-1]), batch[:, 1:]).mean()
+            return backend.loss(model(batch[:, :-1]), batch[:, 1:]).mean()
 
         @nnx.jit
         def step(model: Model, optimizer: nnx.Optimizer, batch: jax.Array) -> jax.Array:
@@ -143,9 +143,9 @@ def load_text() -> np.ndarray:
 
 
 def train(size: Size, steps: int) -> dict[str, Training]:
-    """Trains all contenders on the same batches."""
+    """Trains all backends on the same batches."""
     text, rng = load_text(), np.random.default_rng(0)
-    trainings = {name: Training(contender, size) for name, contender in CONTENDERS.items()}
+    trainings = {name: Training(backend, size) for name, backend in BACKENDS.items()}
     with tqdm(range(steps), unit="step", disable=None) as bar:
         for _ in bar:
             starts = rng.integers(len(text) - size.context - 1, size=(size.batch, 1))
@@ -160,7 +160,7 @@ def seconds_of_parts(size: Size) -> dict[str, dict[str, float]]:
     """Seconds that a step spends in its parts, value and gradient, each measured alone at its shapes.
 
     Returns:
-      {part: {contender: seconds}}. The softmax is a part of attention, were it done by itself.
+      {part: {backend: seconds}}. The softmax is a part of attention, were it done by itself.
     """
     normal = lambda *shape: jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     heads = normal(size.batch, size.context, size.heads, size.width // size.heads)
@@ -168,22 +168,22 @@ def seconds_of_parts(size: Size) -> dict[str, dict[str, float]]:
     logits, labels = normal(size.batch, size.context, VOCABULARY), jnp.zeros((size.batch, size.context), int)
     causal = jnp.tri(size.context, dtype=bool)
 
-    def attention(contender: Contender) -> tuple[Callable[..., jax.Array], jax.Array]:
-        function = contender.attention or nnx.dot_product_attention
+    def attention(backend: Backend) -> tuple[Callable[..., jax.Array], jax.Array]:
+        function = backend.attention or nnx.dot_product_attention
         return lambda x: function(x, x, x, is_causal=True), heads
 
-    def softmax(contender: Contender) -> tuple[Callable[..., jax.Array], jax.Array]:
-        ours = contender.softmax is jax_softmax2p.softmax
+    def softmax(backend: Backend) -> tuple[Callable[..., jax.Array], jax.Array]:
+        ours = backend.softmax is jax_softmax2p.softmax
         where = jax_softmax2p.Band() if ours else causal
-        return lambda x: contender.softmax(x, where=where), scores
+        return lambda x: backend.softmax(x, where=where), scores
 
-    def loss(contender: Contender) -> tuple[Callable[..., jax.Array], jax.Array]:
-        return lambda x: contender.loss(x, labels), logits
+    def loss(backend: Backend) -> tuple[Callable[..., jax.Array], jax.Array]:
+        return lambda x: backend.loss(x, labels), logits
 
     parts = {"attention": (attention, size.layers), "softmax": (softmax, size.layers), "loss": (loss, 1)}
     seconds = {}
     for part, (make, times) in parts.items():
-        calls = {name: _value_and_gradient(*make(contender)) for name, contender in CONTENDERS.items()}
+        calls = {name: _value_and_gradient(*make(backend)) for name, backend in BACKENDS.items()}
         medians = measure.alternating_medians(calls)
         seconds[part] = {name: times * median for name, median in medians.items()}
     return seconds
@@ -195,7 +195,7 @@ def _value_and_gradient(function: Callable[..., jax.Array], x: jax.Array) -> Cal
 
 
 def run(size: Size, steps: int) -> dict[str, dict[str, Any]]:
-    """Trains, prints the table and returns its figures, by contender."""
+    """Trains, prints the table and returns its figures, by backend."""
     print(f"{'model':>16}  {', '.join(f'{name} {n}' for name, n in size._asdict().items())}", flush=True)
     return report(train(size, steps), size)
 
@@ -247,7 +247,7 @@ def main() -> None:
     for key, value in environment.items():
         print(f"{key:>16}  {value}")
     figures = run(size, steps)
-    pictures.draw_training(figures, options.output)
+    plots.draw_training(figures, options.output)
     print(f"The losses' curves are in {options.output}.")
     if options.json:
         options.json.write_text(json.dumps({"environment": environment, "size": size._asdict(), **figures}))

@@ -1,4 +1,4 @@
-"""Contenders in processes of their own, of which only one runs at a time.
+"""Backends in processes of their own, of which only one runs at a time.
 
 In one process, the memory that one library frees serves the others, and threads of one go on spinning while
 the next has its turn. Here, whoever does not have the turn is stopped by a signal, threads and all.
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import memory
+from benchmarks.backends import Backend
 from benchmarks.cases import Case, fill
-from benchmarks.contenders import Contender
 from jax_softmax2p import measure, native
 
 CHECKED = 2**16
@@ -50,24 +50,24 @@ process takes more than an eighth of the machine's memory beforehand.
 
 
 class Elsewhere(NamedTuple):
-    """A contender out of another installation of this package, in a folder."""
+    """A backend out of another installation of this package, in a folder."""
 
     folder: pathlib.Path
-    factory: Callable[[], Contender]
+    factory: Callable[[], Backend]
 
 
 class Worker:
-    """A contender in a process of its own, stopped except while it does what it is asked for.
+    """A backend in a process of its own, stopped except while it does what it is asked for.
 
     A context manager: the process ends with it.
 
     Args:
-      factory: makes the contender, in that process.
+      factory: makes the backend, in that process.
       keeps_memory: whether results lie in memory that the process has had before, in huge pages where the
         system gives them, see :data:`KEEPS_MEMORY`; else wherever the C library puts them.
     """
 
-    def __init__(self, factory: Callable[[], Contender] | Elsewhere, keeps_memory: bool = True):
+    def __init__(self, factory: Callable[[], Backend] | Elsewhere, keeps_memory: bool = True):
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         make = factory.factory if isinstance(factory, Elsewhere) else factory
@@ -92,10 +92,10 @@ class Worker:
         self._process.join()
 
     def introduce(self) -> tuple[str, bool]:
-        """The contender's name, and whether it computes what a case says. To be called first, once.
+        """The backend's name, and whether it computes what a case says. To be called first, once.
 
         Raises:
-          ImportError: the contender cannot run here.
+          ImportError: the backend cannot run here.
         """
         answer = self._answer()
         if isinstance(answer, str):
@@ -141,7 +141,7 @@ class Worker:
 
 
 class Prepared(NamedTuple):
-    """What a contender says when it is ready for a case.
+    """What a backend says when it is ready for a case.
 
     Attributes:
       result: the beginning of its result, as float32; None if it computes something else.
@@ -159,7 +159,7 @@ def _explained() -> Iterator[None]:
         yield
     except (EOFError, ConnectionError):
         raise RuntimeError(
-            "a contender's process ended: its error stands above, or the system killed it for want of memory"
+            "a backend's process ended: its error stands above, or the system killed it for want of memory"
         ) from None
 
 
@@ -187,25 +187,25 @@ def _in_environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _serve(
     connection: "multiprocessing.connection.Connection[Any, Any]",
-    factory: Callable[[], Contender],
+    factory: Callable[[], Backend],
     keeps_memory: bool,
 ) -> None:
     try:
-        contender = factory()
+        backend = factory()
     except ImportError as error:
         connection.send((str(error), time.process_time()))
         return
-    connection.send(((contender.name, contender.computes), time.process_time()))
-    bench = _Bench(contender, keeps_memory)
+    connection.send(((backend.name, backend.computes), time.process_time()))
+    bench = _Bench(backend, keeps_memory)
     while True:
         connection.send((bench.answer(connection.recv()), time.process_time()))
 
 
 class _Bench:
-    """A contender with the case that it works on."""
+    """A backend with the case that it works on."""
 
-    def __init__(self, contender: Contender, keeps_memory: bool):
-        self._contender, self._keeps_memory = contender, keeps_memory
+    def __init__(self, backend: Backend, keeps_memory: bool):
+        self._backend, self._keeps_memory = backend, keeps_memory
         self._x = np.empty(0)
         self._call: Callable[[], Any] = lambda: None
 
@@ -222,13 +222,13 @@ class _Bench:
             _reserve(case)
         self._x = memory.aligned_empty(case.shape, case.dtype)
         fill(self._x, case.data)
-        outputs = _outputs_beyond_caches(self._x.nbytes) if self._contender.rotates else 1
-        stack = (outputs,) if self._contender.rotates else ()
+        outputs = _outputs_beyond_caches(self._x.nbytes) if self._backend.rotates else 1
+        stack = (outputs,) if self._backend.rotates else ()
         out = memory.aligned_empty((*stack, *case.shape), case.dtype)
         out[...] = 0
-        self._call = self._contender.bind(case, self._x, out)
+        self._call = self._backend.bind(case, self._x, out)
         result = self._call()
-        return Prepared(_beginning(result) if self._contender.computes else None, outputs)
+        return Prepared(_beginning(result) if self._backend.computes else None, outputs)
 
     def _peak_bytes(self) -> int | None:
         if not os.path.exists("/proc/self/clear_refs"):

@@ -8,10 +8,10 @@ import signal
 import numpy as np
 import pytest
 
-from benchmarks import compare, growth, pictures, race, sections, traffic
+from benchmarks import compare, memory_traffic, plots, runner, scaling, sections
+from benchmarks.backends import Backend, Ours, Torch
 from benchmarks.cases import Case
 from benchmarks.claims import claims
-from benchmarks.contenders import Contender, Ours, Torch
 from benchmarks.markdown import markdown
 from benchmarks.progress import Progress
 from benchmarks.results import Figure, Result, Results, Row
@@ -21,7 +21,7 @@ CACHES = {"L1": 2**15, "L2": 2**20, "L3": 2**25}
 
 
 def result(rows, name="jit", quantity="seconds", isa=""):
-    figure = Figure("jax.nn / ours", "least", 1.5, 1.2, True)
+    figure = Figure("jax.nn / ours", "minimum", 1.5, 1.2, True)
     return Result("A table", name, quantity, isa, rows, [figure, Figure("ours", "slope", 1.0)], 0.25)
 
 
@@ -42,7 +42,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert Results.load(tmp_path / "folder" / "a.json") == saved
     table = markdown(saved).splitlines()
     assert "| logsumexp (2,1024) axis 0 bfloat16 ramp | 1.00 ms | 1.2 µs | 2.00× |" in table
-    assert "- jax.nn / ours: least 1.50 (target 1.2)" in table
+    assert "- jax.nn / ours: minimum 1.50 (target 1.2)" in table
     (tmp_path / "b.json").write_text('{"sections": 3}')
     with pytest.raises(ValueError, match=r"b\.json does not hold results of benchmarks"):
         Results.load(tmp_path / "b.json")
@@ -62,18 +62,18 @@ def test_ratios_that_differ_are_told():
 
 
 def test_a_revision_races_what_it_has():
-    table = race.Table("softmax", (Case((1, 8)),), (Ours, Torch))
-    other = table._replace(contenders=(Torch,))
+    table = runner.Table("softmax", (Case((1, 8)),), (Ours, Torch))
+    other = table._replace(backends=(Torch,))
     folder = pathlib.Path("folder")
     (raced,) = compare.against_revision({"jit": [table, other]}, folder, "v1")["jit"]
-    assert raced.contenders[0] is Ours
-    assert raced.contenders[1].folder == folder
-    assert raced.contenders[1].factory().name == "v1"
+    assert raced.backends[0] is Ours
+    assert raced.backends[1].folder == folder
+    assert raced.backends[1].factory().name == "v1"
     with pytest.raises(ValueError, match="no-such-revision"), compare.installed("no-such-revision"):
         pass
 
 
-class Named(Contender):
+class Named(Backend):
     """Does nothing, and is called what its process finds in its environment."""
 
     computes = False
@@ -96,10 +96,10 @@ class Missing(Named):
 )
 def test_sweeps_are_put_together(capsys, monkeypatch, quantity, keeps_memory, name, samples):
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
-    monkeypatch.setitem(race.MEASURES, "ULP", lambda contenders, *_: {each: [1.0] for each in contenders})
+    monkeypatch.setitem(runner.MEASURES, "ULP", lambda backends, *_: {each: [1.0] for each in backends})
     cases = (Case((1, 8)), Case((2, 8)))
-    table = race.Table("T", cases, (Named, Missing), quantity=quantity, keeps_memory=keeps_memory)
-    measured = race.run_table(table, race.Effort(2, 3, 1, 1e-4), Progress(0))
+    table = runner.Table("T", cases, (Named, Missing), quantity=quantity, keeps_memory=keeps_memory)
+    measured = runner.run_table(table, runner.Effort(2, 3, 1, 1e-4), Progress(0))
     assert [row.case for row in measured.rows] == list(cases)
     for row in measured.rows:
         assert {each: len(values) for each, values in row.samples.items()} == {name: samples}
@@ -113,55 +113,55 @@ class Killed(Named):
 
 
 def test_a_process_that_is_killed_is_told():
-    table = race.Table("T", (Case((1, 8)),), (Killed,))
+    table = runner.Table("T", (Case((1, 8)),), (Killed,))
     with pytest.raises(RuntimeError, match="killed it for want of memory"):
-        race.run_table(table, race.Effort(1, 1, 1, 1e-4), Progress(0))
+        runner.run_table(table, runner.Effort(1, 1, 1, 1e-4), Progress(0))
 
 
 def test_slopes():
     x = np.geomspace(10, 1e6, 7)
-    assert math.isclose(growth.slope(x, 3 * x**1.5), 1.5)
+    assert math.isclose(scaling.slope(x, 3 * x**1.5), 1.5)
     with pytest.raises(ValueError, match="at least two different x"):
-        growth.slope([2.0, 2.0], [1.0, 3.0])
+        scaling.slope([2.0, 2.0], [1.0, 3.0])
     rows = [row(Case((1, n)), 1.0, ours=n**2 if n >= 100 else 7.0) for n in (10, 100, 1000, 10000)]
-    (figure,) = growth.slopes(rows, "time", least_elements=100)
+    (figure,) = scaling.slopes(rows, "time", least_elements=100)
     assert figure.of == "time of ours"
     assert math.isclose(figure.value, 2)
 
 
 def test_crossovers_are_where_auto_changes():
-    for elements in growth.crossovers(lambda n: (1, n, 1)):
+    for elements in scaling.crossovers(lambda n: (1, n, 1)):
         plans = [native.softmax_plan((1, n, 1)) for n in (elements - 1, elements)]
         assert plans[0] != plans[1]
     last = native.cache_bytes()[1]
-    assert last // 8 + 1 in growth.crossovers(lambda n: (1, n, 1))  # x and y exceed it together.
+    assert last // 8 + 1 in scaling.crossovers(lambda n: (1, n, 1))  # x and y exceed it together.
 
 
 def test_bytes_moved():
     """As in arXiv 2001.04438, except that reloading reads x once more."""
-    assert set(traffic.TRAFFIC) == set(native.PASSES)
-    assert set(traffic.PASSES_OF) == set(native.ALGORITHMS) - {"auto"}
-    paper = traffic.PAPER_ELEMENTS_MOVED
-    moved = {name: traffic.ELEMENTS_MOVED[name] for name in paper}
+    assert set(memory_traffic.TRAFFIC) == set(native.PASSES)
+    assert set(memory_traffic.PASSES_OF) == set(native.ALGORITHMS) - {"auto"}
+    paper = memory_traffic.PAPER_ELEMENTS_MOVED
+    moved = {name: memory_traffic.ELEMENTS_MOVED[name] for name in paper}
     assert moved == {**paper, "three_pass_reload": paper["three_pass_reload"] + 1}
-    assert traffic.ELEMENTS_MOVED["two_pass_reload"] == 5
-    assert traffic.gigabytes_per_second("two_pass", Case((1, 10**9)), seconds=2) == 6
-    assert traffic.gigabytes_per_second("memory: copy", Case((1, 10**9)), seconds=2) == 4
-    assert traffic.gigabytes_per_second("auto", Case((1, 10**9)), seconds=2) is None
+    assert memory_traffic.ELEMENTS_MOVED["two_pass_reload"] == 5
+    assert memory_traffic.gigabytes_per_second("two_pass", Case((1, 10**9)), seconds=2) == 6
+    assert memory_traffic.gigabytes_per_second("memory: copy", Case((1, 10**9)), seconds=2) == 4
+    assert memory_traffic.gigabytes_per_second("auto", Case((1, 10**9)), seconds=2) is None
 
 
 def test_tables_are_consistent():
-    """Every ratio is of contenders that there are, every quantity can be measured."""
+    """Every ratio is of backends that there are, every quantity can be measured."""
     for make in sections.SECTIONS.values():
         for table in make(native.supported_isas()[:1]):
-            assert table.quantity in race.MEASURES
+            assert table.quantity in runner.MEASURES
             assert {summary.ratio for summary in table.summaries} <= set(table.ratios)
-            assert table.within(race.Effort(1, 1, 1, 0.1, elements=0), "").cases == ()
+            assert table.within(runner.Effort(1, 1, 1, 0.1, elements=0), "").cases == ()
 
 
 @pytest.fixture
 def stored(tmp_path):
-    """Results in which every picture finds something, as JSON."""
+    """Results in which every plot finds something, as JSON."""
     long, longer = Case((1, 2**20)), Case((1, 2**24))
     both = [row(long, 2.0, ours=1e-3, **{"jax.nn": 2e-3}), row(longer, 3.0, ours=1e-2, **{"jax.nn": 3e-2})]
     sizes = [row(case, 1.0, ours=case.bytes) for case in (long, longer)]
@@ -178,7 +178,7 @@ def stored(tmp_path):
         result(algorithms[:1], "threads", isa="avx2"),
         result(ulp, "accuracy", "ULP"),
         *(
-            result(rows, f"growth of {quantity} in {along}", quantity)
+            result(rows, f"scaling of {quantity} in {along}", quantity)
             for quantity, rows in (("seconds", both), ("bytes", sizes))
             for along in ("n", "batch")
         ),
@@ -211,7 +211,7 @@ def test_claims():
 
 def test_pictures(stored, tmp_path):
     pytest.importorskip("matplotlib")
-    files = pictures.draw(Results.load(stored), tmp_path / "figures")
-    assert {file.stem for file in files} == set(pictures.PICTURES)
+    files = plots.draw(Results.load(stored), tmp_path / "figures")
+    assert {file.stem for file in files} == set(plots.PLOTS)
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
-    assert pictures.draw(results(), tmp_path) == []
+    assert plots.draw(results(), tmp_path) == []

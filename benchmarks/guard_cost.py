@@ -1,7 +1,7 @@
 """What the guard for masks and large inputs costs: these kernels against the same built without it.
 
 pip wheel . --no-deps -w unguarded -Ccmake.define.JAX_SOFTMAX2P_UNGUARDED=ON
-python -m benchmarks.guard unguarded/jax_softmax2p-*.whl
+python -m benchmarks.guard_cost unguarded/jax_softmax2p-*.whl
 """
 
 import argparse
@@ -22,7 +22,9 @@ SHAPES = ((1024, 64), (16, 4096), (1, 65536), (1, 2**20), (16384, 512), (1, 2**2
 
 def main() -> None:
     """Prints the ratio of times for every instruction set, algorithm and shape."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.guard_cost", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("wheel", help="a wheel built with JAX_SOFTMAX2P_UNGUARDED=ON")
     unguarded = load_library(parser.parse_args().wheel)
     if not _native.GUARDED or unguarded.GUARDED:

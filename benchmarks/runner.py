@@ -1,4 +1,4 @@
-"""A table: contenders that take turns on each of some cases, ratios of what they need, goals for these."""
+"""A table: backends that take turns on each of some cases, ratios of what they need, goals for these."""
 
 import contextlib
 import statistics
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.backends import Backend
 from benchmarks.cases import Case
-from benchmarks.contenders import Contender
-from benchmarks.neighbours import Neighbours
+from benchmarks.formatting import cells, sentences
+from benchmarks.machine_load import LoadMonitor
 from benchmarks.progress import Progress
 from benchmarks.results import Figure, Result, Row
-from benchmarks.text import cells, sentences
 from benchmarks.workers import Elsewhere, Worker
 
 NOTEWORTHY = 0.1
@@ -23,8 +23,8 @@ TOLERANCES = {"float32": 1e-2, "bfloat16": 0.1}
 
 STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
     "geometric mean": statistics.geometric_mean,
-    "least": min,
-    "greatest": max,
+    "minimum": min,
+    "maximum": max,
 }
 """Of ratios. The greatest should stay below its target, the others above."""
 
@@ -38,7 +38,7 @@ class Effort(NamedTuple):
 
     Attributes:
       sweeps: how often all cases of a table are gone through, with new processes.
-      rounds: turns of each contender in each.
+      rounds: turns of each backend in each.
       few: turns of a slow one.
       seconds: for all its turns in one case.
       elements: the largest case.
@@ -60,7 +60,7 @@ class Ratio(NamedTuple):
     net_of: str | None = None
 
     def needs(self) -> set[str]:
-        """Which contenders it is of."""
+        """Which backends it is of."""
         return {*self.above, self.below} | ({self.net_of} if self.net_of else set())
 
     def of(self, medians: Mapping[str, float]) -> float:
@@ -94,20 +94,20 @@ class Table(NamedTuple):
     Attributes:
       title: its heading.
       cases: a row each.
-      contenders: what makes them, or those of another installation.
+      backends: what makes them, or those of another installation.
       ratios: of what was measured.
       summaries: of the ratios.
       quantity: what is measured, one of :data:`MEASURES`.
-      name: what pictures know it by, if there is one of it.
+      name: what plots know it by, if there is one of it.
       isa: whose kernels it is about, if not about several.
-      keeps_memory: whether contenders, where they are timed, keep the memory of results for the next, see
+      keeps_memory: whether backends, where they are timed, keep the memory of results for the next, see
         ``workers``.
       derive: figures that are not ratios within a row.
     """
 
     title: str
     cases: tuple[Case, ...]
-    contenders: tuple[Callable[[], Contender] | Elsewhere, ...]
+    backends: tuple[Callable[[], Backend] | Elsewhere, ...]
     ratios: tuple[Ratio, ...] = ()
     summaries: tuple[Summary, ...] = ()
     quantity: str = "seconds"
@@ -164,8 +164,8 @@ class _Run:
         self._table, self._effort, self._progress = table, effort, progress
         self._missing: set[str] = set()
         self._workers: list[Worker] = []
-        self._neighbours = Neighbours(lambda: sum(worker.cpu_seconds for worker in self._workers))
-        self.contenders: list[str] = []
+        self._load = LoadMonitor(lambda: sum(worker.cpu_seconds for worker in self._workers))
+        self.backends: list[str] = []
         self.ratios: list[Ratio] = []
         self.samples: dict[Case, Samples] = {}
 
@@ -173,15 +173,15 @@ class _Run:
         """Measures every case, and yields it then, unless this system does not tell what is asked for."""
         with contextlib.ExitStack() as stack:
             keeps_memory = self._table.keeps_memory and self._table.quantity == "seconds"
-            factories = self._table.contenders
+            factories = self._table.backends
             workers = [stack.enter_context(Worker(factory, keeps_memory)) for factory in factories]
             self._workers += workers
-            contenders, computing = self._able(workers)
-            self.contenders = list(contenders)
-            self.ratios = [ratio for ratio in self._table.ratios if ratio.needs() <= contenders.keys()]
+            backends, computing = self._able(workers)
+            self.backends = list(backends)
+            self.ratios = [ratio for ratio in self._table.ratios if ratio.needs() <= backends.keys()]
             for case in self._table.cases:
                 self._progress.begin(case.name)
-                new = measure(case, contenders, computing, self._table.quantity, self._effort)
+                new = measure(case, backends, computing, self._table.quantity, self._effort)
                 if not new:
                     self._progress.write(f"  left out: this system does not tell {self._table.quantity}")
                     break
@@ -191,7 +191,7 @@ class _Run:
 
     def cores_used_by_others(self) -> float | None:
         """Since the beginning, on average."""
-        return self._neighbours.cores()
+        return self._load.cores()
 
     def _able(self, workers: Sequence[Worker]) -> tuple[dict[str, Worker], set[str]]:
         """Those that can run here, by name, and which of them compute; says once why others cannot."""
@@ -211,45 +211,45 @@ class _Run:
 
 
 def measure(
-    case: Case, contenders: Mapping[str, Worker], computing: set[str], quantity: str, effort: Effort
+    case: Case, backends: Mapping[str, Worker], computing: set[str], quantity: str, effort: Effort
 ) -> Samples:
-    """Compares the contenders' results, then measures."""
-    prepared = {name: contender.prepare(case) for name, contender in contenders.items()}
+    """Compares the backends' results, then measures."""
+    prepared = {name: backend.prepare(case) for name, backend in backends.items()}
     results = {name: prepared[name].result for name in prepared if name in computing}
     if quantity != "ULP":  # Which is about how much they differ.
         _check(results, TOLERANCES[case.dtype])
     outputs = {name: one.outputs for name, one in prepared.items()}
-    return MEASURES[quantity](contenders, outputs, effort)
+    return MEASURES[quantity](backends, outputs, effort)
 
 
-def _seconds(contenders: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
-    """Seconds for an output of a contender, as often as it has a turn."""
+def _seconds(backends: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
+    """Seconds for an output of a backend, as often as it has a turn."""
     calls: dict[str, int] = {}
     samples: Samples = {}
-    for name, contender in contenders.items():
-        once = contender.seconds_per_call(1)
+    for name, backend in backends.items():
+        once = backend.seconds_per_call(1)
         samples[name] = [once / outputs[name]] if once > SLOW else []
         if not samples[name]:
-            once = min(once, contender.seconds_per_call(1))
+            once = min(once, backend.seconds_per_call(1))
         calls[name] = max(1, round(effort.seconds / effort.rounds / max(once, 1e-7)))
-    rounds = {name: effort.few if samples[name] else effort.rounds for name in contenders}
+    rounds = {name: effort.few if samples[name] else effort.rounds for name in backends}
     for _ in range(effort.rounds):
-        for name, contender in contenders.items():
+        for name, backend in backends.items():
             if len(samples[name]) < rounds[name]:
-                samples[name].append(contender.seconds_per_call(calls[name]) / outputs[name])
+                samples[name].append(backend.seconds_per_call(calls[name]) / outputs[name])
     return samples
 
 
-def _peak_bytes(contenders: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
+def _peak_bytes(backends: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
     samples: Samples = {}
-    for name, contender in contenders.items():
-        peaks = [contender.peak_bytes() for _ in range(effort.few)]
+    for name, backend in backends.items():
+        peaks = [backend.peak_bytes() for _ in range(effort.few)]
         samples[name] = [float(peak) for peak in peaks if peak is not None]
     return samples if all(samples.values()) else {}
 
 
-def _ulp_errors(contenders: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
-    return {name: [contender.ulp_error()] for name, contender in contenders.items()}
+def _ulp_errors(backends: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
+    return {name: [backend.ulp_error()] for name, backend in backends.items()}
 
 
 MEASURES: dict[str, Callable[[Mapping[str, Worker], Mapping[str, int], Effort], Samples]] = {
@@ -257,7 +257,7 @@ MEASURES: dict[str, Callable[[Mapping[str, Worker], Mapping[str, int], Effort], 
     "bytes": _peak_bytes,
     "ULP": _ulp_errors,
 }
-"""By quantity. Each has an entry in ``text.QUANTITIES``."""
+"""By quantity. Each has an entry in ``formatting.QUANTITIES``."""
 
 
 def _check(results: Mapping[str, np.ndarray | None], tolerance: float) -> None:
@@ -278,7 +278,7 @@ def _summarise(summary: Summary, rows: Sequence[Row]) -> list[Figure]:
     figures = []
     for statistic, target in summary.goals:
         value = STATISTICS[statistic](values)
-        met = value <= target if statistic == "greatest" else value >= target
+        met = value <= target if statistic == "maximum" else value >= target
         figures.append(Figure(f"{name}{summary.note}", statistic, value, target, met))
     return figures
 
@@ -287,14 +287,14 @@ class _Lines:
     """Writes a table line by line, as it is measured."""
 
     def __init__(self, table: Table, run: _Run, progress: Progress):
-        self._quantity, self._contenders, self._progress = table.quantity, run.contenders, progress
+        self._quantity, self._backends, self._progress = table.quantity, run.backends, progress
         self._ratios = [ratio.name for ratio in run.ratios]
-        columns = [*self._contenders, *self._ratios]
+        columns = [*self._backends, *self._ratios]
         self._widths = [max(10, len(column)) for column in columns]
         self._write("case", columns)
 
     def write(self, row: Row) -> None:
-        self._write(row.case.name, cells(row, self._quantity, self._contenders, self._ratios))
+        self._write(row.case.name, cells(row, self._quantity, self._backends, self._ratios))
 
     def _write(self, first: str, columns: Sequence[str]) -> None:
         texts = (f"{column:>{width}}" for column, width in zip(columns, self._widths, strict=True))

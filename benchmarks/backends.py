@@ -21,7 +21,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Contender(abc.ABC):
+class Backend(abc.ABC):
     """An implementation under its name in tables. The constructor raises ImportError where it cannot run."""
 
     name: str
@@ -51,7 +51,7 @@ class Contender(abc.ABC):
         """What :meth:`bind` does."""
 
 
-class Ours(Contender):
+class Ours(Backend):
     """This package's function, in jit."""
 
     def __init__(self, name: str = "ours"):
@@ -62,7 +62,7 @@ class Ours(Contender):
         return _jitted(operation.ours(case.axis), x, *operation.operands(case))
 
 
-class OursPlain(Contender):
+class OursPlain(Backend):
     """This package's softmax of x alone, in jit."""
 
     name = "plain"
@@ -72,7 +72,7 @@ class OursPlain(Contender):
         return _jitted(OPERATIONS["softmax"].ours(case.axis), x)
 
 
-class JaxNN(Contender):
+class JaxNN(Backend):
     """JAX's own function, or optax's, in jit."""
 
     name = "jax.nn"
@@ -82,7 +82,7 @@ class JaxNN(Contender):
         return _jitted(operation.jax_nn(case.axis), x, *operation.operands(case))
 
 
-class AddOne(Contender):
+class AddOne(Backend):
     """jit(x + 1): what a call and its memory cost anyway."""
 
     name = "x + 1"
@@ -92,7 +92,7 @@ class AddOne(Contender):
         return _jitted(lambda x: x + 1, x)
 
 
-class Torch(Contender):
+class Torch(Backend):
     """torch with as many threads as JAX, in inference mode unless the operation has a gradient."""
 
     name = "torch"
@@ -114,7 +114,7 @@ class Torch(Contender):
         return call
 
 
-class SciPy(Contender):
+class SciPy(Backend):
     """scipy.special, which is NumPy on one thread."""
 
     name = "scipy"
@@ -128,7 +128,7 @@ class SciPy(Contender):
         return functools.partial(operation.scipy(case.axis), x, *operation.operands(case))
 
 
-class OnnxRuntime(Contender):
+class OnnxRuntime(Backend):
     """onnxruntime, into a preallocated output."""
 
     name = "onnxruntime"
@@ -154,7 +154,7 @@ class OnnxRuntime(Contender):
         return _alive(arrays, lambda: session.run_with_iobinding(binding), y)
 
 
-class OpenVino(Contender):
+class OpenVino(Backend):
     """openvino, of the same model, in float32, into a preallocated output."""
 
     name = "openvino"
@@ -183,7 +183,7 @@ class OpenVino(Contender):
         return _alive(arrays, request.infer, y)
 
 
-class Kernel(Contender):
+class Kernel(Backend):
     """A kernel of ours without JAX, into a preallocated output."""
 
     def __init__(
@@ -207,7 +207,7 @@ class Kernel(Contender):
         return call
 
 
-class EmptyCall(Contender):
+class EmptyCall(Backend):
     """A kernel's call from Python for one element, which is nearly all call."""
 
     name = "a call"
@@ -222,7 +222,7 @@ class EmptyCall(Contender):
         return functools.partial(native.softmax_into, one, one, isa=self._isa)
 
 
-class Pass(Contender):
+class Pass(Backend):
     """A pass of the algorithms by itself, on one thread."""
 
     computes = False
@@ -239,7 +239,7 @@ class Pass(Contender):
         return functools.partial(run, self.name)
 
 
-class ReadAndCopy(Contender):
+class ReadAndCopy(Backend):
     """One read and one non-temporal copy of the same arrays, on one thread."""
 
     name = "read + copy"
@@ -256,7 +256,7 @@ class ReadAndCopy(Contender):
         return call
 
 
-class MemoryLoop(Contender):
+class MemoryLoop(Backend):
     """One of ``memory.LOOPS`` over the same arrays."""
 
     computes = False

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 
-class Neighbours:
+class LoadMonitor:
     """Watches from its construction on."""
 
     def __init__(self, our_seconds: Callable[[], float]):

@@ -23,7 +23,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def slopes(rows: Sequence[Row], what: str, least_elements: int) -> list[Figure]:
-    """The slope of each contender, over cases from so many elements on that needed anything."""
+    """The slope of each backend, over cases from so many elements on that needed anything."""
     figures = []
     for name in rows[0].samples if rows else ():
         points = [

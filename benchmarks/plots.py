@@ -1,4 +1,4 @@
-"""Pictures of what was measured: one idea each, in colours that everybody can tell apart."""
+"""Plots of what was measured: one idea each, in colours that everybody can tell apart."""
 
 import contextlib
 import pathlib
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import Case
+from benchmarks.memory_traffic import LOOP_TRAFFIC, gigabytes_per_second
 from benchmarks.results import Result, Results, Row
-from benchmarks.traffic import LOOP_TRAFFIC, gigabytes_per_second
 
 # Okabe and Ito's palette.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
@@ -52,12 +52,12 @@ STYLE: Any = {
 
 
 def draw(results: Results, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws all pictures for which something was measured; returns their files.
+    """Draws all plots for which something was measured; returns their files.
 
     Raises:
       ImportError: matplotlib is not installed.
     """
-    return [file for name, make in PICTURES.items() if make(results, file := folder / f"{name}.png")]
+    return [file for name, make in PLOTS.items() if make(results, file := folder / f"{name}.png")]
 
 
 def draw_training(training: Mapping[str, Mapping[str, Any]], file: pathlib.Path) -> None:
@@ -66,7 +66,7 @@ def draw_training(training: Mapping[str, Mapping[str, Any]], file: pathlib.Path)
     Raises:
       ImportError: matplotlib is not installed.
     """
-    with _picture(file, 5.2, rows=2, sharex=True, height_ratios=(3, 1)) as (figure, (above, below)):
+    with _figure(file, 5.2, rows=2, sharex=True, height_ratios=(3, 1)) as (figure, (above, below)):
         styles = ({"color": RED, "linewidth": 3, "alpha": 0.5}, {"color": BLUE, "linewidth": 1})
         for (name, figures), style in zip(training.items(), styles, strict=True):
             tokens = f"{figures['tokens_per_second']:,.0f} tokens per second"
@@ -197,7 +197,7 @@ def _others_by_ours(
 ) -> bool:
     """The times of others by ours, a line for each row."""
     ratios = {name: [row.ratios.get(f"{name} / ours", np.nan) for row in rows] for name in others}
-    with _picture(file, height) as (figure, panel):
+    with _figure(file, height) as (figure, panel):
         _dots(panel, labels, ratios)
         panel.set_xlabel("time of the other ÷ ours")
         _legend_below(figure, panel)
@@ -227,17 +227,17 @@ def _ulp(results: Results, file: pathlib.Path) -> bool:
     return True
 
 
-def _growth(results: Results, file: pathlib.Path) -> bool:
-    return _growth_of(results, file, "seconds", lambda value: value * 1e3, 0, "milliseconds a call", "Time")
+def _scaling(results: Results, file: pathlib.Path) -> bool:
+    return _scaling_of(results, file, "seconds", lambda value: value * 1e3, 0, "milliseconds a call", "Time")
 
 
 def _memory(results: Results, file: pathlib.Path) -> bool:
     # Below 1 MiB, memory that is there already serves.
     scale = lambda value: value / 2**20
-    return _growth_of(results, file, "bytes", scale, 1, "MiB beyond the operand", "Memory")
+    return _scaling_of(results, file, "bytes", scale, 1, "MiB beyond the operand", "Memory")
 
 
-def _growth_of(
+def _scaling_of(
     results: Results,
     file: pathlib.Path,
     quantity: str,
@@ -246,7 +246,7 @@ def _growth_of(
     unit: str,
     title: str,
 ) -> bool:
-    tables = {along: list(results.tables(f"growth of {quantity} in {along}")) for along in ("n", "batch")}
+    tables = {along: list(results.tables(f"scaling of {quantity} in {along}")) for along in ("n", "batch")}
     if not all(tables.values()):
         return False
     with _panels(file, 2) as (figure, panels):
@@ -276,7 +276,7 @@ def _training(results: Results, file: pathlib.Path) -> bool:
     return True
 
 
-PICTURES: dict[str, Callable[[Results, pathlib.Path], bool]] = {
+PLOTS: dict[str, Callable[[Results, pathlib.Path], bool]] = {
     "bandwidth": _bandwidth,
     "throughput": _throughput,
     "passes": _passes,
@@ -284,7 +284,7 @@ PICTURES: dict[str, Callable[[Results, pathlib.Path], bool]] = {
     "speed_up": _speed_up,
     "ulp": _ulp,
     "peers": _peers,
-    "growth": _growth,
+    "scaling": _scaling,
     "memory": _memory,
     "training": _training,
 }
@@ -292,7 +292,7 @@ PICTURES: dict[str, Callable[[Results, pathlib.Path], bool]] = {
 
 
 @contextlib.contextmanager
-def _picture(
+def _figure(
     file: pathlib.Path, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
     """A figure and its axes, which are saved in the end."""
@@ -316,7 +316,7 @@ def _picture(
 @contextlib.contextmanager
 def _panels(file: pathlib.Path, count: int, **options: Any) -> Iterator[tuple[Any, Any]]:
     """A figure and so many axes side by side, which are saved in the end."""
-    with _picture(file, 4, columns=count, sharey=True, **options) as (figure, axes):
+    with _figure(file, 4, columns=count, sharey=True, **options) as (figure, axes):
         yield figure, np.atleast_1d(axes)
 
 

@@ -18,11 +18,11 @@ QUANTITIES = {
 """How what was measured is written."""
 
 
-def cells(row: Row, quantity: str, contenders: Sequence[str], ratios: Sequence[str]) -> list[str]:
+def cells(row: Row, quantity: str, backends: Sequence[str], ratios: Sequence[str]) -> list[str]:
     """What stands in a row of a table."""
     values, text = row.medians, QUANTITIES[quantity]
     return [
-        *(text(values[name]) if name in values else "" for name in contenders),
+        *(text(values[name]) if name in values else "" for name in backends),
         *(f"{row.ratios[name]:.2f}×" if name in row.ratios else "" for name in ratios),
     ]
 
@@ -38,5 +38,5 @@ def _said(figure: Figure) -> str:
     value = f"{figure.statistic} {figure.value:.2f}".lstrip()
     if figure.target is None:
         return value
-    bound = "at most " if figure.statistic == "greatest" else ""
+    bound = "at most " if figure.statistic == "maximum" else ""
     return f"{value} (target {bound}{figure.target}{'' if figure.met else ', missed'})"
