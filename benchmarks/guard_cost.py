@@ -1,4 +1,4 @@
-"""What the guard for masks and large inputs costs: these kernels against the same built without it.
+"""Measures the cost of the guard for masks and large inputs, against the same kernels built without it.
 
 pip wheel . --no-deps -w unguarded -Ccmake.define.JAX_SOFTMAX2P_UNGUARDED=ON
 python -m benchmarks.guard_cost unguarded/jax_softmax2p-*.whl
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def load_library(wheel: str) -> types.ModuleType:
-    """The native module out of a wheel, beside the one that is installed."""
+    """Loads the native module of a wheel beside the installed one."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         (name,) = (
             n for n in archive.namelist() if n.startswith("jax_softmax2p/_native.") and n.endswith(".so")
@@ -54,7 +54,7 @@ def load_library(wheel: str) -> types.ModuleType:
 
 
 def ratio(unguarded: types.ModuleType, isa: str, algorithm: str, shape: tuple[int, int]) -> float:
-    """Guarded time over unguarded time on normal data, which need no guard."""
+    """The ratio of guarded to unguarded time, on normal data, which do not need the guard."""
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
     out = np.empty_like(x)
 

@@ -1,4 +1,5 @@
-"""How busy other processes keep the machine: with that, figures for several threads stand or fall."""
+"""How busy other processes keep the machine, which decides whether measurements of several threads mean
+anything."""
 
 import os
 import time
@@ -6,25 +7,28 @@ from collections.abc import Callable
 
 
 class LoadMonitor:
-    """Watches from its construction on."""
+    """Measures the load of other processes, from its construction on.
 
-    def __init__(self, our_seconds: Callable[[], float]):
-        """``our_seconds``: processor time of our own processes beside this one."""
-        self._our_seconds = our_seconds
+    Args:
+      worker_seconds: returns the processor time that our own processes beside this one have used.
+    """
+
+    def __init__(self, worker_seconds: Callable[[], float]):
+        self._worker_seconds = worker_seconds
         self._start = self._now()
 
-    def cores(self) -> float | None:
-        """How many cores others have used on average, None where the system does not tell."""
-        busy, own, clock = (end - start for end, start in zip(self._now(), self._start, strict=True))
-        return max(0.0, busy - own) / clock if busy > 0 else None
+    def cores_used_by_others(self) -> float | None:
+        """Returns how many cores other processes used on average; None where the system does not tell."""
+        busy, ours, clock = (end - start for end, start in zip(self._now(), self._start, strict=True))
+        return max(0.0, busy - ours) / clock if busy > 0 else None
 
     def _now(self) -> tuple[float, float, float]:
-        """Seconds: of work on all cores, of our own processes, and of the clock."""
-        return _busy_seconds(), time.process_time() + self._our_seconds(), time.perf_counter()
+        """Seconds of all cores, of our own processes, and of the clock."""
+        return _busy_seconds(), time.process_time() + self._worker_seconds(), time.perf_counter()
 
 
 def _busy_seconds() -> float:
-    """Since the machine started, as Linux tells; elsewhere 0."""
+    """The time that all cores have worked since the machine started, as Linux tells it; 0 elsewhere."""
     try:
         with open("/proc/stat") as lines:
             user, nice, system, _idle, _iowait, *interrupts_and_stolen = map(int, next(lines).split()[1:9])

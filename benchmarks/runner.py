@@ -1,4 +1,5 @@
-"""A table: backends that take turns on each of some cases, ratios of what they need, goals for these."""
+"""Runs a table: its backends take turns on every case; ratios of their times are summed up and held to
+goals."""
 
 import contextlib
 import statistics
@@ -13,60 +14,68 @@ from benchmarks.formatting import cells, sentences
 from benchmarks.machine_load import LoadMonitor
 from benchmarks.progress import Progress
 from benchmarks.results import Figure, Result, Row
-from benchmarks.workers import Elsewhere, Worker
+from benchmarks.workers import InstalledBackend, Worker
 
-NOTEWORTHY = 0.1
-"""Cores that others keep busy."""
+NOTEWORTHY_CORES = 0.1
+"""A table says so if other processes used more cores than this on average."""
 
 TOLERANCES = {"float32": 1e-2, "bfloat16": 0.1}
-"""Relative, and wide: torch is off by 3e-4 in one row of 2^26, and jax.nn by 0.03 in bfloat16."""
+"""Relative differences between backends, by dtype. They are wide because torch is off by 3e-4 in one row of
+2^26, and jax.nn by 0.03 in bfloat16; the tests say how exact ours is."""
 
 STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
     "geometric mean": statistics.geometric_mean,
     "minimum": min,
     "maximum": max,
 }
-"""Of ratios. The greatest should stay below its target, the others above."""
+"""Statistics of ratios. The maximum should stay below its target, the others above theirs."""
 
-
-SLOW = 0.5
-"""Seconds from which on a call counts as slow: it has few turns."""
+SLOW_SECONDS = 0.5
+"""A call that takes longer is measured in few rounds."""
 
 
 class Effort(NamedTuple):
     """How long to measure.
 
     Attributes:
-      sweeps: how often all cases of a table are gone through, with new processes.
-      rounds: turns of each backend in each.
-      few: turns of a slow one.
-      seconds: for all its turns in one case.
-      elements: the largest case.
+      sweeps: how many times all cases of a table are measured, each time with new processes.
+      rounds: the turns of each backend in a case of a sweep.
+      slow_rounds: the turns of a backend whose calls are slow.
+      seconds: how long all turns of a backend in a case last together.
+      max_elements: larger cases are left out.
     """
 
     sweeps: int
     rounds: int
-    few: int
+    slow_rounds: int
     seconds: float
-    elements: float = float("inf")
+    max_elements: float = float("inf")
 
 
 class Ratio(NamedTuple):
-    """What the best of ``above`` needs over what ``below`` does, ``net_of`` taken from both."""
+    """The ratio of the best numerator's time to the denominator's.
+
+    Attributes:
+      name: the heading of its column.
+      numerators: the names of backends, of which the fastest counts.
+      denominator: the name of a backend.
+      overhead: the name of a backend whose time is subtracted from both.
+    """
 
     name: str
-    above: tuple[str, ...]
-    below: str
-    net_of: str | None = None
+    numerators: tuple[str, ...]
+    denominator: str
+    overhead: str | None = None
 
-    def needs(self) -> set[str]:
-        """Which backends it is of."""
-        return {*self.above, self.below} | ({self.net_of} if self.net_of else set())
+    def backends(self) -> set[str]:
+        """The names of all backends that it needs."""
+        return {*self.numerators, self.denominator} | ({self.overhead} if self.overhead else set())
 
-    def of(self, medians: Mapping[str, float]) -> float:
-        """Its value."""
-        off = medians[self.net_of] if self.net_of else 0.0
-        return (min(medians[name] for name in self.above) - off) / (medians[self.below] - off)
+    def value(self, medians: Mapping[str, float]) -> float:
+        """The ratio, from the median time of each backend."""
+        overhead = medians[self.overhead] if self.overhead else 0.0
+        best = min(medians[name] for name in self.numerators)
+        return (best - overhead) / (medians[self.denominator] - overhead)
 
 
 class Goal(NamedTuple):
@@ -77,37 +86,37 @@ class Goal(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Goals for a ratio over those cases that ``among`` picks."""
+    """Goals for a ratio, over the cases for which ``includes`` is true."""
 
     ratio: Ratio
     goals: tuple[Goal, ...]
     note: str = ""
-    among: Callable[[Case], bool] = lambda case: True
+    includes: Callable[[Case], bool] = lambda case: True
 
 
 Samples = dict[str, list[float]]
 
 
 class Table(NamedTuple):
-    """What is measured together, and what of it is said in the end.
+    """Cases and the backends that are compared in them.
 
     Attributes:
-      title: its heading.
-      cases: a row each.
-      backends: what makes them, or those of another installation.
-      ratios: of what was measured.
-      summaries: of the ratios.
+      title: the heading.
+      cases: one for each row.
+      backends: functions that make them, or backends of another installation.
+      ratios: the columns beside the measurements.
+      summaries: what is said of the ratios below the table.
       quantity: what is measured, one of :data:`MEASURES`.
-      name: what plots know it by, if there is one of it.
-      isa: whose kernels it is about, if not about several.
-      keeps_memory: whether backends, where they are timed, keep the memory of results for the next, see
+      name: the name by which plots find the table, if there is a plot of it.
+      isa: the instruction set whose kernels are measured, if it is a single one.
+      keeps_memory: whether processes that are timed keep the memory of results for later ones, see
         ``workers``.
-      derive: figures that are not ratios within a row.
+      derive: computes further figures from the rows.
     """
 
     title: str
     cases: tuple[Case, ...]
-    backends: tuple[Callable[[], Backend] | Elsewhere, ...]
+    backends: tuple[Callable[[], Backend] | InstalledBackend, ...]
     ratios: tuple[Ratio, ...] = ()
     summaries: tuple[Summary, ...] = ()
     quantity: str = "seconds"
@@ -116,13 +125,13 @@ class Table(NamedTuple):
     keeps_memory: bool = True
     derive: Callable[[Sequence[Row]], list[Figure]] = lambda rows: []
 
-    def within(self, effort: Effort, only: str) -> "Table":
-        """Those cases whose names contain ``only`` and that are not too large."""
-        cases = (case for case in self.cases if only in case.name and case.elements <= effort.elements)
+    def select(self, effort: Effort, only: str) -> "Table":
+        """The table with those cases whose names contain ``only`` and that are not too large."""
+        cases = (case for case in self.cases if only in case.name and case.elements <= effort.max_elements)
         return self._replace(cases=tuple(cases))
 
     def sweeps(self, effort: Effort) -> int:
-        """How often its cases are gone through: times differ by chance, sizes and errors hardly."""
+        """The number of sweeps over its cases: chance changes times, but hardly sizes and errors."""
         return effort.sweeps if self.quantity == "seconds" else 1
 
 
@@ -133,16 +142,16 @@ def run_table(table: Table, effort: Effort, progress: Progress) -> Result:
     for _ in range(table.sweeps(effort) - 1):
         for _ in run.sweep():
             progress.advance()
-    lines, rows = None, []
+    writer, rows = None, []
     for case in run.sweep():
-        lines = lines or _Lines(table, run, progress)
+        writer = writer or _TableWriter(table, run, progress)
         row = Row(case, run.samples[case], {})
-        row = row._replace(ratios={ratio.name: ratio.of(row.medians) for ratio in run.ratios})
-        lines.write(row)
+        row = row._replace(ratios={ratio.name: ratio.value(row.medians) for ratio in run.ratios})
+        writer.write(row)
         rows.append(row)
         progress.advance()
     others = run.cores_used_by_others()
-    if others is not None and others > NOTEWORTHY:
+    if others is not None and others > NOTEWORTHY_CORES:
         progress.write(
             f"  other processes kept {others:.2f} cores busy meanwhile: no figure for several threads counts"
         )
@@ -154,10 +163,10 @@ def run_table(table: Table, effort: Effort, progress: Progress) -> Result:
 
 
 class _Run:
-    """Sweeps over a table's cases, each with processes of its own, and what was measured in them.
+    """The samples of a table, from several sweeps over its cases, each with new processes.
 
-    How fast a process is has an element of chance, such as where its memory lies, and a neighbour may be busy
-    for seconds: neither shall decide a row.
+    How fast a process is depends on chance, such as where its memory lies, and other processes may be busy
+    for seconds. With several sweeps neither decides a row.
     """
 
     def __init__(self, table: Table, effort: Effort, progress: Progress):
@@ -170,15 +179,15 @@ class _Run:
         self.samples: dict[Case, Samples] = {}
 
     def sweep(self) -> Iterator[Case]:
-        """Measures every case, and yields it then, unless this system does not tell what is asked for."""
+        """Measures every case and yields it, unless this system does not tell the quantity."""
         with contextlib.ExitStack() as stack:
             keeps_memory = self._table.keeps_memory and self._table.quantity == "seconds"
             factories = self._table.backends
             workers = [stack.enter_context(Worker(factory, keeps_memory)) for factory in factories]
             self._workers += workers
-            backends, computing = self._able(workers)
+            backends, computing = self._available(workers)
             self.backends = list(backends)
-            self.ratios = [ratio for ratio in self._table.ratios if ratio.needs() <= backends.keys()]
+            self.ratios = [ratio for ratio in self._table.ratios if ratio.backends() <= backends.keys()]
             for case in self._table.cases:
                 self._progress.begin(case.name)
                 new = measure(case, backends, computing, self._table.quantity, self._effort)
@@ -190,12 +199,15 @@ class _Run:
                 yield case
 
     def cores_used_by_others(self) -> float | None:
-        """Since the beginning, on average."""
-        return self._load.cores()
+        """The average since the beginning; None where the system does not tell."""
+        return self._load.cores_used_by_others()
 
-    def _able(self, workers: Sequence[Worker]) -> tuple[dict[str, Worker], set[str]]:
-        """Those that can run here, by name, and which of them compute; says once why others cannot."""
-        able, computing = {}, set()
+    def _available(self, workers: Sequence[Worker]) -> tuple[dict[str, Worker], set[str]]:
+        """The workers that can run here, by name, and the names of those that compute the case.
+
+        Says once why the others cannot.
+        """
+        available, computing = {}, set()
         for worker in workers:
             try:
                 name, computes = worker.introduce()
@@ -204,35 +216,35 @@ class _Run:
                     self._progress.write(f"  left out: {error}")
                 self._missing.add(str(error))
                 continue
-            able[name] = worker
+            available[name] = worker
             if computes:
                 computing.add(name)
-        return able, computing
+        return available, computing
 
 
 def measure(
     case: Case, backends: Mapping[str, Worker], computing: set[str], quantity: str, effort: Effort
 ) -> Samples:
-    """Compares the backends' results, then measures."""
+    """Checks that the backends' results agree, then measures the quantity."""
     prepared = {name: backend.prepare(case) for name, backend in backends.items()}
     results = {name: prepared[name].result for name in prepared if name in computing}
-    if quantity != "ULP":  # Which is about how much they differ.
+    if quantity != "ULP":  # There, the difference is what is measured.
         _check(results, TOLERANCES[case.dtype])
     outputs = {name: one.outputs for name, one in prepared.items()}
     return MEASURES[quantity](backends, outputs, effort)
 
 
 def _seconds(backends: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
-    """Seconds for an output of a backend, as often as it has a turn."""
+    """Seconds for each output of a backend, one sample for each of its turns."""
     calls: dict[str, int] = {}
     samples: Samples = {}
     for name, backend in backends.items():
         once = backend.seconds_per_call(1)
-        samples[name] = [once / outputs[name]] if once > SLOW else []
+        samples[name] = [once / outputs[name]] if once > SLOW_SECONDS else []
         if not samples[name]:
             once = min(once, backend.seconds_per_call(1))
         calls[name] = max(1, round(effort.seconds / effort.rounds / max(once, 1e-7)))
-    rounds = {name: effort.few if samples[name] else effort.rounds for name in backends}
+    rounds = {name: effort.slow_rounds if samples[name] else effort.rounds for name in backends}
     for _ in range(effort.rounds):
         for name, backend in backends.items():
             if len(samples[name]) < rounds[name]:
@@ -243,7 +255,7 @@ def _seconds(backends: Mapping[str, Worker], outputs: Mapping[str, int], effort:
 def _peak_bytes(backends: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
     samples: Samples = {}
     for name, backend in backends.items():
-        peaks = [backend.peak_bytes() for _ in range(effort.few)]
+        peaks = [backend.peak_bytes() for _ in range(effort.slow_rounds)]
         samples[name] = [float(peak) for peak in peaks if peak is not None]
     return samples if all(samples.values()) else {}
 
@@ -257,22 +269,22 @@ MEASURES: dict[str, Callable[[Mapping[str, Worker], Mapping[str, int], Effort], 
     "bytes": _peak_bytes,
     "ULP": _ulp_errors,
 }
-"""By quantity. Each has an entry in ``formatting.QUANTITIES``."""
+"""Functions that measure a case, by quantity. Each quantity has an entry in ``formatting.QUANTITIES``."""
 
 
 def _check(results: Mapping[str, np.ndarray | None], tolerance: float) -> None:
-    """That all results are the same; how exact each is, the tests say."""
+    """Raises AssertionError unless all results agree."""
     expected = None
     for name, result in results.items():
         assert result is not None
         expected = result if expected is None else expected
-        least = tolerance * 0.02 * np.abs(expected).max()  # Differences come near 0.
-        np.testing.assert_allclose(result, expected, rtol=tolerance, atol=least, err_msg=name)
+        atol = tolerance * 0.02 * np.abs(expected).max()  # Gradients are differences that come near 0.
+        np.testing.assert_allclose(result, expected, rtol=tolerance, atol=atol, err_msg=name)
 
 
 def _summarise(summary: Summary, rows: Sequence[Row]) -> list[Figure]:
     name = summary.ratio.name
-    values = [row.ratios[name] for row in rows if name in row.ratios and summary.among(row.case)]
+    values = [row.ratios[name] for row in rows if name in row.ratios and summary.includes(row.case)]
     if not values:
         return []
     figures = []
@@ -283,7 +295,7 @@ def _summarise(summary: Summary, rows: Sequence[Row]) -> list[Figure]:
     return figures
 
 
-class _Lines:
+class _TableWriter:
     """Writes a table line by line, as it is measured."""
 
     def __init__(self, table: Table, run: _Run, progress: Progress):

@@ -1,9 +1,9 @@
 """``python -m benchmarks.train_lm``: a small language model, trained with jax.nn and with this package.
 
-A causal transformer of flax.nnx learns the text of CPython's pydoc_data.topics byte by byte, twice at once
-from one seed: with what flax and optax do by themselves, and with this package's attention and loss. Steps
-take turns, so that a machine that slows down does so for both. Prints the losses, tokens per second and what
-share of a step attention, softmax and loss take; draws the losses. Needs ``pip install '.[bench]'``.
+A causal transformer of flax.nnx learns the text of CPython's pydoc_data.topics byte by byte, two models from
+one seed: one with the functions of flax and optax, and one with this package's attention and loss. Their
+steps alternate, so that a machine that slows down does so for both. Prints the losses, tokens per second and
+the share of a step that attention, softmax and loss take; draws the losses. Needs ``pip install '.[bench]'``.
 """
 
 import argparse
@@ -32,7 +32,7 @@ LEARNING_RATE = 1e-3
 
 
 class Size(NamedTuple):
-    """Of the model and of a batch."""
+    """The sizes of the model and of a batch."""
 
     layers: int = 4
     width: int = 256
@@ -45,12 +45,12 @@ QUICK = Size(layers=2, width=64, heads=4, context=64, batch=4)
 
 
 class Backend(NamedTuple):
-    """Whose functions a model uses.
+    """The functions that a model uses.
 
     Attributes:
-      attention: as flax's ``attention_fn``; None is flax's own.
-      softmax: as jax.nn.softmax, with ``where``.
-      loss: as optax.softmax_cross_entropy_with_integer_labels.
+      attention: flax's ``attention_fn``; None is flax's default.
+      softmax: with the signature of jax.nn.softmax.
+      loss: with the signature of optax.softmax_cross_entropy_with_integer_labels.
     """
 
     attention: Callable[..., jax.Array] | None
@@ -69,7 +69,7 @@ BACKENDS = {
 
 
 class Layer(nnx.Module):
-    """Attention and two matrices, each on what has been normalised."""
+    """A pre-norm transformer layer: attention, then a feed-forward network."""
 
     def __init__(self, size: Size, attention: Callable[..., jax.Array] | None, rngs: nnx.Rngs):
         attention = attention or nnx.dot_product_attention
@@ -81,7 +81,7 @@ class Layer(nnx.Module):
         self.down = nnx.Linear(4 * size.width, size.width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Of shape (batch, context, width), like x."""
+        """Maps an array of shape (batch, context, width) to another of this shape."""
         x = x + self.attention(self.norms[0](x), is_causal=True)
         return x + self.down(nnx.gelu(self.up(self.norms[1](x))))
 
@@ -97,7 +97,7 @@ class Model(nnx.Module):
         self.head = nnx.Linear(size.width, VOCABULARY, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits for the next byte at every place."""
+        """Returns the logits of the next byte at every position."""
         x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[-1]))
         for layer in self.layers:
             x = layer(x)
@@ -105,7 +105,7 @@ class Model(nnx.Module):
 
 
 class Training:
-    """A model, its optimizer, and what has been measured so far."""
+    """A model, its optimizer, and the losses and times of its steps."""
 
     def __init__(self, backend: Backend, size: Size):
         model = Model(size, backend.attention, nnx.Rngs(0))
@@ -125,18 +125,18 @@ class Training:
         self._step = functools.partial(step, model, optimizer)
 
     def step(self, batch: jax.Array) -> None:
-        """One step, timed."""
+        """Takes a step and times it."""
         start = time.perf_counter()
         self.losses.append(float(self._step(batch)))
         self.seconds.append(time.perf_counter() - start)
 
     def seconds_per_step(self) -> float:
-        """The median, without the first step, which compiles."""
+        """The median time of all steps but the first, which compiles."""
         return statistics.median(self.seconds[1:])
 
 
 def load_text() -> np.ndarray:
-    """The text's bytes."""
+    """The bytes of the text."""
     from pydoc_data.topics import topics
 
     return np.frombuffer("\n".join(topics.values()).encode(), np.uint8).astype(np.int32)
@@ -160,7 +160,7 @@ def seconds_of_parts(size: Size) -> dict[str, dict[str, float]]:
     """Seconds that a step spends in its parts, value and gradient, each measured alone at its shapes.
 
     Returns:
-      {part: {backend: seconds}}. The softmax is a part of attention, were it done by itself.
+      {part: {backend: seconds}}. The softmax is measured as if attention called it as a separate operation.
     """
     normal = lambda *shape: jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     heads = normal(size.batch, size.context, size.heads, size.width // size.heads)
@@ -201,7 +201,7 @@ def run(size: Size, steps: int) -> dict[str, dict[str, Any]]:
 
 
 def report(trainings: dict[str, Training], size: Size) -> dict[str, dict[str, Any]]:
-    """Prints the table; returns its figures."""
+    """Prints the table and returns its figures, by backend."""
     parts = seconds_of_parts(size)
     print(f"\n{'':>16}  {'loss':>8}  {'ms/step':>8}  {'tokens/s':>9}  " + "".join(f"{p:>16}" for p in parts))
     figures = {}

@@ -124,7 +124,7 @@ def test_slopes():
     with pytest.raises(ValueError, match="at least two different x"):
         scaling.slope([2.0, 2.0], [1.0, 3.0])
     rows = [row(Case((1, n)), 1.0, ours=n**2 if n >= 100 else 7.0) for n in (10, 100, 1000, 10000)]
-    (figure,) = scaling.slopes(rows, "time", least_elements=100)
+    (figure,) = scaling.slopes(rows, "time", min_elements=100)
     assert figure.of == "time of ours"
     assert math.isclose(figure.value, 2)
 
@@ -156,7 +156,7 @@ def test_tables_are_consistent():
         for table in make(native.supported_isas()[:1]):
             assert table.quantity in runner.MEASURES
             assert {summary.ratio for summary in table.summaries} <= set(table.ratios)
-            assert table.within(runner.Effort(1, 1, 1, 0.1, elements=0), "").cases == ()
+            assert table.select(runner.Effort(1, 1, 1, 0.1, max_elements=0), "").cases == ()
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_claims():
         result(passes, "passes", isa="avx512"),
         *(result([each], "threads", isa="avx512") for each in reversed(algorithms)),
     ]
-    assert [(claim.here, claim.holds) for claim in claims(results(*tables))] == [
+    assert [(claim.measured, claim.holds) for claim in claims(results(*tables))] == [
         ("2.00×", True),
         ("0.50×", True),
         ("max 50%, exp_store 100%", False),
