@@ -18,7 +18,7 @@ def test_through_xla(isa):
     names = (
         "test_softmax.py",
         "test_losses.py",
-        "numerics/test_family_accuracy.py",
+        "numerics/test_jit_accuracy.py",
         "numerics/test_properties.py::TestInsideJit",
     )
     # Rules of transformations and the reference are the same for all; what kernels compute is not.
