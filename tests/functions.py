@@ -13,7 +13,7 @@ FLOATS = [np.float32, np.float64]
 HALVES = [jnp.bfloat16, np.float16]
 NAN, INF = float("nan"), float("inf")
 
-# The kernels change at 128 elements, at 4096 and at 32768.
+# The kernels change at 128, 4096 and 32768 elements.
 LENGTHS = [1, 7, 16, 100, 129, 512, 5000, 40_000]
 
 # The reference is the same code for every length, and float64's kernels change where float32's do.
@@ -36,23 +36,23 @@ FUNCTIONS = {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": last_a
 
 
 def exact(name, z, mask=None):
-    """The function of this name of logits along the last axis, in np.longdouble, by its definition.
+    """The named function of logits along the last axis, in np.longdouble, by its definition.
 
-    Rows without a True give zeros, or -inf for logarithms; rows of nothing but -inf are NaN.
+    Fully masked rows give zeros, or -inf for logarithms; rows in which every logit is -inf give NaN.
     """
     mask = np.broadcast_to(True if mask is None else mask, z.shape)
-    kept = np.where(mask, z, -INF).astype(np.longdouble)
+    masked = np.where(mask, z, -INF).astype(np.longdouble)
     if name == "logsumexp":
-        return cases.exact_logsumexp(kept)
+        return cases.exact_logsumexp(masked)
     with np.errstate(invalid="ignore"):
-        log = np.where(mask, cases.exact_log_softmax(kept), -INF)
+        log = np.where(mask, cases.exact_log_softmax(masked), -INF)
     return np.exp(log) if name == "softmax" else log
 
 
 def assert_close(name, actual, expected, dtype, z=None, implementation="native"):
-    """Within what either implementation is good for: exact errors are numerics/'s to find.
+    """Asserts an error that both implementations stay within; numerics/ measures the exact errors.
 
-    The reference rounds x - max(x), which costs an exponential as many ULP as it is large.
+    The reference rounds x - max(x), which costs an exponential as many ULP as that difference is large.
     """
     assert actual.dtype == dtype
     spread = 1 if z is None else 1 + float(np.abs(z[np.isfinite(z)]).max(initial=0))

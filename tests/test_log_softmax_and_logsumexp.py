@@ -18,7 +18,7 @@ def name(request):
 
 
 def special_rows(n, dtype):
-    """Rows whose results are none of arithmetic's: (what it is, the row, log_softmax, logsumexp)."""
+    """Rows whose results are not finite: (description, row, log_softmax, logsumexp)."""
     row = normal(n).astype(dtype)
 
     def put(*values, into=row):
@@ -41,13 +41,13 @@ def special_rows(n, dtype):
 
 
 def ordinary_rows(n, dtype):
-    """Rows at the edges of the format whose results are numbers."""
+    """Rows at the limits of the format, whose results are finite: (description, row)."""
     limits = np.finfo(dtype)
     row = normal(n).astype(dtype)
     yield "all finfo.min", np.full(n, limits.min)
     yield "all finfo.max", np.full(n, limits.max)
     yield "all 0", np.zeros(n, dtype)
-    yield "one kept among -inf", np.where(np.arange(n) == n - 1, row, -INF)
+    yield "one finite among -inf", np.where(np.arange(n) == n - 1, row, -INF)
     for at in {0, n // 2, n - 1}:
         elsewhere = np.arange(n) != at
         yield f"finfo.max at {at}, finfo.min elsewhere", np.where(elsewhere, limits.min, limits.max)
@@ -85,13 +85,13 @@ class TestEdges:
     def test_ordinary_rows(self, n, dtype, name, implementation):
         rows = list(ordinary_rows(n, dtype))
         x, y = call_rows(FUNCTIONS[name], rows, dtype, implementation=implementation)
-        with np.errstate(over="ignore"):  # From finfo.max down to finfo.min it is further than that.
+        with np.errstate(over="ignore"):  # finfo.max - finfo.min is beyond the format.
             expected = exact(name, x).astype(dtype)
         for (what, _), row, actual, wanted in zip(rows, x, y, expected, strict=True):
             assert actual.dtype == dtype
             largest = abs(float(row.max()))
             unit = float(np.finfo(dtype).eps)
-            # Offsets are exact differences, and those not large.
+            # At an offset the differences between logits are exact, and small.
             if name == "softmax":
                 tolerance = {"rtol": 64 * unit, "atol": 1e-37}
             elif name == "log_softmax":
@@ -104,20 +104,26 @@ class TestEdges:
 @natively
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", [2, 100, 5000])
-def test_no_row_is_harmed_by_its_neighbours(n, dtype, name, implementation):
-    """Short rows are computed together, and those that a guard takes out once more."""
+def test_rows_do_not_affect_each_other(n, dtype, name, implementation):
+    """Small rows are computed together, and rows that the guard finds are computed again."""
     x = normal(40, n).astype(dtype)
-    spoilt = x.copy()
-    spoilt[3, 0], spoilt[4, n - 1], spoilt[11], spoilt[26], spoilt[39, n // 2] = NAN, INF, -INF, 3e38, NAN
+    changed = x.copy()
+    changed[3, 0], changed[4, n - 1], changed[11], changed[26], changed[39, n // 2] = (
+        NAN,
+        INF,
+        -INF,
+        3e38,
+        NAN,
+    )
     function = functools.partial(FUNCTIONS[name], implementation=implementation)
-    kept = np.delete(np.arange(40), [3, 4, 11, 26, 39])
-    np.testing.assert_array_equal(np.asarray(function(spoilt))[kept], np.asarray(function(x))[kept])
+    others = np.delete(np.arange(40), [3, 4, 11, 26, 39])
+    np.testing.assert_array_equal(np.asarray(function(changed))[others], np.asarray(function(x))[others])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", [1, 2, 16, 129, 5000])
-def test_no_log_probability_is_above_zero(n, dtype, implementation):
-    """As in jax.nn: users take sqrt(-y) and log(-y). A dominating element's is 0, as its probability is 1."""
+def test_log_softmax_is_never_positive(n, dtype, implementation):
+    """As in jax.nn, since users take sqrt(-y) and log(-y). A dominating element gives exactly 0."""
     x = normal(40, n).astype(dtype)
     x[:, n // 2] = np.random.default_rng(0).uniform(100, 3000, 40)
     y = np.asarray(log_softmax(x, implementation=implementation))
@@ -130,7 +136,7 @@ def test_half_precision_is_rounded_once(dtype, n, name):
     x = (3 * normal(4, n)).astype(dtype)
     y = np.asarray(FUNCTIONS[name](x))
     assert y.dtype == dtype
-    # A float32's error is 2**-13 of a unit of float16; a result near 0 has some of the largest logit's.
+    # The float32 error is 2**-13 units of float16; a result near 0 carries some of the largest logit's error.
     error = cases.ulp_error(y, exact(name, x).astype(np.float64))
     assert error <= 0.51
 
@@ -192,7 +198,7 @@ def test_empty(shape, axis, implementation):
     y = log_softmax(x, axis, implementation=implementation)
     assert (y.shape, y.dtype) == (shape, dtype)
     total = logsumexp(x, axis, implementation=implementation)
-    # The logarithm of an empty sum; an empty batch has none.
+    # An empty axis gives the logarithm of an empty sum; an empty batch gives no result.
     with np.errstate(divide="ignore"):
         np.testing.assert_array_equal(total, np.log(np.exp(x).sum(axis)))
     assert total.dtype == dtype
@@ -200,7 +206,7 @@ def test_empty(shape, axis, implementation):
 
 @pytest.mark.parametrize("shape", [(3, 0), (0, 3)])
 def test_empty_with_operands(shape, name, implementation):
-    """Rows without elements, no rows, and a scale, a bias and masks of no size."""
+    """Rows without elements and arrays without rows, with scale, bias and masks of no elements."""
     x, mask = np.zeros(shape, np.float32), np.ones(shape, bool)
     y = FUNCTIONS[name](x, where=mask, scale=2.0, bias=x, implementation=implementation)
     banded = FUNCTIONS[name](x, where=Band(), implementation=implementation)
@@ -209,7 +215,7 @@ def test_empty_with_operands(shape, name, implementation):
     np.testing.assert_array_equal(banded, expected)
 
 
-# jax.nn's own: it takes -inf for the maximum of no integers.
+# The warning is jax.nn's, which takes -inf as the maximum of no integers.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "uint64"])
 def test_integers_promote_as_in_jax_nn(dtype, implementation):
@@ -243,9 +249,9 @@ def test_complex():
     np.testing.assert_allclose(logsumexp(x, -1), jax.nn.logsumexp(x, -1), rtol=1e-12)
 
 
-class TestArgumentsOfLogsumexp:
+class TestLogsumexpArguments:
     @pytest.mark.parametrize("axis", [None, 0, (0, 1)])
-    def test_signs(self, axis, implementation):
+    def test_return_sign(self, axis, implementation):
         x = np.array([[1.0, -INF, NAN, INF], [2.0, -INF, 0.0, 1.0]])
         actual = logsumexp(x, axis, return_sign=True, implementation=implementation)
         for ours, theirs in zip(actual, jax.nn.logsumexp(x, axis, return_sign=True), strict=True):
@@ -254,20 +260,20 @@ class TestArgumentsOfLogsumexp:
 
     @pytest.mark.parametrize("b", [-0.5, np.array([1.0, -2, 0, 3]), np.array([[2.0], [-1]])])
     @pytest.mark.parametrize("return_sign", [False, True])
-    def test_factors(self, b, return_sign):
+    def test_b(self, b, return_sign):
         x = normal(2, 4)
         for options in ({}, {"where": np.array([True, False, True, True])}, {"keepdims": True}):
             actual = logsumexp(x, -1, b, return_sign=return_sign, **options)
             expected = jax.nn.logsumexp(x, -1, b, return_sign=return_sign, **options)
             jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs), actual, expected)
 
-    def test_factors_with_scale_and_bias(self):
+    def test_b_with_scale_and_bias(self):
         x, bias, b = normal(2, 4), normal(4, seed=1), np.abs(normal(4, seed=2))
         expected = np.log((b * np.exp(3 * x + bias)).sum(-1))
         np.testing.assert_allclose(logsumexp(x, -1, b, scale=3, bias=bias), expected, rtol=1e-13)
         lower = np.log((b * np.exp(x) * np.tri(2, 4)).sum(-1))
         np.testing.assert_allclose(logsumexp(x, -1, b, where=Band()), lower, rtol=1e-13)
 
-    def test_factors_have_no_native_kernel(self):
+    def test_b_has_no_native_kernel(self):
         with pytest.raises(ValueError, match=r"implementation='native' cannot run: .*with b"):
             logsumexp(normal(3), b=2.0, implementation="native")

@@ -16,18 +16,18 @@ def name(request):
 
 
 def masked_input(shape, mask, dtype, seed=0):
-    """Logits, with what may harm nothing behind the mask."""
+    """Logits that are NaN, infinite or huge where they are masked, which must not affect any result."""
     x = normal(*shape, seed=seed).astype(dtype)
-    hidden = np.resize([NAN, INF, 1.0, -INF, 3e38], shape)
-    return np.where(mask, x, hidden).astype(dtype)
+    masked_values = np.resize([NAN, INF, 1.0, -INF, 3e38], shape)
+    return np.where(mask, x, masked_values).astype(dtype)
 
 
-# Shapes against (2, 3, n); 0 stands for n.
+# Shapes that broadcast to (2, 3, n); 0 stands for n.
 MASK_SHAPES = [(0,), (3, 1), (2, 1, 1), (3, 0), (2, 3, 0), (2, 1, 0), ()]
 
 
 def merged(x, axis):
-    """The axes at the end, as one."""
+    """The array with the axes moved to the end and merged into one."""
     axes = tuple(range(x.ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     moved = np.moveaxis(x, axes, range(-len(axes), 0))
     return moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
@@ -47,8 +47,8 @@ class TestWhere:
         assert_close(name, y, exact(name, x, mask), np.float32, x, implementation)
 
     @every_length
-    def test_masks_of_every_kind(self, n, dtype, name, implementation):
-        """Rows that keep nothing, one element, the first half, the last half, a few, and all."""
+    def test_mask_patterns(self, n, dtype, name, implementation):
+        """Rows in which nothing, one element, the first half, the last half, a few or all are unmasked."""
         i = np.arange(n)
         mask = np.stack([i < 0, i == n // 2, i < n // 2, i >= n // 2, i % 7 == 3, i >= 0])
         x = masked_input((6, n), mask, dtype)
@@ -67,8 +67,8 @@ class TestWhere:
         assert_close(name, actual, expected, np.float64, np.where(mask, x, 0))
 
     @pytest.mark.parametrize("n", [3, 200])
-    def test_special_values_that_are_not_masked(self, n, implementation):
-        """The mask of a row that is -inf, NaN or +inf where it is kept."""
+    def test_unmasked_special_values(self, n, implementation):
+        """Rows that are -inf, NaN or +inf at unmasked positions."""
         x = np.zeros((4, n), np.float32)
         x[0], x[1, 1], x[2, 1], x[3] = -INF, NAN, INF, -INF
         mask = np.arange(n) != 2
@@ -123,8 +123,8 @@ class TestScaleAndBias:
     @natively
     @pytest.mark.parametrize("scale_shape", [(), (3, 1), (2, 1, 1)])
     @pytest.mark.parametrize("bias_shape", [(0,), (2, 1, 0), (2, 3, 0), (3, 1)])
-    def test_together_with_a_mask(self, scale_shape, bias_shape, name, implementation):
-        """Each with strides of its own through the rows."""
+    def test_scale_and_bias_with_mask(self, scale_shape, bias_shape, name, implementation):
+        """Scale, bias and mask each advance through the rows with different strides."""
         n = 40
         scale, bias = 1 + normal(*scale_shape), normal(*sized(bias_shape, n))
         for mask_shape in ((3, 1), (2, 1, 0)):
@@ -135,12 +135,12 @@ class TestScaleAndBias:
             )
             with np.errstate(invalid="ignore", over="ignore"):
                 z = scale * x + bias
-            kept = np.where(mask, z, 0)
-            assert_close(name, y, exact(name, z, mask), np.float64, kept, "reference")
+            unmasked = np.where(mask, z, 0)
+            assert_close(name, y, exact(name, z, mask), np.float64, unmasked, "reference")
 
     @every_length
     def test_every_length(self, n, dtype, name, implementation):
-        """A power of two for a scale, so that z is rounded but once whatever the instruction set."""
+        """Scales are powers of two, so that every instruction set rounds z only once."""
         x, bias = 4 * normal(3, n).astype(dtype), normal(n, seed=1).astype(dtype)
         scale = np.array([[0.25], [2.0], [-1.0]], dtype)
         y = np.asarray(FUNCTIONS[name](x, scale=scale, bias=bias, implementation=implementation))
@@ -152,7 +152,7 @@ class TestScaleAndBias:
         x = normal(3, 4, 5)
         axes = (0, 1, 2) if axis is None else axis if isinstance(axis, tuple) else (axis,)
         scale = 1 + normal(*(1 if i in axes else size for i, size in enumerate(x.shape)))
-        # The one varies along all of the axes or a part of them, the other along none.
+        # A bias varies along all of the axes, some of them, or none; a scale varies along none.
         for bias in (
             normal(5, seed=1),
             normal(4, 1, seed=1),
@@ -165,7 +165,7 @@ class TestScaleAndBias:
             assert_close(name, actual, exact(name, z), np.float64, z, "reference")
 
     @pytest.mark.parametrize("n", [4, 130, 5000])
-    def test_minus_infinity_in_the_bias_masks(self, n, name, implementation):
+    def test_minus_infinity_in_bias_masks(self, n, name, implementation):
         bias = np.where(np.random.default_rng(0).random((3, n)) < 0.5, 0, -INF).astype(np.float32)
         bias[1] = -INF
         bias[2, 0] = 0
@@ -175,11 +175,11 @@ class TestScaleAndBias:
             expected = exact(name, x + bias)
         expected[1] = -INF if name == "logsumexp" else NAN
         assert_close(name, y, expected, np.float32, x, implementation)
-        # Of size 1 along the axis it takes out whole rows.
+        # A bias of size 1 along the axis masks whole rows.
         y = np.asarray(FUNCTIONS[name](x, bias=bias[:, 1:2], implementation=implementation))
-        lost = np.isinf(bias[:, 1])
+        masked_rows = np.isinf(bias[:, 1])
         expected = exact(name, x)
-        expected[lost] = -INF if name == "logsumexp" else NAN
+        expected[masked_rows] = -INF if name == "logsumexp" else NAN
         assert_close(name, y, expected, np.float32, x, implementation)
 
     def test_special_values(self, implementation):
@@ -202,7 +202,7 @@ class TestScaleAndBias:
 
     @pytest.mark.parametrize("x_dtype", [jnp.bfloat16, np.float16, np.float32, np.int32])
     @pytest.mark.parametrize("operand", [2, 2.5, np.float32(2), np.float64(2), np.int64(2), jnp.bfloat16(2)])
-    def test_the_result_has_the_dtype_of_the_formula(self, x_dtype, operand, name):
+    def test_result_dtype_is_that_of_the_formula(self, x_dtype, operand, name):
         x = jax.ShapeDtypeStruct((1, 3), x_dtype)
         for function, formula in (
             (lambda x: FUNCTIONS[name](x, scale=operand), lambda x: jnp.exp(x * operand)),
@@ -242,7 +242,7 @@ def band_mask(rows, n, before, after):
 class TestBand:
     @pytest.mark.parametrize(("before", "after"), BANDS)
     @pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
-    def test_is_the_mask_that_it_describes(self, shape, before, after, name, implementation):
+    def test_equals_the_explicit_mask(self, shape, before, after, name, implementation):
         mask = band_mask(*shape, before, after)
         x = masked_input(shape, mask, np.float32)
         y = np.asarray(FUNCTIONS[name](x, where=Band(before, after), implementation=implementation))
@@ -293,7 +293,7 @@ class TestBand:
             ({"after": "all"}, "after must be None or an integer from 0 on, got 'all'"),
         ],
     )
-    def test_bad_limits(self, limits, words):
+    def test_invalid_limits(self, limits, words):
         with pytest.raises(ValueError, match=words):
             Band(**limits)
 
@@ -332,16 +332,16 @@ class TestErrors:
             ({"implementation": "cuda"}, ValueError, "implementation must be None, 'native' .*'cuda'"),
         ],
     )
-    def test_say_which_argument_and_value(self, arguments, error, words, name):
+    def test_errors_name_argument_and_value(self, arguments, error, words, name):
         with pytest.raises(error, match=words):
             FUNCTIONS[name](X, **arguments)
 
     @pytest.mark.parametrize("bad", [jnp.ones((2, 3), bool), [1.0, 2.0], "text"])
-    def test_logits_go_by_their_name(self, bad, name):
+    def test_errors_name_the_logits_argument(self, bad, name):
         with pytest.raises(TypeError, match=f"^{'a' if name == 'logsumexp' else 'x'} must be an array"):
             FUNCTIONS[name](bad)
 
-    def test_band_of_a_vector(self, name):
+    def test_band_needs_two_dimensions(self, name):
         with pytest.raises(ValueError, match=r"needs . of two dimensions at least, got shape \(3,\)"):
             FUNCTIONS[name](X[0], where=Band())
 
@@ -349,6 +349,6 @@ class TestErrors:
         with pytest.raises(ValueError, match="axis -1 is out of range for an array of 0 dim"):
             FUNCTIONS[name](jnp.float32(1))
 
-    def test_native_says_why_not(self, name):
+    def test_native_error_gives_the_reason(self, name):
         with pytest.raises(ValueError, match="implementation='native' cannot run: "):
             FUNCTIONS[name](jnp.zeros(3, jnp.complex64), implementation="native")

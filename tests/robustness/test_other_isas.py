@@ -1,4 +1,5 @@
-"""The tests that go through XLA, again for every other instruction set: a process has but one."""
+"""Runs the tests that go through XLA again for every other instruction set, of which a process has only
+one."""
 
 import os
 import pathlib
@@ -12,7 +13,7 @@ TESTS = pathlib.Path(__file__).parent.parent
 OTHERS = [isa for isa in native.supported_isas() if isa != native.active_isa()]
 
 
-@pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="is itself such a run")
+@pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="this is already such a run")
 @pytest.mark.parametrize("isa", OTHERS)
 def test_through_xla(isa):
     names = (
@@ -21,6 +22,6 @@ def test_through_xla(isa):
         "numerics/test_jit_accuracy.py",
         "numerics/test_properties.py::TestInsideJit",
     )
-    # Rules of transformations and the reference are the same for all; what kernels compute is not.
+    # Transformation rules and the reference do not depend on the instruction set; the kernels do.
     arguments = ["-x", "-k", "not reference", *(TESTS / name for name in names)]
     run_pytest(*arguments, timeout=900, JAX_SOFTMAX2P_ISA=isa)

@@ -1,4 +1,4 @@
-"""Runs the tests of this folder that need several devices, in processes that have eight."""
+"""Runs the tests of this folder that need several devices, in processes with eight."""
 
 import pathlib
 

@@ -10,17 +10,17 @@ from jax_softmax2p import Band
 
 
 def residuals(function, *operands):
-    """Shape and origin of all that the forward pass keeps for the backward one."""
+    """The shape, dtype and origin of everything that the forward pass saves for the backward pass."""
     return [(value.shape, value.dtype, origin) for value, origin in saved_residuals(function, *operands)]
 
 
 class TestResiduals:
-    """What is kept of x's size or more; rows are cheap."""
+    """Residuals of x's size or more are counted; residuals of one number a row are cheap."""
 
     X = np.zeros((64, 1000), np.float32)
     MASK = np.ones((64, 1000), bool)
 
-    def kept(self, function, *operands, arguments=False):
+    def saved(self, function, *operands, arguments=False):
         x = operands[0] if operands else self.X
         return [
             dtype.name
@@ -28,23 +28,23 @@ class TestResiduals:
             if np.prod(shape) >= x.size and (arguments or "from the argument" not in origin)
         ]
 
-    def test_softmax_keeps_its_result_alone(self):
+    def test_softmax_saves_only_its_result(self):
         assert residuals(s2p.softmax, self.X)
-        assert self.kept(s2p.softmax, arguments=True) == ["float32"]
+        assert self.saved(s2p.softmax, arguments=True) == ["float32"]
 
-    def test_scale_and_bias_keep_no_more(self):
-        """The scale's derivative needs x, and x is there anyway."""
+    def test_scale_and_bias_save_nothing_more(self):
+        """The scale's derivative needs x, which as an argument is saved without a copy."""
         scale, bias = np.ones((64, 1), np.float32), np.zeros(1000, np.float32)
         g = lambda x, scale, bias: s2p.softmax(x, scale=scale, bias=bias)
-        assert self.kept(g, self.X, scale, bias) == ["float32"]
-        assert self.kept(lambda x: g(x, 2.0, bias), arguments=True) == ["float32"]
+        assert self.saved(g, self.X, scale, bias) == ["float32"]
+        assert self.saved(lambda x: g(x, 2.0, bias), arguments=True) == ["float32"]
 
-    def test_a_band_keeps_no_mask_of_floats(self):
-        kept = self.kept(lambda x: s2p.softmax(x, where=Band()), arguments=True)
-        assert sorted(kept) in (["float32"], ["bool", "float32"])
+    def test_band_saves_no_float_mask(self):
+        saved = self.saved(lambda x: s2p.softmax(x, where=Band()), arguments=True)
+        assert sorted(saved) in (["float32"], ["bool", "float32"])
 
-    def test_log_softmax_keeps_one_array(self):
-        assert self.kept(s2p.log_softmax, arguments=True) == ["float32"]
+    def test_log_softmax_saves_one_array(self):
+        assert self.saved(s2p.log_softmax, arguments=True) == ["float32"]
 
     @pytest.mark.parametrize(
         "function",
@@ -55,26 +55,26 @@ class TestResiduals:
             lambda x: s2p.softmax_cross_entropy_with_integer_labels(x, np.zeros(64, int)),
         ],
     )
-    def test_log_sums_keep_nothing_but_x_itself(self, function):
-        assert self.kept(function) == []
-        assert self.kept(function, arguments=True) in (["float32"], [])
+    def test_logsumexp_saves_only_x(self, function):
+        assert self.saved(function) == []
+        assert self.saved(function, arguments=True) in (["float32"], [])
 
-    def test_masks_of_log_sums_are_kept_as_they_are(self):
+    def test_logsumexp_saves_no_copy_of_masks(self):
         for function in (
             lambda x, mask: s2p.logsumexp(x, -1, where=mask),
             lambda x, mask: s2p.softmax_cross_entropy_with_integer_labels(x, np.zeros(64, int), where=mask),
         ):
-            assert self.kept(function, self.X, self.MASK) == []
+            assert self.saved(function, self.X, self.MASK) == []
 
     @pytest.mark.parametrize("function", [s2p.log_softmax, lambda x: s2p.logsumexp(x, -1)])
     def test_jitted(self, function):
-        """Tracing through jit keeps the same."""
+        """Inside jit, the same residuals are saved."""
         g = jax.jit(function)
-        assert len(self.kept(g, arguments=True)) == 1
+        assert len(self.saved(g, arguments=True)) == 1
 
 
-def test_gradients_read_the_logits_and_write_the_result(implementation):
-    """One kernel each way; the reference calls none."""
+def test_gradient_takes_one_custom_call_in_each_direction(implementation):
+    """Forward and backward pass are one custom call each, and none with the reference."""
     x, labels = np.random.default_rng(0).standard_normal((8, 33)), np.arange(8)
     loss = lambda x: s2p.softmax_cross_entropy_with_integer_labels(
         x, labels, implementation=implementation
