@@ -1,5 +1,4 @@
-"""How busy other processes keep the machine, which decides whether measurements of several threads mean
-anything."""
+"""How busy other processes keep the machine: measurements of several threads depend on it."""
 
 import os
 import time

@@ -1,5 +1,4 @@
-"""Runs a table: its backends take turns on every case; ratios of their times are summed up and held to
-goals."""
+"""Runs a table: its backends take turns on every case, and ratios of their times are compared with goals."""
 
 import contextlib
 import statistics

@@ -1,5 +1,4 @@
-"""Runs the tests that go through XLA again for every other instruction set, of which a process has only
-one."""
+"""Runs the tests that go through XLA again for every instruction set but the active one."""
 
 import os
 import pathlib
