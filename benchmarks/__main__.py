@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: all tables and pictures of this package, from measurements kept as JSON."""
+"""``python -m benchmarks``: measures, prints tables, draws plots, and keeps the measurements as JSON."""
 
 import argparse
 import contextlib
@@ -6,25 +6,25 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import compare, environment, pictures
+from benchmarks import compare, environment, plots
 from benchmarks.markdown import markdown
 from benchmarks.progress import Progress
-from benchmarks.race import Effort, Table, run_table
 from benchmarks.results import Results
+from benchmarks.runner import Effort, Table, run_table
 from benchmarks.sections import SECTIONS
 from jax_softmax2p import native
 
-FULL = Effort(sweeps=3, rounds=5, few=1, seconds=0.15)
-QUICK = Effort(sweeps=1, rounds=3, few=1, seconds=0.03, elements=2**23)
+FULL = Effort(sweeps=3, rounds=5, slow_rounds=1, seconds=0.15)
+QUICK = Effort(sweeps=1, rounds=3, slow_rounds=1, seconds=0.03, max_elements=2**23)
 
 TRAINING = "training"
-"""A section that is no table: ``benchmarks.train_lm``."""
+"""The section that runs ``benchmarks.train_lm`` instead of tables."""
 
 RESULTS = pathlib.Path("results/benchmarks.json")
 
 
 def main() -> None:
-    """Measures, or takes what was measured, and prints, keeps, draws and compares it."""
+    """Measures, or loads an earlier run, and prints, keeps, draws and compares it."""
     parser = make_parser()
     options = parser.parse_args()
     is_json = options.compare is not None and options.compare.endswith(".json")
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What may stand on the command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "section",
@@ -63,7 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         help="instruction set for sections kernels and paper, may be repeated; all but portable by default",
     )
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9, shorter, no large cases")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one sweep instead of 3, 3 rounds instead of 5, shorter, and no large cases",
+    )
     parser.add_argument(
         "--json",
         type=pathlib.Path,
@@ -76,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=pathlib.Path,
         metavar="FOLDER",
         default=RESULTS.parent / "figures",
-        help="where to draw the pictures (%(default)s)",
+        help="where to draw the plots (%(default)s)",
     )
     parser.add_argument(
         "--plot",
@@ -84,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="JSON",
         nargs="?",
         const=RESULTS,
-        help="draw the pictures of an earlier run from its JSON (%(const)s), instead of measuring",
+        help="draw the plots of an earlier run from its JSON (%(const)s), instead of measuring",
     )
     parser.add_argument(
         "--compare",
@@ -96,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def choose_tables(options: argparse.Namespace) -> dict[str, list[Table]]:
-    """What is to be measured, by section.
+    """The tables to measure, by section.
 
     Raises:
       ValueError: an option is wrong, or leaves nothing.
@@ -110,8 +114,8 @@ def choose_tables(options: argparse.Namespace) -> dict[str, list[Table]]:
     every = {name: SECTIONS[name](isas) for name in options.section or SECTIONS if name in SECTIONS}
     sections = {}
     for name, tables in every.items():
-        within = [table.within(_effort(options), options.only) for table in tables]
-        sections[name] = [table for table in within if table.cases]
+        selected = [table.select(_effort(options), options.only) for table in tables]
+        sections[name] = [table for table in selected if table.cases]
     if every and not any(sections.values()):
         names = sorted({case.name for tables in every.values() for table in tables for case in table.cases})
         raise ValueError(f"--only {options.only!r} leaves none of: {', '.join(names)}")
@@ -119,7 +123,7 @@ def choose_tables(options: argparse.Namespace) -> dict[str, list[Table]]:
 
 
 def measure(sections: Mapping[str, Sequence[Table]], trains: bool, options: argparse.Namespace) -> Results:
-    """Runs the tables, and the training if asked for; prints what they give, keeps it section by section."""
+    """Runs the tables, and the training if ``trains``; prints results and saves them after each section."""
     results = Results(environment.describe(), environment.caches(), environment.auto_crossovers(), {})
     for key, value in results.environment.items():
         print(f"{key:>16}  {value}")
@@ -153,11 +157,11 @@ def train(quick: bool) -> dict[str, Any] | None:
 
 
 def draw(results: Results, folder: pathlib.Path) -> None:
-    """All pictures for which there are measurements."""
+    """Draws all plots for which there are measurements, and prints the names of their files."""
     try:
-        files = pictures.draw(results, folder)
+        files = plots.draw(results, folder)
     except ImportError as error:
-        print(f"No pictures: {error}")
+        print(f"No plots: {error}")
         return
     for file in files:
         print(f"  {file}")

@@ -1,4 +1,4 @@
-"""The case table: one line a case."""
+"""The table of cases, one line for each."""
 
 import math
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As it appears in tables."""
+        """The name in tables."""
         axis = "" if self.axis == -1 else f" axis {self.axis}"
         operation = "" if self.operation == "softmax" else f"{self.operation} "
         data = "" if self.data == "normal" else f" {self.data}"
@@ -25,17 +25,17 @@ class Case(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Of the input."""
+        """The number of elements of the input."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Size of the input."""
+        """The size of the input."""
         return self.elements * np.dtype(self.dtype).itemsize
 
 
 def fill(x: np.ndarray, data: str) -> None:
-    """With numbers that are always the same: ``"normal"``, ``"uniform"`` (±1000), ``"ramp"`` (±90)."""
+    """Fills x with reproducible numbers: ``"normal"``, ``"uniform"`` (±1000) or ``"ramp"`` (−90 to 90)."""
     rng = np.random.default_rng(0)
     if data == "normal" and x.dtype == np.float32:
         rng.standard_normal(dtype=np.float32, out=x)
@@ -65,26 +65,26 @@ _TEN_SHAPES = (
 _ATTENTION_SHAPES = ((4, 1024, 12, 64), (1, 4096, 8, 64))
 
 SMALL_CALL = Case((1, 1024))
-"""Where the cost of a call is held against that of jit(x + 1)."""
+"""The case in which the cost of a call is compared with that of jit(x + 1)."""
 
 SHORT_ROWS = Case((1000000, 8))
 
 
-def _of(operation: str, *shapes: tuple[int, ...]) -> tuple[Case, ...]:
-    """In both of the dtypes that networks are trained in."""
+def _in_both_dtypes(operation: str, *shapes: tuple[int, ...]) -> tuple[Case, ...]:
+    """Cases in float32 and bfloat16, the dtypes in which networks are trained."""
     return tuple(
         Case(shape, dtype=dtype, operation=operation) for dtype in ("float32", "bfloat16") for shape in shapes
     )
 
 
 _LENGTHS = (*(1024 * m * 10**k for k in range(5) for m in (1, 2, 5)), 1024 * 10**5)
-"""As the paper's, 10^3 to 10^8, in whole cache lines."""
+"""Lengths from 10^3 to 10^8 as in the paper, rounded to whole cache lines."""
 
 _POWERS_OF_FOUR = tuple(4**k for k in range(2, 14))
 
 
 def _rows(n: int) -> int:
-    """So many that the largest error is not one row's chance."""
+    """The number of rows of length n, so many that the largest error does not depend on a single row."""
     return max(1, 2**16 // n)
 
 
@@ -102,10 +102,10 @@ CASES = {
         Case((256, 1000, 3), axis=1),
         SHORT_ROWS,
     ),
-    "logsumexp": _of("logsumexp", (256, 128256), (512, 32000)),
-    "cross-entropy": _of("cross-entropy and gradient", (512, 32000), (256, 128256), (256, 1000)),
-    "gradient": _of("softmax and VJP", (1024, 1024), (49152, 512), (64, 128256)),
-    "masked": _of("masked softmax", (8, 12, 512, 512)),
+    "logsumexp": _in_both_dtypes("logsumexp", (256, 128256), (512, 32000)),
+    "cross-entropy": _in_both_dtypes("cross-entropy and gradient", (512, 32000), (256, 128256), (256, 1000)),
+    "gradient": _in_both_dtypes("softmax and VJP", (1024, 1024), (49152, 512), (64, 128256)),
+    "masked": _in_both_dtypes("masked softmax", (8, 12, 512, 512)),
     "attention": tuple(
         Case(shape, operation=operation)
         for operation in ("attention", "causal attention")
@@ -153,7 +153,7 @@ CASES = {
         *(Case((_rows(n), n)) for n in _POWERS_OF_FOUR),
         *(Case((_rows(n), n), data="ramp") for n in _POWERS_OF_FOUR[:-1]),
     ),
-    "growth in n": tuple(Case((1, n)) for n in _LENGTHS[::2]),
-    "growth in batch": tuple(Case((4**k, 1024)) for k in range(9)),
+    "scaling in n": tuple(Case((1, n)) for n in _LENGTHS[::2]),
+    "scaling in batch": tuple(Case((4**k, 1024)) for k in range(9)),
 }
-"""What each table of ``benchmarks.sections`` measures."""
+"""The cases of each table of ``benchmarks.sections``."""

@@ -1,16 +1,16 @@
-"""What the paper claims, and whether it holds here."""
+"""The claims of arXiv 2001.04438, and whether they hold in a run."""
 
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from benchmarks.memory_traffic import PAPER_BEST_OVER_TWO_PASS, gigabytes_per_second
 from benchmarks.results import Results, Row
-from benchmarks.traffic import PAPER_BEST_OVER_TWO_PASS, gigabytes_per_second
 
-SPEED_OF_MEMORY = 0.8
-"""A pass that moves memory at this part of what a plain loop does counts as bound by it."""
+MEMORY_BOUND_FRACTION = 0.8
+"""A pass counts as bound by memory if it reaches this fraction of the bandwidth of a plain loop."""
 
-LOOPS_LIKE = {
+LOOP_OF_PASS = {
     "max": "memory: read",
     "sum_exp": "memory: read",
     "exp_store": "memory: copy",
@@ -18,21 +18,21 @@ LOOPS_LIKE = {
     "extended_sum": "memory: read",
     "extended_write": "memory: non-temporal copy",
 }
-"""For each pass, the loop that reads and stores in the same way."""
+"""The loop that reads and stores in the same way, by pass."""
 
 THREE_PASS = ("three_pass_recompute", "three_pass_reload")
 
 
 class Claim(NamedTuple):
-    """What the paper says, what was measured here, and whether that is the same."""
+    """A claim of the paper, what was measured in its place, and whether that agrees."""
 
-    says: str
-    here: str
+    text: str
+    measured: str
     holds: bool
 
 
 def claims(results: Results) -> Iterator[Claim]:
-    """Those about which something was measured."""
+    """Yields the claims about which something was measured."""
     caches = list(results.caches.values())
     for table in results.tables("algorithms"):
         up_to = PAPER_BEST_OVER_TWO_PASS.get(table.isa)
@@ -47,19 +47,19 @@ def claims(results: Results) -> Iterator[Claim]:
         yield from _bound_by_memory(table.isa, table.rows[-1])
     most_threads = {table.isa: table.rows for table in results.tables("threads")}
     for isa, rows in most_threads.items():
-        says = f"{isa}: out of cache, two passes are faster on all threads, too, with as long a row for each"
-        yield from _advantage(says, rows, True)
+        text = f"{isa}: out of cache, two passes are faster on all threads, too, with as long a row for each"
+        yield from _advantage(text, rows, True)
 
 
-def _advantage(says: str, rows: Sequence[Row], faster: bool) -> Iterator[Claim]:
-    """That two passes are faster than the best three, or are not, on average."""
+def _advantage(text: str, rows: Sequence[Row], faster: bool) -> Iterator[Claim]:
+    """The claim that two passes are faster than the best three on average, or that they are not."""
     if rows:
         ratios = [_best_over_two_pass(row.medians) for row in rows]
         mean = statistics.geometric_mean(ratios)
-        here = (
+        measured = (
             f"{mean:.2f}×" if len(rows) == 1 else f"{min(ratios):.2f} to {max(ratios):.2f}×, mean {mean:.2f}×"
         )
-        yield Claim(says, here, (mean > 1) == faster)
+        yield Claim(text, measured, (mean > 1) == faster)
 
 
 def _best_over_two_pass(medians: dict[str, float]) -> float:
@@ -68,13 +68,14 @@ def _best_over_two_pass(medians: dict[str, float]) -> float:
 
 def _bound_by_memory(isa: str, row: Row) -> Iterator[Claim]:
     speeds = {name: gigabytes_per_second(name, row.case, median) for name, median in row.medians.items()}
-    parts = {name: _part(speeds, name) for name in LOOPS_LIKE}
-    here = ", ".join(f"{name} {part:.0%}" for name, part in parts.items() if part is not None)
-    if here:
-        says = f"{isa}: out of cache, memory bounds every pass (its part of the speed of a loop like it)"
-        yield Claim(says, here, all(part is None or part >= SPEED_OF_MEMORY for part in parts.values()))
+    fractions = {name: fraction for name in LOOP_OF_PASS if (fraction := _fraction(speeds, name)) is not None}
+    if fractions:
+        text = f"{isa}: out of cache, memory bounds every pass (fraction of the bandwidth of a loop like it)"
+        measured = ", ".join(f"{name} {fraction:.0%}" for name, fraction in fractions.items())
+        yield Claim(text, measured, min(fractions.values()) >= MEMORY_BOUND_FRACTION)
 
 
-def _part(speeds: dict[str, float | None], name: str) -> float | None:
-    speed, loop = speeds.get(name), speeds.get(LOOPS_LIKE[name])
+def _fraction(speeds: dict[str, float | None], name: str) -> float | None:
+    """The bandwidth of a pass over that of the loop like it."""
+    speed, loop = speeds.get(name), speeds.get(LOOP_OF_PASS[name])
     return None if speed is None or loop is None else speed / loop

@@ -1,4 +1,4 @@
-"""Two runs, or two revisions of this package, against each other."""
+"""Compares two runs, or races two revisions of this package against each other."""
 
 import contextlib
 import functools
@@ -10,19 +10,19 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.contenders import Ours
-from benchmarks.race import Goal, Ratio, Summary, Table
+from benchmarks.backends import Ours
 from benchmarks.results import Results
-from benchmarks.workers import Elsewhere
+from benchmarks.runner import Goal, Ratio, Summary, Table
+from benchmarks.workers import InstalledBackend
 
 TOLERANCE = 0.15
-"""By how much a ratio may differ between two runs that say the same."""
+"""Two runs agree on a ratio if it differs by no more than this fraction."""
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Difference(NamedTuple):
-    """A ratio in two runs."""
+    """A ratio in an earlier run and in this one."""
 
     table: str
     case: str
@@ -32,12 +32,12 @@ class Difference(NamedTuple):
 
     @property
     def change(self) -> float:
-        """By what part it differs, either way."""
+        """The relative difference, in either direction."""
         return max(self.before / self.now, self.now / self.before) - 1
 
 
 def differences(before: Results, now: Results) -> list[Difference]:
-    """Of all ratios that are in both."""
+    """The differences of all ratios that both runs have."""
     known = {
         (result.title, row.case, name): ratio
         for result in before.tables()
@@ -54,7 +54,7 @@ def differences(before: Results, now: Results) -> list[Difference]:
 
 
 def report(before: Results, now: Results) -> Iterator[str]:
-    """Lines that say which ratios differ by more than :data:`TOLERANCE`, and on what the runs ran."""
+    """Yields lines that say how the environments differ, and which ratios by more than :data:`TOLERANCE`."""
     for key in sorted(before.environment.keys() | now.environment.keys()):
         values = [results.environment.get(key, "nothing") for results in (before, now)]
         if values[0] != values[1]:
@@ -68,7 +68,7 @@ def report(before: Results, now: Results) -> Iterator[str]:
 
 @contextlib.contextmanager
 def installed(revision: str) -> Iterator[pathlib.Path]:
-    """A folder into which the package is installed as it was at a git revision.
+    """Installs the package of a git revision into a temporary folder, which it yields.
 
     Raises:
       ValueError: there is no such revision, or it cannot be built.
@@ -84,21 +84,21 @@ def installed(revision: str) -> Iterator[pathlib.Path]:
 def against_revision(
     sections: Mapping[str, Sequence[Table]], folder: pathlib.Path, revision: str
 ) -> dict[str, list[Table]]:
-    """The tables that this package takes part in, with it alone: as it is, and as installed in the folder."""
-    there = Elsewhere(folder, functools.partial(Ours, revision))
+    """The tables that time this package, with two backends: the package as it is, and that of the folder."""
+    installed_backend = InstalledBackend(folder, functools.partial(Ours, revision))
     ratio = Ratio(f"{revision} / ours", (revision,), "ours")
-    goals = (Goal("geometric mean", 1.0), Goal("least", 1.0))
+    goals = (Goal("geometric mean", 1.0), Goal("minimum", 1.0))
     return {
         name: [
             Table(
                 f"{table.title}: ours and {revision}",
                 table.cases,
-                (Ours, there),
+                (Ours, installed_backend),
                 (ratio,),
                 (Summary(ratio, goals),),
             )
             for table in tables
-            if Ours in table.contenders and table.quantity == "seconds"
+            if Ours in table.backends and table.quantity == "seconds"
         ]
         for name, tables in sections.items()
     }

@@ -1,11 +1,11 @@
-"""What a run ran on."""
+"""The environment of a run: versions, CPU and caches."""
 
 import importlib.metadata
 import pathlib
 import re
 import subprocess
 
-from benchmarks.growth import crossovers
+from benchmarks.scaling import crossovers
 from jax_softmax2p import native
 from jax_softmax2p.demo.environment import describe_environment
 
@@ -15,7 +15,7 @@ _CACHES = pathlib.Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def describe() -> dict[str, str]:
-    """As text, by name."""
+    """The facts of the environment, as text by name."""
     return {
         **describe_environment(),
         "caches": ", ".join(f"{name} {_size(size)}" for name, size in caches().items()),
@@ -25,7 +25,7 @@ def describe() -> dict[str, str]:
 
 
 def caches() -> dict[str, int]:
-    """Sizes in bytes of those that hold data and that one core reaches, by level."""
+    """The sizes in bytes of the caches that hold data of one core, by level."""
     sizes = {}
     for index in sorted(_CACHES.glob("index*")):
         kind, level, size = ((index / name).read_text().strip() for name in ("type", "level", "size"))
@@ -35,12 +35,12 @@ def caches() -> dict[str, int]:
 
 
 def auto_crossovers() -> dict[str, list[int]]:
-    """For one row of n, and for a batch of rows of 1024: see ``results.Results``."""
+    """The crossovers of one row of n, and of a batch of rows of 1024; see ``results.Results``."""
     return {"n": crossovers(lambda n: (1, n, 1)), "batch": crossovers(lambda batch: (batch, 1024, 1))}
 
 
 def commit() -> str:
-    """The revision of this checkout, and whether files differ from it."""
+    """The git revision of this checkout, marked as dirty if files differ from it."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
         found = subprocess.run(

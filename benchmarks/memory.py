@@ -1,4 +1,4 @@
-"""The loops of memory.cc, compiled when first asked for, and aligned arrays for them and for the kernels."""
+"""The loops of memory.cc, compiled on first use, and aligned arrays for them and for the kernels."""
 
 import ctypes
 import functools
@@ -15,7 +15,7 @@ ALIGNMENT = 64
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """An array whose first element is at a multiple of 64 bytes, the size of a cache line."""
+    """An uninitialised array whose data are aligned to 64 bytes, the size of a cache line."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -23,14 +23,14 @@ def aligned_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 def physical_bytes() -> int:
-    """Of the machine; where it does not tell, what is small today."""
+    """The machine's memory, or 8 GiB where the system does not tell."""
     names = getattr(os, "sysconf_names", {})
     known = "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 2**33
 
 
 LOOPS = ("read", "copy", "non-temporal copy", "scale")
-"""Where the plain loops stand in for it, on other CPUs than x86-64, non-temporal is plain."""
+"""The names of the loops. On CPUs other than x86-64 the non-temporal copy is a plain one."""
 
 
 def run(loop: str, x: np.ndarray, out: np.ndarray, threads: int) -> None:

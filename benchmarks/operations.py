@@ -1,4 +1,8 @@
-"""What is computed in jit: an entry for each operation, as each library writes it."""
+"""The operations that are timed inside jit, as each library writes them: one entry for each.
+
+Worker processes import this module, with an older revision of jax_softmax2p under ``--compare REVISION``: it
+uses public names of that package only, and those when an operation is used.
+"""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -14,20 +18,20 @@ from benchmarks.cases import Case
 Function = Callable[..., Any]
 
 SCALE = 0.125
-"""Of masked softmax: that of attention with heads of 64."""
+"""The scale of masked softmax, which is that of attention with heads of size 64."""
 
 
 class Operation(NamedTuple):
-    """An operation.
+    """An operation in every library. All functions of a library take x and the operands.
 
     Attributes:
-      operands: what it takes beside x, from the case.
-      ours: the function of x and the operands, from the case's axis.
-      jax_nn: the same with JAX's own functions, or optax's.
-      torch: the same on tensors.
-      scipy: the same on NumPy arrays, where SciPy has it.
-      onnx: the same as ONNX nodes, from ``onnx.helper.make_node``, where ONNX has it. They lead from "x", or
-        "x", "operand 0" and so on, to "y".
+      operands: makes the operands beside x from the case.
+      ours: makes this package's function from the axis.
+      jax_nn: makes the function of JAX or optax.
+      torch: makes the function of tensors.
+      scipy: makes the function of NumPy arrays, where SciPy has one.
+      onnx: makes ONNX nodes from ``onnx.helper.make_node`` and the case, where ONNX has the operation. Their
+        input is "x", or "x", "operand 0" and so on; their output is "y".
     """
 
     operands: Callable[[Case], Sequence[np.ndarray]]
@@ -38,13 +42,15 @@ class Operation(NamedTuple):
     onnx: Callable[[Function, Case], Sequence[Any]] | None = None
 
 
-def _of_one_name(name: str, onnx: Callable[[Function, Case], Sequence[Any]]) -> Operation:
-    """An operation of x along an axis, which all libraries but ONNX call the same."""
+def _with_common_name(name: str, onnx: Callable[[Function, Case], Sequence[Any]]) -> Operation:
+    """An operation of x along an axis, which has the same name in all libraries but ONNX."""
     of = lambda library: lambda axis: lambda x: getattr(library(), name)(x, axis)
-    return Operation(_nothing, of(lambda: jax_softmax2p), of(lambda: jax.nn), of(_torch), of(_scipy), onnx)
+    return Operation(
+        _no_operands, of(lambda: jax_softmax2p), of(lambda: jax.nn), of(_torch), of(_scipy), onnx
+    )
 
 
-def _nothing(case: Case) -> Sequence[np.ndarray]:
+def _no_operands(case: Case) -> Sequence[np.ndarray]:
     return ()
 
 
@@ -62,8 +68,8 @@ def _bias_and_mask(case: Case) -> Sequence[np.ndarray]:
     return rng.standard_normal(shape, np.float32).astype(case.dtype), rng.random(shape) < 0.8
 
 
-def _vjp_of(softmax: Callable[..., jax.Array]) -> Callable[[int], Function]:
-    return lambda axis: lambda x, t: jax.vjp(lambda x: softmax(x, axis=axis), x)[1](t)[0]
+def _softmax_vjp(library: Callable[[], Any]) -> Callable[[int], Function]:
+    return lambda axis: lambda x, t: jax.vjp(lambda x: library().softmax(x, axis=axis), x)[1](t)[0]
 
 
 def _scipy() -> Any:
@@ -99,17 +105,19 @@ def _onnx_attention(node: Function, case: Case) -> Sequence[Any]:
     ]
 
 
-def _loss_of(cross_entropy: Callable[..., jax.Array]) -> Callable[[int], Function]:
-    return lambda axis: lambda x, labels: cross_entropy(x, labels, axis=axis).mean()
+def _loss(library: Callable[[], Any]) -> Callable[[int], Function]:
+    """The mean cross-entropy, whose function has the same name here and in optax."""
+    return lambda axis: (
+        lambda x, labels: library().softmax_cross_entropy_with_integer_labels(x, labels, axis=axis).mean()
+    )
 
 
-def _gradient_of(loss: Callable[[int], Function]) -> Callable[[int], Function]:
+def _value_and_grad(loss: Callable[[int], Function]) -> Callable[[int], Function]:
     return lambda axis: jax.value_and_grad(loss(axis))
 
 
-def _optax_loss(x, labels, axis):
-    optax = importlib.import_module("optax")
-    return optax.softmax_cross_entropy_with_integer_labels(x, labels, axis=axis)
+def _optax() -> Any:
+    return importlib.import_module("optax")
 
 
 def _torch() -> Any:
@@ -151,8 +159,8 @@ def _key_and_value(case: Case) -> Sequence[np.ndarray]:
 def _attention(causal: bool, gradient: bool) -> Operation:
     """Attention of a query of shape (B, T, N, H), or its gradient in query, key and value."""
 
-    def of(attention: Function) -> Callable[[int], Function]:
-        function = lambda q, k, v: attention(q, k, v, is_causal=causal)
+    def of(library: Callable[[], Any]) -> Callable[[int], Function]:
+        function = lambda q, k, v: library().dot_product_attention(q, k, v, is_causal=causal)
         loss = lambda *operands: jnp.sum(jnp.sin(function(*operands)))
         return lambda axis: jax.grad(loss, (0, 1, 2)) if gradient else function
 
@@ -169,27 +177,28 @@ def _attention(causal: bool, gradient: bool) -> Operation:
 
         return backward if gradient else lambda *operands: forward(*operands).contiguous()
 
-    elsewhere = not (causal or gradient)
+    has_scipy_and_onnx = not (causal or gradient)
     return Operation(
         _key_and_value,
-        of(jax_softmax2p.dot_product_attention),
-        of(jax.nn.dot_product_attention),
+        of(lambda: jax_softmax2p),
+        of(lambda: jax.nn),
         of_torch,
-        (lambda axis: _scipy_attention) if elsewhere else None,
-        _onnx_attention if elsewhere else None,
+        (lambda axis: _scipy_attention) if has_scipy_and_onnx else None,
+        _onnx_attention if has_scipy_and_onnx else None,
     )
 
 
-_OUR_LOSS = _loss_of(jax_softmax2p.softmax_cross_entropy_with_integer_labels)
-_OPTAX_LOSS = _loss_of(_optax_loss)
-
+_OUR_LOSS = _loss(lambda: jax_softmax2p)
+_OPTAX_LOSS = _loss(_optax)
 
 OPERATIONS = {
-    "softmax": _of_one_name("softmax", lambda node, case: [node("Softmax", ["x"], ["y"], axis=case.axis)]),
-    "log_softmax": _of_one_name(
+    "softmax": _with_common_name(
+        "softmax", lambda node, case: [node("Softmax", ["x"], ["y"], axis=case.axis)]
+    ),
+    "log_softmax": _with_common_name(
         "log_softmax", lambda node, case: [node("LogSoftmax", ["x"], ["y"], axis=case.axis)]
     ),
-    "logsumexp": _of_one_name(
+    "logsumexp": _with_common_name(
         "logsumexp",
         lambda node, case: [
             node("Constant", [], ["axes"], value_ints=[case.axis]),
@@ -205,10 +214,10 @@ OPERATIONS = {
         lambda node, case: [node("SoftmaxCrossEntropyLoss", ["x", "operand 0"], ["y"], reduction="mean")],
     ),
     "softmax and VJP": Operation(
-        _cotangent, _vjp_of(jax_softmax2p.softmax), _vjp_of(jax.nn.softmax), _torch_vjp
+        _cotangent, _softmax_vjp(lambda: jax_softmax2p), _softmax_vjp(lambda: jax.nn), _torch_vjp
     ),
     "cross-entropy and gradient": Operation(
-        _labels, _gradient_of(_OUR_LOSS), _gradient_of(_OPTAX_LOSS), _torch_loss_and_gradient
+        _labels, _value_and_grad(_OUR_LOSS), _value_and_grad(_OPTAX_LOSS), _torch_loss_and_gradient
     ),
     "masked softmax": Operation(
         _bias_and_mask,
@@ -221,7 +230,7 @@ OPERATIONS = {
     "gradient of attention": _attention(causal=False, gradient=True),
     "gradient of causal attention": _attention(causal=True, gradient=True),
 }
-"""By the name that a case gives."""
+"""Operations by the name that a case gives."""
 
 GRADIENTS = {
     "softmax and VJP",
@@ -229,4 +238,4 @@ GRADIENTS = {
     "gradient of attention",
     "gradient of causal attention",
 }
-"""Those that differentiate."""
+"""The names of the operations that differentiate."""

@@ -1,11 +1,11 @@
-"""How far a run is: a bar on the terminal, where tqdm is installed, below the tables."""
+"""A progress bar on the terminal below the tables, where tqdm is installed."""
 
 import importlib
 from types import TracebackType
 
 
 class Progress:
-    """Counts cases. A context manager: the bar ends with it."""
+    """A bar that counts cases. A context manager: the bar is closed at its end."""
 
     def __init__(self, cases: int):
         try:
@@ -13,7 +13,7 @@ class Progress:
         except ImportError:
             self._bar = None
         else:
-            # disable=None: no bar where nobody watches it.
+            # disable=None shows the bar on terminals only.
             self._bar = tqdm(total=cases, unit="case", disable=None, leave=False, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
@@ -26,17 +26,17 @@ class Progress:
             self._bar.close()
 
     def begin(self, case: str) -> None:
-        """Says what is measured now."""
+        """Shows the case that is being measured."""
         if self._bar is not None:
             self._bar.set_postfix_str(case)
 
     def advance(self) -> None:
-        """A case is done."""
+        """Counts a case as done."""
         if self._bar is not None:
             self._bar.update()
 
     def write(self, line: str) -> None:
-        """A line of a table, above the bar."""
+        """Prints a line above the bar."""
         if self._bar is None:
             print(line, flush=True)
         else:

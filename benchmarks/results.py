@@ -1,4 +1,4 @@
-"""Raw measurements and what follows from them, in memory and as JSON."""
+"""Measurements and the figures derived from them, in memory and as JSON."""
 
 import json
 import pathlib
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from benchmarks.cases import Case
 
 DIGITS = 4
-"""Of a sample, in JSON."""
+"""Significant digits of a sample in JSON."""
 
 
 class Row(NamedTuple):
-    """What was measured in one case: samples of every contender, and the ratios of their medians."""
+    """The measurements of one case: samples of every backend, and the ratios of their medians."""
 
     case: Case
     samples: dict[str, list[float]]
@@ -22,12 +22,12 @@ class Row(NamedTuple):
 
     @property
     def medians(self) -> dict[str, float]:
-        """By contender."""
+        """The median of the samples, by backend."""
         return {name: statistics.median(samples) for name, samples in self.samples.items()}
 
 
 class Figure(NamedTuple):
-    """A number that sums a table up, and its target, if it has one."""
+    """A number that sums up a table, and its target, if it has one."""
 
     of: str
     statistic: str
@@ -37,16 +37,16 @@ class Figure(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A table as measured.
+    """A measured table.
 
     Attributes:
-      title: its heading.
-      name: what pictures know it by, if there is one of it.
-      quantity: one of ``text.QUANTITIES``.
-      isa: whose kernels it is about, if not about several.
-      rows: a case each.
-      figures: what sums it up.
-      cores_used_by_others: meanwhile, on average; None where the system does not tell.
+      title: the heading.
+      name: the name by which plots find the table, if there is a plot of it.
+      quantity: one of ``formatting.QUANTITIES``.
+      isa: the instruction set whose kernels were measured, if it was a single one.
+      rows: one for each case.
+      figures: numbers that sum up the rows.
+      cores_used_by_others: the average during the measurement; None where the system does not tell.
     """
 
     title: str
@@ -59,12 +59,13 @@ class Result(NamedTuple):
 
 
 class Results(NamedTuple):
-    """All of a run.
+    """All measurements of a run.
 
     Attributes:
-      environment: what it ran on, as text by name.
-      caches: their sizes in bytes, by name.
-      crossovers: from how many elements on ``auto`` computes differently: for one row, and for rows of 1024.
+      environment: versions and hardware, as text by name.
+      caches: the sizes of the caches in bytes, by name.
+      crossovers: the numbers of elements from which on ``auto`` computes differently: "n" for one row,
+        "batch" for rows of 1024.
       sections: tables, by section.
       training: figures of ``benchmarks.train_lm``, if it ran.
     """
@@ -76,13 +77,13 @@ class Results(NamedTuple):
     training: dict[str, Any] | None = None
 
     def save(self, file: pathlib.Path) -> None:
-        """Writes them as JSON."""
+        """Writes the JSON file."""
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(_compact(json.dumps(_plain(self), indent=1, ensure_ascii=False)), encoding="utf-8")
 
     @classmethod
     def load(cls, file: pathlib.Path) -> "Results":
-        """What :meth:`save` has written.
+        """Reads a file that :meth:`save` has written.
 
         Raises:
           ValueError: the file holds something else.
@@ -97,13 +98,13 @@ class Results(NamedTuple):
             raise ValueError(f"{file} does not hold results of benchmarks: {error!r}") from error
 
     def tables(self, name: str | None = None) -> Iterator[Result]:
-        """All of them, or those of a name, if something was measured."""
+        """Yields all tables, or those of a name, in which something was measured."""
         for section in self.sections.values():
             yield from (result for result in section if result.rows and name in (None, result.name))
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: named tuples as objects, samples with as many digits as they are worth."""
+    """Converts named tuples to dicts, and rounds samples to :data:`DIGITS`."""
     if isinstance(value, Row):
         samples = {
             name: [float(f"{sample:.{DIGITS}g}") for sample in samples]
@@ -120,7 +121,7 @@ def _plain(value: Any) -> Any:
 
 
 def _compact(text: str) -> str:
-    """Lists of numbers on one line each."""
+    """Puts each list of numbers on one line."""
     numbers = r"\[\s+([-+\d.,e\s]+?)\s+\]"
     return re.sub(numbers, lambda match: f"[{' '.join(match[1].split())}]", text)
 

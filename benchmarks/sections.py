@@ -1,13 +1,12 @@
-"""What each section measures, and the targets for it."""
+"""The tables of each section, and their targets."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks import memory
-from benchmarks.cases import CASES, SHORT_ROWS, SMALL_CALL, Case
-from benchmarks.contenders import (
+from benchmarks.backends import (
     AddOne,
-    Contender,
+    Backend,
     EmptyCall,
     JaxNN,
     Kernel,
@@ -22,10 +21,11 @@ from benchmarks.contenders import (
     Torch,
     cores,
 )
-from benchmarks.growth import slopes
-from benchmarks.race import STATISTICS, Goal, Ratio, Summary, Table
+from benchmarks.cases import CASES, SHORT_ROWS, SMALL_CALL, Case
+from benchmarks.memory_traffic import PAPER_BEST_OVER_TWO_PASS
 from benchmarks.results import Figure, Row
-from benchmarks.traffic import PAPER_BEST_OVER_TWO_PASS
+from benchmarks.runner import STATISTICS, Goal, Ratio, Summary, Table
+from benchmarks.scaling import slopes
 from jax_softmax2p import native
 
 JAX_OVER_OURS = Ratio("jax.nn / ours", ("jax.nn",), "ours")
@@ -37,7 +37,7 @@ OURS_OVER_ADD = Ratio("ours / (x + 1)", ("ours",), "x + 1")
 THREE_PASS = ("three_pass_recompute", "three_pass_reload")
 BEST_OVER_TWO_PASS = Ratio("best three-pass / two_pass", THREE_PASS, "two_pass")
 AUTO_OVER_READ_AND_COPY = Ratio("auto / (read + copy)", ("auto",), "read + copy")
-RELOAD_OVER_AUTO = Ratio("reload / auto net of the call", ("three_pass_reload",), "auto", net_of="a call")
+RELOAD_OVER_AUTO = Ratio("reload / auto net of the call", ("three_pass_reload",), "auto", overhead="a call")
 AUTO_OVER_COPY = Ratio("auto / copy", ("auto",), "non-temporal copy")
 SPEED_UP = Ratio("1 thread / 2 threads", ("1 thread",), "2 threads")
 
@@ -47,39 +47,39 @@ SCIPY_OVER_OURS = Ratio("scipy / ours", ("scipy",), "ours")
 OVER_OURS = (JAX_OVER_OURS, TORCH_OVER_OURS, ORT_OVER_OURS, OPENVINO_OVER_OURS, SCIPY_OVER_OURS)
 
 THREADS = 2
-"""Where a target is for several threads. XLA and torch have as many as there are cores."""
+"""The number of threads in targets for several threads. XLA and torch use as many as there are cores."""
 
 LONG_ROW = 2**24
-"""Elements a thread, out of cache."""
+"""The length of a row for each thread that is out of cache."""
 
 CACHED_ROWS = (8, 16384)
-"""Rows a thread, and their length, that stay in the second-level cache."""
+"""The number of rows for each thread, and their length, that stay in the second-level cache."""
 
-WHAT_KERNELS_ARE = "softmax_into, warm, preallocated, aligned to 64 bytes"
+KERNEL_PROTOCOL = "softmax_into, warm, preallocated, aligned to 64 bytes"
 
 
 def jit(isas: Sequence[str]) -> list[Table]:
-    """Whole calls in jit, over the last axis, in the active instruction set."""
+    """Calls in jit along the last axis, with the active instruction set."""
     summaries = [
         summary
         for dtype, mean in (("float32", 3.5), ("bfloat16", 4.0))
         for summary in (
             Summary(
                 JAX_OVER_OURS,
-                (Goal("geometric mean", mean), Goal("least", 1.2)),
+                (Goal("geometric mean", mean), Goal("minimum", 1.2)),
                 f", {dtype}",
                 partial(_is_of, dtype),
             ),
             Summary(
                 TORCH_OVER_OURS,
-                (Goal("geometric mean", 3.0), Goal("least", 1.0)),
+                (Goal("geometric mean", 3.0), Goal("minimum", 1.0)),
                 f", {dtype} from 128 KiB up",
-                partial(_is_of, dtype, least_bytes=128 * 1024),
+                partial(_is_of, dtype, min_bytes=128 * 1024),
             ),
         )
     ]
     small = Summary(
-        OURS_OVER_ADD, (Goal("greatest", 1.3),), f", {SMALL_CALL.name}", lambda case: case == SMALL_CALL
+        OURS_OVER_ADD, (Goal("maximum", 1.3),), f", {SMALL_CALL.name}", lambda case: case == SMALL_CALL
     )
     return [
         Table(
@@ -101,7 +101,7 @@ def jit(isas: Sequence[str]) -> list[Table]:
 
 
 def layouts(isas: Sequence[str]) -> list[Table]:
-    """Whole calls in jit where rows are not long runs of memory."""
+    """Calls in jit along axes that are not the last, and of short rows."""
     return [
         Table(
             "In jit, other layouts",
@@ -109,11 +109,11 @@ def layouts(isas: Sequence[str]) -> list[Table]:
             (Ours, JaxNN, Torch),
             (JAX_OVER_OURS, TORCH_OVER_OURS),
             (
-                Summary(JAX_OVER_OURS, (Goal("least", 1.5),), ", axis not last", _has_inner_axis),
-                Summary(TORCH_OVER_OURS, (Goal("least", 1.0),), ", axis not last", _has_inner_axis),
+                Summary(JAX_OVER_OURS, (Goal("minimum", 1.5),), ", axis not last", _has_inner_axis),
+                Summary(TORCH_OVER_OURS, (Goal("minimum", 1.0),), ", axis not last", _has_inner_axis),
                 Summary(
                     JAX_OVER_OURS,
-                    (Goal("least", 2.0),),
+                    (Goal("minimum", 2.0),),
                     f", {SHORT_ROWS.name}",
                     lambda case: case == SHORT_ROWS,
                 ),
@@ -123,18 +123,20 @@ def layouts(isas: Sequence[str]) -> list[Table]:
 
 
 def family(isas: Sequence[str]) -> list[Table]:
-    """Whole calls in jit of what is made of sums of exponentials, and of gradients."""
+    """Calls in jit of logsumexp, cross-entropy, masked softmax, and gradients."""
     return [
-        _family(
+        _family_table(
             "logsumexp",
             (Ours, JaxNN, Torch, partial(MemoryLoop, "read", threads=THREADS)),
             (8.0, 2.0),
             (0.0, 0.0),
             OURS_OVER_READ,
         ),
-        _family("cross-entropy", (Ours, JaxNN, Torch), (4.0, 4.0, 1.0), (4.0, 4.0, 1.0)),
-        _family("gradient", (Ours, JaxNN, Torch), (2.0, 2.0, 2.0), (0.0, 1.5, 1.5))._replace(name="peers"),
-        _family("masked", (Ours, JaxNN, Torch, OursPlain), (1.5,), (0.0,), OURS_OVER_PLAIN),
+        _family_table("cross-entropy", (Ours, JaxNN, Torch), (4.0, 4.0, 1.0), (4.0, 4.0, 1.0)),
+        _family_table("gradient", (Ours, JaxNN, Torch), (2.0, 2.0, 2.0), (0.0, 1.5, 1.5))._replace(
+            name="peers"
+        ),
+        _family_table("masked", (Ours, JaxNN, Torch, OursPlain), (1.5,), (0.0,), OURS_OVER_PLAIN),
     ]
 
 
@@ -146,7 +148,7 @@ def attention(isas: Sequence[str]) -> list[Table]:
             CASES[name],
             (Ours, JaxNN, Torch),
             (JAX_OVER_OURS, TORCH_OVER_OURS),
-            (Summary(JAX_OVER_OURS, (Goal("least", target),)),),
+            (Summary(JAX_OVER_OURS, (Goal("minimum", target),)),),
         )
         for name, target in (("attention", 1.8), ("gradient of attention", 1.5))
     ]
@@ -157,19 +159,25 @@ def kernels(isas: Sequence[str]) -> list[Table]:
     return [
         make(isa)
         for isa in isas
-        for make in (_out_of_cache, _in_cache, _against_copy, _scaling, _far_scaling)
+        for make in (
+            _out_of_cache,
+            _in_cache,
+            _against_copy,
+            _thread_scaling_in_cache,
+            _thread_scaling_out_of_cache,
+        )
     ]
 
 
 def peers(isas: Sequence[str]) -> list[Table]:
-    """What other libraries have of the same, on as many threads."""
-    elsewhere = (partial(OnnxRuntime, cores()), partial(OpenVino, cores()), SciPy)
+    """The same operations in other libraries, on as many threads."""
+    other_libraries = (partial(OnnxRuntime, cores()), partial(OpenVino, cores()), SciPy)
     softmax = Table(
-        f"Peers: softmax, {cores()} threads; ours is {WHAT_KERNELS_ARE}, and so are onnxruntime and openvino",
+        f"Peers: softmax, {cores()} threads; ours is {KERNEL_PROTOCOL}, and so are onnxruntime and openvino",
         CASES["peers"],
-        (partial(Kernel, "ours", threads=cores()), Torch, *elsewhere),
+        (partial(Kernel, "ours", threads=cores()), Torch, *other_libraries),
         OVER_OURS,
-        (Summary(ORT_OVER_OURS, (Goal("least", 1.2),)),),
+        (Summary(ORT_OVER_OURS, (Goal("minimum", 1.2),)),),
         name="peers",
     )
     return [
@@ -178,7 +186,7 @@ def peers(isas: Sequence[str]) -> list[Table]:
             Table(
                 f"Peers: {operation}, {cores()} threads; ours, jax.nn and optax in jit",
                 CASES[f"peers, {operation}"],
-                (Ours, JaxNN, Torch, *elsewhere),
+                (Ours, JaxNN, Torch, *other_libraries),
                 OVER_OURS,
                 name="peers",
             )
@@ -188,7 +196,7 @@ def peers(isas: Sequence[str]) -> list[Table]:
 
 
 def accuracy(isas: Sequence[str]) -> list[Table]:
-    """The largest error of every library, over length."""
+    """The largest error of every library over the length of a row."""
     return [
         Table(
             "Error of softmax against float64, normal data and a ramp from -90 to 90",
@@ -200,17 +208,18 @@ def accuracy(isas: Sequence[str]) -> list[Table]:
     ]
 
 
-def growth(isas: Sequence[str]) -> list[Table]:
+def scaling(isas: Sequence[str]) -> list[Table]:
     """Time and memory of a call in jit against the length of a row and against the number of rows."""
     return [
         Table(
-            f"Growth: {quantity} against {along}, in jit",
-            CASES[f"growth in {along}"],
+            f"Scaling: {quantity} against {along}, in jit",
+            CASES[f"scaling in {along}"],
             (Ours, JaxNN),
             quantity=quantity,
-            name=f"growth of {quantity} in {along}",
-            # Below, a call costs more than what it does, and memory that is there already serves.
-            derive=partial(slopes, what=f"{quantity} against {along}", least_elements=10**6),
+            name=f"scaling of {quantity} in {along}",
+            # Below 10^6 elements, the overhead of a call dominates, and memory that the process already has
+            # suffices.
+            derive=partial(slopes, what=f"{quantity} against {along}", min_elements=10**6),
         )
         for along in ("n", "batch")
         for quantity in ("seconds", "bytes")
@@ -235,44 +244,43 @@ SECTIONS: dict[str, Callable[[Sequence[str]], list[Table]]] = {
     "paper": paper,
     "peers": peers,
     "accuracy": accuracy,
-    "growth": growth,
+    "scaling": scaling,
 }
-"""The tables of each section, from the instruction sets that `kernels` and `paper` are to measure."""
-
+"""Functions that make the tables of each section, from the instruction sets for `kernels` and `paper`."""
 
 BOUNDS = {OURS_OVER_READ: 1.5, OURS_OVER_PLAIN: 1.15}
-"""What these may be at most."""
+"""The upper bounds of ratios."""
 
 
-def _family(
+def _family_table(
     name: str,
-    contenders: tuple[Callable[[], Contender], ...],
+    backends: tuple[Callable[[], Backend], ...],
     over_jax: tuple[float, ...],
     over_torch: tuple[float, ...],
     bounded: Ratio | None = None,
 ) -> Table:
-    """A table with a target for each of its shapes in float32, 0 for none; for bfloat16 there are none."""
+    """A table with a target for each of its shapes in float32, where 0 means none, and none for bfloat16."""
     summaries = []
     for case, jax_target, torch_target in zip(CASES[name], over_jax, over_torch, strict=False):
         for ratio, target in ((JAX_OVER_OURS, jax_target), (TORCH_OVER_OURS, torch_target)):
             if target:
-                summaries.append(Summary(ratio, (Goal("least", target),), f", {case.name}", case.__eq__))
+                summaries.append(Summary(ratio, (Goal("minimum", target),), f", {case.name}", case.__eq__))
     if bounded is not None:
         of_float32 = Summary(
-            bounded, (Goal("greatest", BOUNDS[bounded]),), ", float32", partial(_is_of, "float32")
+            bounded, (Goal("maximum", BOUNDS[bounded]),), ", float32", partial(_is_of, "float32")
         )
         summaries.append(of_float32)
     ratios = (JAX_OVER_OURS, TORCH_OVER_OURS, *([bounded] if bounded else []))
-    return Table(f"In jit: {CASES[name][0].operation}", CASES[name], contenders, ratios, tuple(summaries))
+    return Table(f"In jit: {CASES[name][0].operation}", CASES[name], backends, ratios, tuple(summaries))
 
 
 def _out_of_cache(isa: str) -> Table:
-    summaries = [Summary(AUTO_OVER_READ_AND_COPY, (Goal("greatest", 1.2),), f", {isa}")]
+    summaries = [Summary(AUTO_OVER_READ_AND_COPY, (Goal("maximum", 1.2),), f", {isa}")]
     if isa in PAPER_BEST_OVER_TWO_PASS:
-        goal = Goal("least", PAPER_BEST_OVER_TWO_PASS[isa])
+        goal = Goal("minimum", PAPER_BEST_OVER_TWO_PASS[isa])
         summaries.insert(0, Summary(BEST_OVER_TWO_PASS, (goal,), f", {isa}"))
     return Table(
-        f"Kernels out of cache, {isa}, 1 thread: {WHAT_KERNELS_ARE}",
+        f"Kernels out of cache, {isa}, 1 thread: {KERNEL_PROTOCOL}",
         CASES["kernels, out of cache"],
         (*(partial(Kernel, name, algorithm=name, isa=isa) for name in native.ALGORITHMS), ReadAndCopy),
         (BEST_OVER_TWO_PASS, AUTO_OVER_READ_AND_COPY),
@@ -300,8 +308,8 @@ def _best_out_of_cache(isa: str, rows: Sequence[Row]) -> list[Figure]:
     if not ratios:
         return []
     paper = PAPER_BEST_OVER_TWO_PASS.get(isa)
-    beside = f" (the paper, on Skylake-X: up to {paper})" if paper else ""
-    label = f"{BEST_OVER_TWO_PASS.name}, {isa}, x larger than the last cache{beside}"
+    reported = f" (the paper, on Skylake-X: up to {paper})" if paper else ""
+    label = f"{BEST_OVER_TWO_PASS.name}, {isa}, x larger than the last cache{reported}"
     return [Figure(label, statistic, of(ratios)) for statistic, of in STATISTICS.items()]
 
 
@@ -321,7 +329,7 @@ def _passes(isa: str) -> Table:
 def _long_row(isa: str, threads: int) -> Table:
     return Table(
         f"Weak scaling out of cache: one row of {LONG_ROW:,} elements a thread, {isa}, "
-        f"{_threads(threads)}: {WHAT_KERNELS_ARE}",
+        f"{_threads(threads)}: {KERNEL_PROTOCOL}",
         (Case((1, LONG_ROW * threads)),),
         tuple(partial(Kernel, name, algorithm=name, isa=isa, threads=threads) for name in native.ALGORITHMS),
         (BEST_OVER_TWO_PASS,),
@@ -334,7 +342,7 @@ def _weak_scaling() -> Table:
     counts = _thread_counts()
     rows, n = CACHED_ROWS
     return Table(
-        f"Weak scaling in cache: {rows} rows of {n} a thread, {WHAT_KERNELS_ARE}; all thread counts on all",
+        f"Weak scaling in cache: {rows} rows of {n} a thread, {KERNEL_PROTOCOL}; all thread counts on all",
         tuple(Case((rows * count, n)) for count in counts),
         tuple(partial(Kernel, _threads(count), threads=count) for count in counts),
         derive=_weak_efficiency,
@@ -346,20 +354,22 @@ def _threads(count: int) -> str:
 
 
 def _thread_counts() -> list[int]:
-    """Powers of two, and all there are."""
+    """The powers of two up to the number of cores, and that number."""
     return sorted({*(2**k for k in range(cores().bit_length())), cores()})
 
 
 def _weak_efficiency(rows: Sequence[Row]) -> list[Figure]:
-    """The time of one thread for its share over that of several for theirs: 1 if none disturbs the others."""
-    share = CACHED_ROWS[0]
-    medians = {row.case.shape[0] // share: row.medians for row in rows}
+    """The time of one thread for its rows over the time of several for theirs; 1 is perfect weak scaling."""
+    rows_per_thread = CACHED_ROWS[0]
+    medians = {row.case.shape[0] // rows_per_thread: row.medians for row in rows}
     if 1 not in medians:
         return []
-    alone = medians[1][_threads(1)]
+    one_thread = medians[1][_threads(1)]
     return [
-        Figure(f"weak scaling in cache, {_threads(count)}", "efficiency", alone / those[_threads(count)])
-        for count, those in medians.items()
+        Figure(
+            f"weak scaling in cache, {_threads(count)}", "efficiency", one_thread / of_all[_threads(count)]
+        )
+        for count, of_all in medians.items()
         if count > 1
     ]
 
@@ -367,7 +377,7 @@ def _weak_efficiency(rows: Sequence[Row]) -> list[Figure]:
 def _in_cache(isa: str) -> Table:
     l1, l2 = CASES["kernels, in cache"]
     return Table(
-        f"Kernels in L1 and L2, {isa}, 1 thread: {WHAT_KERNELS_ARE}",
+        f"Kernels in L1 and L2, {isa}, 1 thread: {KERNEL_PROTOCOL}",
         (l1, l2),
         (
             *(partial(Kernel, name, algorithm=name, isa=isa) for name in ("auto", "three_pass_reload")),
@@ -375,45 +385,45 @@ def _in_cache(isa: str) -> Table:
         ),
         (RELOAD_OVER_AUTO,),
         (
-            Summary(RELOAD_OVER_AUTO, (Goal("least", 1.0),), f", {isa}, in L1", lambda case: case == l1),
-            Summary(RELOAD_OVER_AUTO, (Goal("least", 1.15),), f", {isa}, in L2", lambda case: case == l2),
+            Summary(RELOAD_OVER_AUTO, (Goal("minimum", 1.0),), f", {isa}, in L1", lambda case: case == l1),
+            Summary(RELOAD_OVER_AUTO, (Goal("minimum", 1.15),), f", {isa}, in L2", lambda case: case == l2),
         ),
     )
 
 
 def _against_copy(isa: str) -> Table:
     return Table(
-        f"Rows in cache, together out of it, {isa}, {THREADS} threads: {WHAT_KERNELS_ARE}",
+        f"Rows in cache, together out of it, {isa}, {THREADS} threads: {KERNEL_PROTOCOL}",
         CASES["kernels, against a copy"],
         (
             partial(Kernel, "auto", isa=isa, threads=THREADS),
             partial(MemoryLoop, "non-temporal copy", threads=THREADS),
         ),
         (AUTO_OVER_COPY,),
-        (Summary(AUTO_OVER_COPY, (Goal("greatest", 1.3),), f", {isa}"),),
+        (Summary(AUTO_OVER_COPY, (Goal("maximum", 1.3),), f", {isa}"),),
     )
 
 
-def _scaling(isa: str) -> Table:
+def _thread_scaling_in_cache(isa: str) -> Table:
     return _speed_up(isa, "in cache", 1.7)
 
 
-def _far_scaling(isa: str) -> Table:
+def _thread_scaling_out_of_cache(isa: str) -> Table:
     return _speed_up(isa, "out of cache", 1.0)
 
 
 def _speed_up(isa: str, where: str, target: float) -> Table:
     return Table(
-        f"{THREADS} threads against 1, {where}, {isa}: {WHAT_KERNELS_ARE}; each call starts its threads",
+        f"{THREADS} threads against 1, {where}, {isa}: {KERNEL_PROTOCOL}; each call starts its threads",
         CASES[f"kernels, {THREADS} threads {where}"],
         (partial(Kernel, "1 thread", isa=isa), partial(Kernel, "2 threads", isa=isa, threads=THREADS)),
         (SPEED_UP,),
-        (Summary(SPEED_UP, (Goal("least", target),), f", {isa}, {where}"),),
+        (Summary(SPEED_UP, (Goal("minimum", target),), f", {isa}, {where}"),),
     )
 
 
-def _is_of(dtype: str, case: Case, least_bytes: int = 0) -> bool:
-    return case.dtype == dtype and case.bytes >= least_bytes
+def _is_of(dtype: str, case: Case, min_bytes: int = 0) -> bool:
+    return case.dtype == dtype and case.bytes >= min_bytes
 
 
 def _has_inner_axis(case: Case) -> bool:

@@ -22,7 +22,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import jax_softmax2p
-from benchmarks import pictures
+from benchmarks import plots
 from jax_softmax2p import integrations, measure
 from jax_softmax2p.demo.environment import describe_environment, format_environment
 from jax_softmax2p.demo.model import Size
@@ -232,7 +232,7 @@ def main() -> None:
     environment = describe_environment()
     print(format_environment(environment))
     figures = run(size, steps)
-    pictures.draw_training(figures, options.output)
+    plots.draw_training(figures, options.output)
     print(f"The losses' curves are in {options.output}.")
     if options.json:
         options.json.write_text(json.dumps({"environment": environment, "size": size._asdict(), **figures}))

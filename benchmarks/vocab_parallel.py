@@ -1,11 +1,11 @@
-"""``python -m benchmarks.vocab_parallel``: a classifier whose classes are divided among devices or processes.
+"""``python -m benchmarks.vocab_parallel``: a classifier whose classes are sharded over devices or processes.
 
-A step of training with 1,000,003 classes, of which every device has a share of the weights: the loss and its
+A training step with 1,000,003 classes, of which every device has a shard of the weights: the loss and its
 gradient with ``softmax_cross_entropy_with_integer_labels(..., axis_name=...)``, and the same written with
 jax.nn and jax.lax's pmax and psum, as in Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3). Both are
-held against float64 and timed in turn; collectives are counted in the compiled program.
+compared with float64 and timed in turn; collectives are counted in the compiled program.
 
-Processes are started here, on the loopback address, with XLA's collectives for CPUs (gloo).
+The program starts the processes itself, on the loopback address, with XLA's collectives for CPUs (gloo).
 """
 
 import argparse
@@ -27,21 +27,21 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 AXIS = "classes"
-HEARTBEAT_TIMEOUT = 10  # seconds, after which the others learn that a process is dead
+HEARTBEAT_TIMEOUT = 10  # Seconds after which the others learn that a process is dead.
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
 
 class Problem(NamedTuple):
-    """Sizes of the classifier."""
+    """The sizes of the classifier and of a batch."""
 
     classes: int = 1_000_003
     features: int = 32
     batch: int = 64
 
-    def arrays(self, parts: int) -> tuple[np.ndarray, ...]:
-        """Weights (features, classes padded to a multiple of ``parts``), inputs (batch, features), labels."""
+    def arrays(self, shards: int) -> tuple[np.ndarray, ...]:
+        """Weights (features, classes padded to a multiple of shards), inputs (batch, features) and labels."""
         rng = np.random.default_rng(0)
-        padded = -(-self.classes // parts) * parts
+        padded = -(-self.classes // shards) * shards
         weights = np.zeros((self.features, padded), np.float32)
         weights[:, : self.classes] = rng.standard_normal((self.features, self.classes), np.float32)
         inputs = rng.standard_normal((self.batch, self.features), np.float32)
@@ -54,36 +54,37 @@ class Problem(NamedTuple):
         logits = inputs @ weights
         logits -= logits.max(1, keepdims=True)
         rows = np.arange(self.batch)
-        of_label = logits[rows, at]
+        label_logits = logits[rows, at]
         p = np.exp(logits, out=logits)
         total = p.sum(1, keepdims=True)
         p /= total
         p[rows, at] -= 1
         p /= self.batch
-        return float(np.mean(np.log(total[:, 0]) - of_label)), inputs.T @ p, p @ weights.T
+        return float(np.mean(np.log(total[:, 0]) - label_logits)), inputs.T @ p, p @ weights.T
 
 
-def losses_by_pairs(logits: Any, labels: Any, where: Any) -> Any:
-    """Cross-entropies by this package: one all-gather."""
+def losses_by_all_gather(logits: Any, labels: Any, where: Any) -> Any:
+    """Cross-entropies by this package, with one all-gather."""
     from jax_softmax2p import softmax_cross_entropy_with_integer_labels
 
     return softmax_cross_entropy_with_integer_labels(logits, labels, where=where, axis_name=AXIS)
 
 
-def losses_by_maximum(logits: Any, labels: Any, where: Any) -> Any:
-    """Cross-entropies by all-reduces of the maximum, then of the sum and the label's logit."""
+def losses_by_all_reduces(logits: Any, labels: Any, where: Any) -> Any:
+    """Cross-entropies with all-reduces of the maximum, then of the sum and the label's logit."""
     import jax
     import jax.numpy as jnp
 
     logits = jnp.where(where, logits, -jnp.inf)
     largest = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits, -1)), AXIS)
     total = jax.lax.psum(jnp.sum(jnp.exp(logits - largest[:, None]), -1), AXIS)
-    own = labels - jax.lax.axis_index(AXIS) * logits.shape[-1]
-    of_label = jnp.sum(jnp.where(jax.nn.one_hot(own, logits.shape[-1], dtype=bool), logits, 0), -1)
-    return jnp.log(total) + largest - jax.lax.psum(of_label, AXIS)
+    local_labels = labels - jax.lax.axis_index(AXIS) * logits.shape[-1]
+    is_label = jax.nn.one_hot(local_labels, logits.shape[-1], dtype=bool)
+    label_logits = jnp.sum(jnp.where(is_label, logits, 0), -1)
+    return jnp.log(total) + largest - jax.lax.psum(label_logits, AXIS)
 
 
-FORMULATIONS = {"ours": losses_by_pairs, "jax.nn": losses_by_maximum}
+FORMULATIONS = {"ours": losses_by_all_gather, "jax.nn": losses_by_all_reduces}
 
 
 def make_step(mesh: Any, classes: int, losses: Callable[..., Any]) -> Any:
@@ -94,19 +95,21 @@ def make_step(mesh: Any, classes: int, losses: Callable[..., Any]) -> Any:
 
     def mean_loss(weights, inputs, labels):
         logits = inputs @ weights
-        number = jax.lax.axis_index(AXIS) * logits.shape[-1] + jnp.arange(logits.shape[-1])
-        return jnp.mean(losses(logits, labels, (number < classes)[None]))
+        class_ids = jax.lax.axis_index(AXIS) * logits.shape[-1] + jnp.arange(logits.shape[-1])
+        return jnp.mean(losses(logits, labels, (class_ids < classes)[None]))
 
     specs = P(None, AXIS), P(), P()
-    of_devices = jax.shard_map(mean_loss, mesh=mesh, in_specs=specs, out_specs=P())
-    return jax.jit(jax.value_and_grad(of_devices, (0, 1)))
+    sharded_loss = jax.shard_map(mean_loss, mesh=mesh, in_specs=specs, out_specs=P())
+    return jax.jit(jax.value_and_grad(sharded_loss, (0, 1)))
 
 
 def run(problem: Problem, rounds: int, started: Callable[[], object]) -> dict[str, Any]:
-    """What each formulation takes on all devices there are, what it exchanges, and how far off it is.
+    """Measures the time, the collectives and the errors of each formulation on all devices.
 
     Args:
-      started: is called when what comes is timed.
+      problem: the sizes.
+      rounds: how many steps of each formulation are timed.
+      started: is called before the first timed step.
     """
     import jax
     from jax.sharding import AxisType, NamedSharding
@@ -148,24 +151,24 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
 
 
 def _size_of(shapes: str) -> int:
-    sizes = re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", shapes)  # Such as f32[8,1024]; pred[8] has a byte each.
+    sizes = re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", shapes)  # Such as f32[8,1024]; pred[8] has one byte each.
     return sum(int(bits or 8) // 8 * math.prod(int(n) for n in dims.split(",") if n) for bits, dims in sizes)
 
 
 def _error(gradient: Any, exact: np.ndarray) -> float:
-    """The largest error of the parts that are here, in units of eps times the largest entry."""
+    """The largest error of the shards of this process, in units of eps times the largest entry."""
     eps = np.finfo(np.float32).eps
     largest = np.abs(exact).max()
     errors = []
     for shard in gradient.addressable_shards:
-        expected = exact[shard.index]  # Less the padding.
-        own = np.asarray(shard.data, np.float64)[:, : expected.shape[1]]
-        errors.append(np.abs(own - expected).max(initial=0) / (eps * largest))
+        expected = exact[shard.index]  # It has no padding.
+        actual = np.asarray(shard.data, np.float64)[:, : expected.shape[1]]
+        errors.append(np.abs(actual - expected).max(initial=0) / (eps * largest))
     return float(max(errors))
 
 
 def start_processes(count: int, problem: Problem, rounds: int, folder: str) -> list[subprocess.Popen]:
-    """Starts that many processes, which write to the folder: their logs, and figures.json."""
+    """Starts that many processes, which write their logs and figures.json into the folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -173,18 +176,19 @@ def start_processes(count: int, problem: Problem, rounds: int, folder: str) -> l
     processes = []
     for rank in range(count):
         with Path(folder, f"{rank}.log").open("wb") as log:
-            own = [*command, "--rank", str(rank)]
+            arguments = [*command, "--rank", str(rank)]
+            environment = _environment(1)
             processes.append(
-                subprocess.Popen(own, cwd=ROOT, env=_environment(1), stdout=log, stderr=subprocess.STDOUT)
+                subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             )
     return processes
 
 
 def in_processes(count: int, problem: Problem, rounds: int, timeout: float = 600) -> dict[str, Any]:
-    """The figures of that many processes, all of which are ended, whatever happens.
+    """The figures of that many processes, all of which have ended when it returns or raises.
 
     Raises:
-      RuntimeError: one failed; with what it wrote.
+      RuntimeError: a process failed; the message is its log.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = start_processes(count, problem, rounds, folder)
@@ -200,7 +204,7 @@ def in_processes(count: int, problem: Problem, rounds: int, timeout: float = 600
 
 
 def on_devices(count: int, problem: Problem, rounds: int) -> dict[str, Any]:
-    """The figures of that many devices of the host in one process."""
+    """The figures of one process with that many host devices."""
     with tempfile.TemporaryDirectory() as folder:
         command = _command(problem, rounds, folder)
         subprocess.run(command, cwd=ROOT, env=_environment(count), check=True)
@@ -223,16 +227,16 @@ def report(figures: dict[str, Any]) -> None:
     where = f"{figures['processes']} processes, {figures['devices']} devices"
     medians = {name: statistics.median(figures[name]["seconds"]) for name in FORMULATIONS}
     for name in FORMULATIONS:
-        own = figures[name]
-        exchanged = ", ".join(f"{kind} {size} B" for kind, size in own["collectives"])
-        errors = f"loss off by {own['error of the loss']:.1e}, "
-        errors += f"gradients by {max(own['errors of gradients']):.1f} eps"
+        measured = figures[name]
+        exchanged = ", ".join(f"{kind} {size} B" for kind, size in measured["collectives"])
+        errors = f"loss off by {measured['error of the loss']:.1e}, "
+        errors += f"gradients by {max(measured['errors of gradients']):.1f} eps"
         print(f"{where}  {name:>6}  {1e3 * medians[name]:8.1f} ms  {errors}; {exchanged}")
     print(f"{where}  jax.nn / ours {medians['jax.nn'] / medians['ours']:.2f}")
 
 
 def main() -> None:
-    """Starts what was asked for, or is one of the processes that were started."""
+    """Starts the processes and reports, or runs as one of these processes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vocab_parallel", description=__doc__)
     parser.add_argument(
         "--processes", type=int, nargs="*", default=[2, 4], help="how many, each with a device"

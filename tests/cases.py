@@ -1,4 +1,4 @@
-"""Inputs with names, and what results are held against: shared by all tests."""
+"""Rows of every kind by name, exact results, and measures of error: shared by all tests."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,21 +9,21 @@ from jax_softmax2p.measure import ulp_error as ulp_error
 DTYPES = (np.float32, np.float64, jnp.bfloat16, np.float16)
 
 CONTRACT_ULP = {np.float32: 2.0, np.float64: 4.0, jnp.bfloat16: 0.5 + 2**-15, np.float16: 0.5 + 2**-12}
-"""The bound on the error of every output. 16-bit results are a float32's within 2 ULP, correctly rounded."""
+"""The bound on the error of every output. 16-bit results are float32 results within 2 ULP, rounded once."""
 
-LEAST_LOG_ERROR = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-50}
-"""What the rounding of a sum of exponentials is worth in its logarithm, be that as small as it may.
+MIN_LOG_ERROR = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-50}
+"""The error of a logarithm, however small, that the rounding of the sum of exponentials causes.
 
-float64's sums are not kept in anything wider.
+Sums of float64 are not accumulated in a wider format.
 """
 
-# Each group has the same bits.
+# All algorithms of a group give the same bits.
 TWO_PASS = ("auto", "two_pass", "two_pass_reload")
 THREE_PASS = ("three_pass_recompute", "three_pass_reload")
 
 
-def same_bits_as(algorithm):
-    """Another algorithm of the same group."""
+def algorithm_with_same_bits(algorithm):
+    """The first algorithm of the same group."""
     return THREE_PASS[0] if algorithm in THREE_PASS else TWO_PASS[0]
 
 
@@ -36,7 +36,7 @@ def _uniform_1000(rng, n):
 
 
 def _spike(rng, n):
-    """One element 17 above the others: each of those is half an ULP of the sum."""
+    """One element lies 17 above the others, so that each of these contributes half an ULP of the sum."""
     x = rng.standard_normal(n)
     x[rng.integers(n)] = 17.5
     return x
@@ -61,7 +61,7 @@ def _drift(rng, n):
 
 
 def _masks(rng, n):
-    """The values by which masks are written into logits."""
+    """Some elements are large negative numbers, as programs write them into logits to mask them."""
     x = rng.standard_normal(n)
     lowest = float(np.finfo(np.float32).min)
     fills = np.array([lowest, 0.7 * lowest, -1e30, -1e9, -np.inf])
@@ -72,14 +72,14 @@ def _masks(rng, n):
 
 
 def _masked_blocks(rng, n):
-    """Whole blocks of masked elements, first and last."""
+    """The first third and the last third of the row are masked."""
     x = rng.standard_normal(n)
     x[: n // 3] = -np.inf
     x[n - n // 3 :] = float(np.finfo(np.float32).min)
     return x
 
 
-CLASSES = {
+ROW_CLASSES = {
     "normal": _normal,
     "uniform ±1000": _uniform_1000,
     "spike": _spike,
@@ -93,31 +93,31 @@ CLASSES = {
 
 
 def make(name, n, dtype, seed=0):
-    """A row of ``n`` elements of the class ``name``."""
+    """A row of ``n`` elements of the class ``name``, of :data:`ROW_CLASSES`."""
     rng = np.random.default_rng([seed, n])
-    with np.errstate(over="ignore"):  # float16 has no finfo(float32).min: -inf is as good a mask.
-        return CLASSES[name](rng, n).astype(dtype)
+    with np.errstate(over="ignore"):  # finfo(float32).min becomes -inf in float16, which masks as well.
+        return ROW_CLASSES[name](rng, n).astype(dtype)
 
 
 def rounded_logits(x, scale, bias):
-    """scale·x + bias, rounded once: for float32 by way of float64, in which the product is exact."""
+    """scale·x + bias rounded once to float32, computed in float64, in which the product is exact."""
     return (x.astype(np.float64) * scale + bias).astype(np.float32)
 
 
 def exact_logsumexp(z):
     """log(sum(exp(z))) along the last axis, in np.longdouble, for rows without NaN and +inf."""
-    largest, rest = _largest_and_rest(z)
+    largest, rest = _maximum_and_rest(z)
     return largest[..., 0] + rest[..., 0]
 
 
 def exact_log_softmax(z):
     """z - log(sum(exp(z))) along the last axis, in np.longdouble, for rows without NaN and +inf."""
-    largest, rest = _largest_and_rest(z)
+    largest, rest = _maximum_and_rest(z)
     return (z.astype(np.longdouble) - largest) - rest
 
 
-def _largest_and_rest(z):
-    """The row's maximum and by how much its log-sum is greater: however little that is, exact."""
+def _maximum_and_rest(z):
+    """The maximum of each row, and the exact excess of its logsumexp over that, however small."""
     z = z.astype(np.longdouble)
     at = z.argmax(-1)[..., None]
     largest = np.take_along_axis(z, at, -1)
@@ -127,14 +127,14 @@ def _largest_and_rest(z):
     return largest, np.log1p(others.sum(-1, keepdims=True))
 
 
-def log_error(actual, exact, largest, least=0.0):
-    """The largest error in units of what logarithms are allowed, so that 1 is the bound.
+def log_error(actual, exact, largest, minimum=0.0):
+    """The largest error of logarithms divided by the error that the contract allows.
 
-    2 ULP of the exact value, 1 of the row's largest logit, or ``least``, whichever is most.
+    That is 2 ULP of the exact value, 1 ULP of the row's largest logit, or ``minimum``, whichever is largest.
     """
     with np.errstate(invalid="ignore"):
         error = np.abs(actual.astype(np.longdouble) - exact)
-    allowed = np.maximum(np.maximum(2 * _ulp(exact, actual.dtype), _ulp(largest, actual.dtype)), least)
+    allowed = np.maximum(np.maximum(2 * _ulp(exact, actual.dtype), _ulp(largest, actual.dtype)), minimum)
     return float(np.where(actual == exact.astype(actual.dtype), 0, error / allowed).max(initial=0))
 
 

@@ -7,13 +7,13 @@ import pytest
 
 from jax_softmax2p import native
 
-# For the benchmarks: behind the installed package, whose sources lie in the same folder.
+# The tests import the benchmarks. The path comes last, since the package's sources lie in the same folder.
 sys.path.append(str(processes.ROOT))
 
-# float64 needs it, float32 does not mind.
+# float64 needs it, and it does not change float32.
 jax.config.update("jax_enable_x64", True)
 
-# Every run the same, and no file written; --hypothesis-profile=long is for finding what this does not.
+# Every run is the same and writes no file. --hypothesis-profile=long searches more widely.
 hypothesis.settings.register_profile(
     "deterministic", max_examples=100, derandomize=True, database=None, deadline=None
 )

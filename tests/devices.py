@@ -1,4 +1,4 @@
-"""Meshes of eight devices of the host, and what crosses between them: for the tests that run on those."""
+"""Meshes of eight host devices, and the collectives of programs on them."""
 
 import jax
 import numpy as np
@@ -15,19 +15,19 @@ def make_mesh(axis_type=AxisType.Auto):
 
 
 def place(x, mesh, *spec):
-    """The array, divided as the spec says along its first dimensions, but for those of size 1."""
-    own = [None if size == 1 else part for size, part in zip(x.shape, spec, strict=False)]
-    return jax.device_put(x, NamedSharding(mesh, P(*own)))
+    """The array, sharded by the spec along its first dimensions, except those of size 1."""
+    axes = [None if size == 1 else axis for size, axis in zip(x.shape, spec, strict=False)]
+    return jax.device_put(x, NamedSharding(mesh, P(*axes)))
 
 
 def run(f, *operands):
-    """The results of f in jit; and of the collectives in its program the kinds and the bytes of results."""
+    """The results of f inside jit, and the kind and result bytes of each collective in its program."""
     compiled = jax.jit(f).lower(*operands).compile()
     return compiled(*operands), collectives(compiled.as_text())
 
 
-def with_vjp(f):
-    """f(*operands, cotangent) -> results, cotangents of the operands: without a sum over the batch."""
+def value_and_vjp(f):
+    """(*operands, cotangent) -> (results, cotangents of the operands), without a sum over the batch."""
 
     def both(*operands):
         y, vjp = jax.vjp(f, *operands[:-1])
@@ -36,8 +36,8 @@ def with_vjp(f):
     return both
 
 
-def kinds(found):
-    return sorted(kind for kind, _ in found)
+def kinds(collectives):
+    return sorted(kind for kind, _ in collectives)
 
 
 def normal(*shape, seed=0):

@@ -1,4 +1,4 @@
-"""Python, and pytest, in a process of its own: for what a process has but once."""
+"""Runs Python and pytest in new processes, for tests of state that a process has only once."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ def run_python(code, *, prefix=(), options=("-W", "error"), **environment):
 
 
 def run_pytest(*arguments, timeout, **environment):
-    """All that it collects must pass."""
+    """Fails unless all tests that pytest collects pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*command, *map(str, arguments)],

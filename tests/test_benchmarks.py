@@ -1,5 +1,6 @@
-"""The benchmarks' parts that measure nothing: keeping, comparing, fitting, drawing."""
+"""The benchmarks without their measurements: saving, comparing, fitting, plotting, and worker processes."""
 
+import ast
 import math
 import os
 import pathlib
@@ -7,11 +8,13 @@ import signal
 
 import numpy as np
 import pytest
+from processes import ROOT
 
-from benchmarks import compare, growth, pictures, race, sections, traffic
+import jax_softmax2p
+from benchmarks import bits, compare, memory_traffic, plots, runner, scaling, sections
+from benchmarks.backends import Backend, Ours, Torch
 from benchmarks.cases import Case
 from benchmarks.claims import claims
-from benchmarks.contenders import Contender, Ours, Torch
 from benchmarks.markdown import markdown
 from benchmarks.progress import Progress
 from benchmarks.results import Figure, Result, Results, Row
@@ -21,7 +24,7 @@ CACHES = {"L1": 2**15, "L2": 2**20, "L3": 2**25}
 
 
 def result(rows, name="jit", quantity="seconds", isa=""):
-    figure = Figure("jax.nn / ours", "least", 1.5, 1.2, True)
+    figure = Figure("jax.nn / ours", "minimum", 1.5, 1.2, True)
     return Result("A table", name, quantity, isa, rows, [figure, Figure("ours", "slope", 1.0)], 0.25)
 
 
@@ -34,7 +37,7 @@ def results(*tables, **environment):
     return Results(names, CACHES, {"n": [2**22], "batch": [2**22]}, {"a section": list(tables)})
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_save_and_load(tmp_path):
     case = Case((2, 1024), axis=0, dtype="bfloat16", operation="logsumexp", data="ramp")
     saved = results(result([row(case, 2.0, ours=1e-3, torch=1.25e-6)]))
     saved = saved._replace(training={"ours": {"losses": [0.123456789]}})
@@ -42,13 +45,13 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert Results.load(tmp_path / "folder" / "a.json") == saved
     table = markdown(saved).splitlines()
     assert "| logsumexp (2,1024) axis 0 bfloat16 ramp | 1.00 ms | 1.2 µs | 2.00× |" in table
-    assert "- jax.nn / ours: least 1.50 (target 1.2)" in table
+    assert "- jax.nn / ours: minimum 1.50 (target 1.2)" in table
     (tmp_path / "b.json").write_text('{"sections": 3}')
     with pytest.raises(ValueError, match=r"b\.json does not hold results of benchmarks"):
         Results.load(tmp_path / "b.json")
 
 
-def test_ratios_that_differ_are_told():
+def test_report_lists_ratios_that_differ():
     one, other = Case((1, 1024)), Case((64, 64))
     before = results(result([row(one, 2.0, ours=1), row(other, 3.0, ours=1)]), commit="before")
     now = results(result([row(one, 2.3, ours=1), row(other, 2.5, ours=1)]), commit="now")
@@ -61,20 +64,20 @@ def test_ratios_that_differ_are_told():
     assert "0 of 0 ratios differ by more than 15%" in compare.report(before, renamed)
 
 
-def test_a_revision_races_what_it_has():
-    table = race.Table("softmax", (Case((1, 8)),), (Ours, Torch))
-    other = table._replace(contenders=(Torch,))
+def test_compare_with_a_revision():
+    table = runner.Table("softmax", (Case((1, 8)),), (Ours, Torch))
+    other = table._replace(backends=(Torch,))
     folder = pathlib.Path("folder")
     (raced,) = compare.against_revision({"jit": [table, other]}, folder, "v1")["jit"]
-    assert raced.contenders[0] is Ours
-    assert raced.contenders[1].folder == folder
-    assert raced.contenders[1].factory().name == "v1"
+    assert raced.backends[0] is Ours
+    assert raced.backends[1].folder == folder
+    assert raced.backends[1].factory().name == "v1"
     with pytest.raises(ValueError, match="no-such-revision"), compare.installed("no-such-revision"):
         pass
 
 
-class Named(Contender):
-    """Does nothing, and is called what its process finds in its environment."""
+class Named(Backend):
+    """A backend that does nothing, named after an environment variable of its process."""
 
     computes = False
 
@@ -94,12 +97,12 @@ class Missing(Named):
     ("quantity", "keeps_memory", "name", "samples"),
     [("seconds", True, "1", 6), ("seconds", False, "as it comes", 6), ("ULP", True, "as it comes", 1)],
 )
-def test_sweeps_are_put_together(capsys, monkeypatch, quantity, keeps_memory, name, samples):
+def test_sweeps_are_merged(capsys, monkeypatch, quantity, keeps_memory, name, samples):
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
-    monkeypatch.setitem(race.MEASURES, "ULP", lambda contenders, *_: {each: [1.0] for each in contenders})
+    monkeypatch.setitem(runner.MEASURES, "ULP", lambda backends, *_: {each: [1.0] for each in backends})
     cases = (Case((1, 8)), Case((2, 8)))
-    table = race.Table("T", cases, (Named, Missing), quantity=quantity, keeps_memory=keeps_memory)
-    measured = race.run_table(table, race.Effort(2, 3, 1, 1e-4), Progress(0))
+    table = runner.Table("T", cases, (Named, Missing), quantity=quantity, keeps_memory=keeps_memory)
+    measured = runner.run_table(table, runner.Effort(2, 3, 1, 1e-4), Progress(0))
     assert [row.case for row in measured.rows] == list(cases)
     for row in measured.rows:
         assert {each: len(values) for each, values in row.samples.items()} == {name: samples}
@@ -112,56 +115,56 @@ class Killed(Named):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_is_told():
-    table = race.Table("T", (Case((1, 8)),), (Killed,))
+def test_killed_worker_raises():
+    table = runner.Table("T", (Case((1, 8)),), (Killed,))
     with pytest.raises(RuntimeError, match="killed it for want of memory"):
-        race.run_table(table, race.Effort(1, 1, 1, 1e-4), Progress(0))
+        runner.run_table(table, runner.Effort(1, 1, 1, 1e-4), Progress(0))
 
 
 def test_slopes():
     x = np.geomspace(10, 1e6, 7)
-    assert math.isclose(growth.slope(x, 3 * x**1.5), 1.5)
+    assert math.isclose(scaling.slope(x, 3 * x**1.5), 1.5)
     with pytest.raises(ValueError, match="at least two different x"):
-        growth.slope([2.0, 2.0], [1.0, 3.0])
+        scaling.slope([2.0, 2.0], [1.0, 3.0])
     rows = [row(Case((1, n)), 1.0, ours=n**2 if n >= 100 else 7.0) for n in (10, 100, 1000, 10000)]
-    (figure,) = growth.slopes(rows, "time", least_elements=100)
+    (figure,) = scaling.slopes(rows, "time", min_elements=100)
     assert figure.of == "time of ours"
     assert math.isclose(figure.value, 2)
 
 
 def test_crossovers_are_where_auto_changes():
-    for elements in growth.crossovers(lambda n: (1, n, 1)):
+    for elements in scaling.crossovers(lambda n: (1, n, 1)):
         plans = [native.softmax_plan((1, n, 1)) for n in (elements - 1, elements)]
         assert plans[0] != plans[1]
     last = native.cache_bytes()[1]
-    assert last // 8 + 1 in growth.crossovers(lambda n: (1, n, 1))  # x and y exceed it together.
+    assert last // 8 + 1 in scaling.crossovers(lambda n: (1, n, 1))  # x and y together exceed the cache.
 
 
-def test_bytes_moved():
-    """As in arXiv 2001.04438, except that reloading reads x once more."""
-    assert set(traffic.TRAFFIC) == set(native.PASSES)
-    assert set(traffic.PASSES_OF) == set(native.ALGORITHMS) - {"auto"}
-    paper = traffic.PAPER_ELEMENTS_MOVED
-    moved = {name: traffic.ELEMENTS_MOVED[name] for name in paper}
+def test_memory_traffic():
+    """The counts are those of arXiv 2001.04438, except that reloading reads x once more."""
+    assert set(memory_traffic.TRAFFIC) == set(native.PASSES)
+    assert set(memory_traffic.PASSES_OF) == set(native.ALGORITHMS) - {"auto"}
+    paper = memory_traffic.PAPER_ELEMENTS_MOVED
+    moved = {name: memory_traffic.ELEMENTS_MOVED[name] for name in paper}
     assert moved == {**paper, "three_pass_reload": paper["three_pass_reload"] + 1}
-    assert traffic.ELEMENTS_MOVED["two_pass_reload"] == 5
-    assert traffic.gigabytes_per_second("two_pass", Case((1, 10**9)), seconds=2) == 6
-    assert traffic.gigabytes_per_second("memory: copy", Case((1, 10**9)), seconds=2) == 4
-    assert traffic.gigabytes_per_second("auto", Case((1, 10**9)), seconds=2) is None
+    assert memory_traffic.ELEMENTS_MOVED["two_pass_reload"] == 5
+    assert memory_traffic.gigabytes_per_second("two_pass", Case((1, 10**9)), seconds=2) == 6
+    assert memory_traffic.gigabytes_per_second("memory: copy", Case((1, 10**9)), seconds=2) == 4
+    assert memory_traffic.gigabytes_per_second("auto", Case((1, 10**9)), seconds=2) is None
 
 
 def test_tables_are_consistent():
-    """Every ratio is of contenders that there are, every quantity can be measured."""
+    """Every quantity can be measured, and every summary is of one of the table's ratios."""
     for make in sections.SECTIONS.values():
         for table in make(native.supported_isas()[:1]):
-            assert table.quantity in race.MEASURES
+            assert table.quantity in runner.MEASURES
             assert {summary.ratio for summary in table.summaries} <= set(table.ratios)
-            assert table.within(race.Effort(1, 1, 1, 0.1, elements=0), "").cases == ()
+            assert table.select(runner.Effort(1, 1, 1, 0.1, max_elements=0), "").cases == ()
 
 
 @pytest.fixture
 def stored(tmp_path):
-    """Results in which every picture finds something, as JSON."""
+    """A JSON file with results for every plot."""
     long, longer = Case((1, 2**20)), Case((1, 2**24))
     both = [row(long, 2.0, ours=1e-3, **{"jax.nn": 2e-3}), row(longer, 3.0, ours=1e-2, **{"jax.nn": 3e-2})]
     sizes = [row(case, 1.0, ours=case.bytes) for case in (long, longer)]
@@ -178,7 +181,7 @@ def stored(tmp_path):
         result(algorithms[:1], "threads", isa="avx2"),
         result(ulp, "accuracy", "ULP"),
         *(
-            result(rows, f"growth of {quantity} in {along}", quantity)
+            result(rows, f"scaling of {quantity} in {along}", quantity)
             for quantity, rows in (("seconds", both), ("bytes", sizes))
             for along in ("n", "batch")
         ),
@@ -198,7 +201,7 @@ def test_claims():
         result(passes, "passes", isa="avx512"),
         *(result([each], "threads", isa="avx512") for each in reversed(algorithms)),
     ]
-    assert [(claim.here, claim.holds) for claim in claims(results(*tables))] == [
+    assert [(claim.measured, claim.holds) for claim in claims(results(*tables))] == [
         ("2.00×", True),
         ("0.50×", True),
         ("max 50%, exp_store 100%", False),
@@ -209,9 +212,52 @@ def test_claims():
     assert "| (1,67108864) float32 | 3.2, 0.27 | 3.2, 0.13 | 1.3, 0.08 |" in text
 
 
-def test_pictures(stored, tmp_path):
+def test_plots(stored, tmp_path):
     pytest.importorskip("matplotlib")
-    files = pictures.draw(Results.load(stored), tmp_path / "figures")
-    assert {file.stem for file in files} == set(pictures.PICTURES)
+    files = plots.draw(Results.load(stored), tmp_path / "figures")
+    assert {file.stem for file in files} == set(plots.PLOTS)
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
-    assert pictures.draw(results(), tmp_path) == []
+    assert plots.draw(results(), tmp_path) == []
+
+
+def test_bits_that_differ():
+    old = {"avx2: softmax (3)": "1", "avx2: softmax (5)": "2", "avx2: logsumexp (3)": "3"}
+    new = {"avx2: softmax (3)": "1", "avx2: softmax (5)": "4", "avx2: sum_exp (3)": "3"}
+    assert bits.differences(old, old) == []
+    assert bits.differences(old, new) == [
+        "only in the old file: avx2: logsumexp (3)",
+        "differs: avx2: softmax (5)",
+        "only in the new file: avx2: sum_exp (3)",
+    ]
+
+
+def test_bits_of_results():
+    """Hashes distinguish bits, shapes and dtypes, but not the sign and payload of a NaN."""
+    results = [np.float32([0.0, 1]), np.float32([-0.0, 1]), np.float32([[0.0, 1]]), np.float64([0.0, 1])]
+    assert len({bits.hash_of(result) for result in results}) == len(results)
+    assert bits.hash_of((results[0], results[1])) != bits.hash_of((results[1], results[0]))
+    assert bits.hash_of(np.float32([np.nan])) == bits.hash_of(np.float32([-np.nan]))
+
+
+def imported_names(statement):
+    """The modules, or members of the packages benchmarks and jax_softmax2p, that a statement imports."""
+    if isinstance(statement, ast.Import):
+        return [alias.name for alias in statement.names]
+    if not isinstance(statement, ast.ImportFrom):
+        return []
+    if statement.module in ("benchmarks", "jax_softmax2p"):
+        return [f"{statement.module}.{alias.name}" for alias in statement.names]
+    return [statement.module]
+
+
+def test_worker_processes_import_public_names_only():
+    """A worker may run an older revision of the package, whose private modules have other names."""
+    public = {"jax_softmax2p", *(f"jax_softmax2p.{name}" for name in jax_softmax2p.__all__)}
+    modules, imported = ["benchmarks.worker_process"], set()
+    for module in modules:
+        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+        names = {name for statement in tree.body for name in imported_names(statement)}
+        modules += sorted(name for name in names if name.startswith("benchmarks.") and name not in modules)
+        imported |= {name for name in names if name.startswith("jax_softmax2p")}
+    assert "benchmarks.operations" in modules
+    assert imported <= public

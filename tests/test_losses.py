@@ -1,4 +1,4 @@
-"""The cross-entropies: optax's semantics, values and gradients."""
+"""The cross-entropies have the values, gradients and semantics of optax's."""
 
 import functools
 
@@ -18,7 +18,7 @@ def normal(*shape, seed=0):
 
 
 def check(ours, theirs, *operands, dtype=np.float64, argnums=0):
-    """Values, and gradients of a weighted sum, equal those of optax in float64."""
+    """Asserts that values, and gradients of a weighted sum, equal those of optax in float64."""
 
     def both(loss, operands):
         def weighted(*operands):
@@ -67,7 +67,7 @@ class TestIntegerLabels:
 
     @pytest.mark.parametrize("axis", [0, (1,), (0, 2), (2, -3), (0, 1, 2)])
     def test_axes(self, axis, integer_loss):
-        """Of several axes, classes are counted in the order in which they are given."""
+        """With several axes, classes are counted in the order in which the axes are given."""
         x = 3 * normal(3, 4, 5)
         axes = axis if isinstance(axis, tuple) else (axis,)
         classes = np.prod([x.shape[a] for a in axes])
@@ -81,8 +81,8 @@ class TestIntegerLabels:
         )
 
     @pytest.mark.parametrize("n", [5, 200])
-    def test_labels_below_zero_and_out_of_range(self, n, integer_loss):
-        """Those below 0 count from the end; beyond, the loss is NaN and the gradient the softmax alone."""
+    def test_negative_and_out_of_range_labels(self, n, integer_loss):
+        """Negative labels count from the end. Out of range, the loss is NaN and the gradient the softmax."""
         labels = np.array([-1, -n, -n - 1, n, n - 1, n + 7, 2**31 - 1, -(2**31)])
         theirs = optax.softmax_cross_entropy_with_integer_labels
         check(integer_loss, theirs, normal(8, n), labels)
@@ -92,7 +92,7 @@ class TestIntegerLabels:
 
     @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
     def test_dtypes_of_labels(self, dtype, integer_loss):
-        """More classes than the labels' dtype has numbers."""
+        """There are more classes than the labels' dtype has numbers."""
         labels = np.array([0, 127, 100, 3], dtype)
         check(integer_loss, optax.softmax_cross_entropy_with_integer_labels, normal(4, 300), labels)
         if np.issubdtype(dtype, np.signedinteger):
@@ -101,7 +101,7 @@ class TestIntegerLabels:
 
     @pytest.mark.parametrize("shape", [(4, 6), (4, 1), (1, 6), (4,)])
     def test_masks(self, shape, integer_loss):
-        """Of the logits' shape, or of the labels'. Labels are not masked, rows without a True give 0."""
+        """Masks have the logits' shape or the labels'. Labels are not masked; fully masked rows give 0."""
         where = np.random.default_rng(3).random(shape) < 0.5
         labels = np.array([0, 5, 2, 1])
         if shape[0] == 4:
@@ -134,7 +134,7 @@ class TestIntegerLabels:
         expected = optax.softmax_cross_entropy_with_integer_labels(x, labels)
         np.testing.assert_allclose(integer_loss(x, labels), expected, rtol=1e-14)
         g = jax.grad(lambda x: integer_loss(x, labels).sum())(x)
-        # Classes that are impossible change nothing.
+        # Classes of probability 0 change nothing.
         np.testing.assert_allclose(g[3], [0, np.exp(0) / (1 + np.e) - 1, np.e / (1 + np.e)], rtol=1e-14)
 
     @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
@@ -152,7 +152,7 @@ class TestIntegerLabels:
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_no_loss_is_negative(self, dtype, integer_loss):
-        """As in optax: users take its square root and its logarithm."""
+        """As in optax, since users take its square root and its logarithm."""
         x = normal(40, 7).astype(dtype)
         x[:, 3] += np.linspace(10, 300, 40)
         assert (np.asarray(integer_loss(x, np.full(40, 3))) >= 0).all()
@@ -183,8 +183,8 @@ class TestIntegerLabels:
             softmax_cross_entropy_with_integer_labels(**{**good, **arguments})
 
 
-def test_the_loss_needs_no_array_of_the_logits_size():
-    """Temporaries are below 1% of the logits; of the gradient there is its result alone."""
+def test_loss_allocates_no_array_of_logits_size():
+    """Temporaries take less than 1% of the logits; the gradient allocates only its result."""
     logits = jax.ShapeDtypeStruct((64, 32000), np.float32)
     labels = jax.ShapeDtypeStruct((64,), np.int32)
     loss = lambda x, labels: softmax_cross_entropy_with_integer_labels(x, labels).mean()
@@ -238,7 +238,7 @@ class TestSoftLabels:
         )
 
     def test_integer_and_one_hot_labels(self, soft_loss):
-        """As integers and as floats."""
+        """One-hot labels may be integers or floats."""
         x, labels = normal(4, 6).astype(np.float32), np.eye(6, dtype=int)[[0, 5, 2, 1]]
         expected = optax.softmax_cross_entropy_with_integer_labels(x, np.array([0, 5, 2, 1]))
         np.testing.assert_allclose(soft_loss(x, labels), expected, rtol=1e-6)

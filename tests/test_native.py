@@ -1,4 +1,4 @@
-"""Introspection, and the kernels on NumPy arrays."""
+"""jax_softmax2p.native: introspection, the kernels on NumPy arrays, and fallbacks."""
 
 import functools
 import warnings
@@ -20,7 +20,7 @@ def test_isas():
     assert supported == [isa for isa in ranks if isa in supported]
 
 
-def test_isas_agree_with_the_kernel_of_the_operating_system():
+def test_isas_agree_with_cpuinfo():
     with open("/proc/cpuinfo") as cpuinfo:
         flags = set(cpuinfo.read().split())
     assert ("avx2" in native.supported_isas()) == ({"avx2", "fma", "f16c"} <= flags)
@@ -28,7 +28,7 @@ def test_isas_agree_with_the_kernel_of_the_operating_system():
     assert ("avx512" in native.supported_isas()) == (wanted <= flags)
 
 
-def test_isas_differ_by_no_more_than_the_contract(isa):
+def test_isas_agree_within_the_contract(isa):
     x = cases.make("normal", 10_001, np.float32)
     y, best = np.empty_like(x), np.empty_like(x)
     native.softmax_into(x, y, isa=isa)
@@ -41,7 +41,7 @@ def test_headers_are_those_of_the_oldest_supported_jaxlib():
     assert native.ffi_api_version() == (0, 1)
 
 
-def test_the_library_knows_the_same_algorithms():
+def test_algorithms_are_those_of_the_library():
     assert tuple(native.library.require().algorithms()) == native.ALGORITHMS
 
 
@@ -65,7 +65,7 @@ X = np.zeros((2, 3), np.float32)
         ({"threads": 1.5}, ValueError, "threads must be an integer"),
     ],
 )
-def test_bad_arguments(arguments, error, words):
+def test_invalid_arguments(arguments, error, words):
     with pytest.raises(error, match=words):
         native.softmax_into(**{"x": X, "out": X.copy(), **arguments})
 
@@ -76,7 +76,7 @@ def test_partial_overlap():
         native.softmax_into(x[:16], x[1:])
 
 
-def test_a_stack_of_outputs():
+def test_stacked_outputs():
     x = cases.make("normal", 200, np.float32).reshape(2, 100)
     out = np.empty((3, *x.shape), np.float32)
     native.softmax_into(x, out, axis=0)
@@ -88,7 +88,7 @@ def test_a_stack_of_outputs():
 
 
 def test_passes(isa):
-    """Segments, vectors and what is left of them; as often as there are outputs."""
+    """Each pass covers several segments and an incomplete vector, and runs once for each output."""
     assert tuple(native.library.require().passes()) == native.PASSES
     x = cases.make("normal", 40_001, np.float32)
     maximum, wide = float(x.max()), x.astype(np.float64)
@@ -114,13 +114,13 @@ def test_passes(isa):
         ("max", X[0].astype(np.float64), TypeError, "x must be float32 .* got float64"),
     ],
 )
-def test_bad_passes(name, x, error, words):
+def test_invalid_pass_arguments(name, x, error, words):
     with pytest.raises(error, match=words):
         native.pass_into(name, x, np.empty_like(x), maximum=0.0)
 
 
-def test_plans():
-    """Two passes by recomputing, streamed past the caches, where one row is larger than these."""
+def test_softmax_plan():
+    """A row that is larger than the caches is recomputed in pass 2 and stored past them."""
     second, last = native.cache_bytes()
     assert 2**16 <= second <= last
     assert native.softmax_plan((1, second // 16, 1))["reload"]
@@ -131,7 +131,7 @@ def test_plans():
         native.softmax_plan((1, 8, 1), dtype=np.int32)
 
 
-def test_more_threads_than_there_can_be():
+def test_more_threads_than_cores():
     x = np.ones((2, 2**22), np.float32)
     native.softmax_into(x, x, threads=1024)
     np.testing.assert_allclose(x, 2.0**-22)
@@ -145,7 +145,7 @@ def test_read_only_out():
 
 
 @pytest.mark.parametrize("name", ["quantum", "avx512" if "avx512" not in native.supported_isas() else "neon"])
-def test_forcing_what_is_not_there_is_an_error_that_lists_what_is(name):
+def test_forcing_an_unsupported_isa_lists_the_supported(name):
     code = "import jax.numpy as jnp, jax_softmax2p as s; s.softmax(jnp.zeros(3))"
     result = run_python(code, JAX_SOFTMAX2P_ISA=name)
     assert result.returncode != 0
@@ -177,8 +177,8 @@ except ValueError as error:
     print(error)
 """
 
-# A runtime with older headers; one that has started, and refuses registrations; and one that takes them, and
-# then has no handler.
+# A runtime with older headers, one that has started and refuses registrations, and one that accepts them but
+# has no handler.
 OLDER_HEADERS = """
 import pathlib, tempfile
 folder = tempfile.TemporaryDirectory()
@@ -203,7 +203,7 @@ FORGETS = "jax.ffi.register_ffi_target = lambda *args, **kwargs: None"
         (FORGETS, "a trial call failed"),
     ],
 )
-def test_a_runtime_that_refuses_gives_one_warning_and_the_reference(refusal, reason):
+def test_incompatible_runtime_falls_back_with_one_warning(refusal, reason):
     result = run_python(REFUSING_RUNTIME.format(refusal=refusal))
     assert result.returncode == 0, result.stderr
     warned, refused = result.stdout.strip().split("\n", 1)
@@ -226,13 +226,13 @@ except ImportError as error:
 """
 
 
-def test_a_missing_library_gives_the_reference():
+def test_missing_library_falls_back():
     result = run_python(MISSING_LIBRARY)
     assert result.returncode == 0, result.stderr
     assert "the compiled library cannot be loaded" in result.stdout
 
 
-def test_the_probe_leaves_no_warning_where_all_is_well():
+def test_probe_does_not_warn_on_success():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native.unavailable_reason() is None

@@ -1,4 +1,4 @@
-"""The public function: jax.nn's semantics on every edge, and errors that say what is wrong."""
+"""softmax as users call it: jax.nn's semantics in every edge case, and error messages."""
 
 import cases
 import jax
@@ -21,13 +21,13 @@ def check(x, expected, implementation, **options):
     np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(jax.nn.softmax(x), np.float64))
 
 
-# Alone, across two vectors, across blocks, and across the segments that threads share.
+# Rows within one vector, across two, across blocks, and across the segments that threads share.
 @pytest.mark.parametrize("n", [3, 21, 3000, 70_000])
 @pytest.mark.parametrize("dtype", FLOATS)
 class TestEdges:
     @pytest.mark.parametrize("special", [NAN, INF])
     @pytest.mark.parametrize("where", ["first", "middle", "last"])
-    def test_nan_and_infinity_poison_the_row(self, where, special, dtype, n, implementation):
+    def test_nan_or_infinity_makes_the_row_nan(self, where, special, dtype, n, implementation):
         position = {"first": 0, "middle": n // 2, "last": n - 1}[where]
         x = jnp.zeros((2, n), dtype).at[0, position].set(special)
         check(x, np.stack([np.full(n, NAN), np.full(n, dtype(1) / dtype(n))]), implementation)
@@ -61,12 +61,12 @@ class TestEdges:
         check(x, np.arange(n) == 0, implementation)
 
     @pytest.mark.parametrize("fill", [float(np.finfo(np.float32).min), -2.38e38, -1e30, -1e9, -INF])
-    def test_masks_written_into_logits_give_zero(self, fill, dtype, n, implementation):
-        kept = np.arange(n) % 3 == 0
-        x = np.where(kept, cases.make("normal", n, np.float64), fill).astype(dtype)
+    def test_large_negative_logits_give_zero(self, fill, dtype, n, implementation):
+        unmasked = np.arange(n) % 3 == 0
+        x = np.where(unmasked, cases.make("normal", n, np.float64), fill).astype(dtype)
         y = np.asarray(softmax(x, implementation=implementation))
-        assert (y[~kept] == 0).all()
-        assert cases.ulp_error(y[kept], cases.exact_softmax(x[kept])) <= 16
+        assert (y[~unmasked] == 0).all()
+        assert cases.ulp_error(y[unmasked], cases.exact_softmax(x[unmasked])) <= 16
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *HALVES])
@@ -75,7 +75,7 @@ def test_offset_keeps_exact_differences(offset, dtype, implementation):
     if dtype in HALVES:
         offset = min(offset, 3e4)
         implementation = None
-    # Differences that the format holds exactly at that size.
+    # The format holds multiples of this unit exactly at that offset.
     unit = float(jnp.finfo(dtype).eps) * 2.0 ** np.ceil(np.log2(offset))
     x = jnp.asarray(offset + unit * np.array([0, 1, 2, 5, 3]), dtype)
     y = softmax(x, implementation=implementation)
@@ -112,8 +112,8 @@ def test_axes(shape, dtype, implementation):
         None,
         [0],
     ]:
-        given = tuple(axis) if isinstance(axis, list) else axis
-        expected = jax.nn.softmax(x.astype(np.float64), given)
+        jax_axis = tuple(axis) if isinstance(axis, list) else axis
+        expected = jax.nn.softmax(x.astype(np.float64), jax_axis)
         y = softmax(x, axis, implementation=implementation)
         rtol = 16 * np.finfo(dtype).eps
         np.testing.assert_allclose(y, expected, rtol=rtol, err_msg=str(axis))
@@ -159,7 +159,7 @@ def test_complex_takes_the_reference():
 
 class TestWhere:
     @pytest.mark.parametrize("dtype", FLOATS)
-    def test_equals_the_filtered_row(self, dtype, implementation):
+    def test_equals_softmax_of_unmasked_elements(self, dtype, implementation):
         x = cases.make("normal", 301, dtype)
         mask = np.arange(301) % 4 != 1
         y = np.asarray(softmax(x, where=mask, implementation=implementation))
@@ -169,14 +169,14 @@ class TestWhere:
         )
 
     @pytest.mark.parametrize("dtype", [*FLOATS, *HALVES])
-    def test_rows_without_a_true_give_zeros(self, dtype, implementation):
+    def test_fully_masked_rows_are_zero(self, dtype, implementation):
         implementation = None if dtype in HALVES else implementation
         x = jnp.asarray([[1, 2, NAN], [1, NAN, INF], [-INF, -INF, 5]], dtype)
         mask = jnp.array([[True, True, False], [False, False, False], [True, True, False]])
         y = softmax(x, where=mask, implementation=implementation)
         np.testing.assert_array_equal(y[1], [0, 0, 0])
         np.testing.assert_allclose(np.asarray(y[0], float), [0.2689, 0.7311, 0], rtol=1e-2)
-        # An unmasked row of nothing but -inf remains NaN, as in jax.nn.
+        # A row in which every unmasked logit is -inf gives NaN, as in jax.nn.
         np.testing.assert_array_equal(np.isnan(np.asarray(y[2], float)), [True, True, False])
 
     def test_broadcasts(self, implementation):
@@ -187,7 +187,7 @@ class TestWhere:
                 expected = jax.nn.softmax(x, axis, where=mask)
                 np.testing.assert_allclose(y, expected, rtol=1e-14)
 
-    def test_what_is_masked_harms_no_gradient(self, implementation):
+    def test_masked_values_do_not_reach_gradients(self, implementation):
         x = jnp.array([[1.0, 2.0, NAN, 3.0], [1e4, INF, NAN, -INF]])
         mask = jnp.array([[True, True, False, True], [False] * 4])
         t = jnp.array([1.0, 5.0, NAN, -2.0])
@@ -198,13 +198,13 @@ class TestWhere:
 
         g = jax.grad(f)(x)
         y = jax.nn.softmax(jnp.array([1.0, 2.0, 3.0]))
-        kept_t = t[jnp.array([0, 1, 3])]
-        expected = y * (kept_t - y @ kept_t)
+        unmasked_t = t[jnp.array([0, 1, 3])]
+        expected = y * (unmasked_t - y @ unmasked_t)
         np.testing.assert_allclose(g[0], jnp.insert(expected, 2, 0), rtol=1e-12)
         np.testing.assert_array_equal(g[1], 0)
         assert jnp.isfinite(jax.hessian(f)(x)).all()
 
-    def test_debug_nans_sees_none(self, implementation):
+    def test_debug_nans_finds_none(self, implementation):
         x, mask = (
             jnp.array([[NAN, 1.0, 2.0], [3.0, NAN, NAN]]),
             jnp.array([[False, True, True], [False] * 3]),
@@ -255,11 +255,11 @@ class TestErrors:
             ),
         ],
     )
-    def test_say_which_argument_and_value(self, arguments, error, words):
+    def test_errors_name_argument_and_value(self, arguments, error, words):
         with pytest.raises(error, match=words):
             softmax(**{"x": jnp.zeros((2, 3), jnp.float32), **arguments})
 
-    def test_native_says_why_not(self):
+    def test_native_error_gives_the_reason(self):
         reason = "implementation='native' cannot run: .*no native kernel for dtype complex64"
         with pytest.raises(ValueError, match=reason):
             softmax(jnp.zeros(3, jnp.complex64), implementation="native")

@@ -1,4 +1,4 @@
-"""What older versions of other libraries lack: tests that need it are skipped there, and say so."""
+"""Skips tests of features that older versions of other libraries lack, with the reason."""
 
 import pytest
 from packaging.version import Version
@@ -9,7 +9,7 @@ def has(module, version):
 
 
 def since(module, version, what):
-    """The mark of a test that needs what a library has since a version."""
+    """The mark of a test that needs a feature which a library has since a version."""
     return pytest.mark.skipif(
         not has(module, version), reason=f"{module.__name__} has {what} since {version}"
     )

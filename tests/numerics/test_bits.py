@@ -1,4 +1,4 @@
-"""A row has the same bits wherever it lies and whoever computes it."""
+"""A row has the same bits whatever its place, the batch, the threads, the alignment and the algorithm."""
 
 import functools
 
@@ -11,8 +11,8 @@ import jax_softmax2p
 from jax_softmax2p import native
 
 SHAPES = [(3, 7), (5, 1000), (300, 1500), (40, 33_000), (3, 66_000), (9000, 3), (1000, 100)]
-LANES = 16  # of the widest vector, in float32
-# More elements than whose input and output fit the last-level cache together.
+LANES = 16  # The float32 lanes of the widest vector.
+# Input and output of this many elements exceed the last-level cache together.
 LARGE = 4096 * (native.cache_bytes()[1] // (2 * 4 * 4096) + 200)
 
 
@@ -23,10 +23,10 @@ def softmax_into(x, **options):
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_every_short_length_at_every_alignment(dtype, isa, algorithm):
+def test_small_lengths_at_every_alignment(dtype, isa, algorithm):
     for n in (*range(4 * LANES + 1), *range(127, 131), *range(150, 161)):
         x = cases.make("normal", n, dtype) if n else np.empty(0, dtype)
-        expected = softmax_into(x, isa=isa, algorithm=cases.same_bits_as(algorithm))
+        expected = softmax_into(x, isa=isa, algorithm=cases.algorithm_with_same_bits(algorithm))
         for shift in range(0, LANES, 3):
             shifted = cases.at_offset(x, shift)
             for out_shift in (shift, 0, 1, 7):
@@ -39,11 +39,11 @@ def test_every_short_length_at_every_alignment(dtype, isa, algorithm):
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("name", cases.CLASSES)
+@pytest.mark.parametrize("name", cases.ROW_CLASSES)
 def test_algorithms_and_in_place_agree(name, dtype, isa, algorithm):
     for n in (1, 31, 1000, 5001, 70_000, 400_001):
         x = cases.make(name, n, dtype)
-        expected = softmax_into(x, isa=isa, algorithm=cases.same_bits_as(algorithm))
+        expected = softmax_into(x, isa=isa, algorithm=cases.algorithm_with_same_bits(algorithm))
         for threads in (1, 2, 5):
             y = softmax_into(x, isa=isa, algorithm=algorithm, threads=threads)
             np.testing.assert_array_equal(y, expected)
@@ -54,7 +54,7 @@ def test_algorithms_and_in_place_agree(name, dtype, isa, algorithm):
 
 @pytest.mark.parametrize(("rows", "n"), SHAPES)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_batch_does_not_matter(dtype, rows, n, isa):
+def test_bits_do_not_depend_on_the_batch(dtype, rows, n, isa):
     x = np.stack([cases.make("normal", n, dtype, seed) for seed in range(rows)])
     alone = np.stack([softmax_into(row, isa=isa) for row in x])
     for threads in (1, 2, 3):
@@ -63,16 +63,18 @@ def test_batch_does_not_matter(dtype, rows, n, isa):
 
 @functools.cache
 def large_row():
-    """One that is written past the caches of most CPUs, and its softmax."""
+    """A row that most CPUs write with non-temporal stores, and its exact softmax."""
     x = cases.make("normal", LARGE + 5, np.float32)
     return x, cases.exact_softmax(x)
 
 
-def test_arrays_beyond_the_caches(isa, algorithm):
-    """Written past the caches, from any alignment."""
+def test_arrays_larger_than_the_caches(isa, algorithm):
+    """Results are written with non-temporal stores, whatever their alignment."""
     x, expected = large_row()
     parts = x[:LARGE].reshape(-1, 4096)
-    alone = np.stack([softmax_into(row, isa=isa, algorithm=cases.same_bits_as(algorithm)) for row in parts])
+    alone = np.stack(
+        [softmax_into(row, isa=isa, algorithm=cases.algorithm_with_same_bits(algorithm)) for row in parts]
+    )
     for shift in (0, 3):
         out = cases.at_offset(np.zeros_like(parts), shift)
         native.softmax_into(parts, out, isa=isa, algorithm=algorithm, threads=2)

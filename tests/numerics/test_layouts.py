@@ -1,4 +1,4 @@
-"""Axes that are not the last: [outer, n, inner], every way in which it is taken apart."""
+"""Axes that are not the last, as arrays [outer, n, inner] of every shape that a kernel treats differently."""
 
 import cases
 import jax
@@ -9,7 +9,7 @@ import pytest
 import jax_softmax2p
 from jax_softmax2p import native
 
-# Inner sizes below, at and beyond a vector; small matrices; panels cut at 256 columns and at 2048 rows.
+# Inner sizes below, at and above a vector; small matrices; panels divided at 256 columns and at 2048 rows.
 LAYOUTS = [
     *[(outer, n, inner) for inner in (1, 2, 3, 7, 16, 100) for outer, n in ((37, 5), (3, 40), (2, 300))],
     (2, 17, 1000),
@@ -53,10 +53,10 @@ def test_accuracy(name, dtype, isa):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_bits(dtype, isa, algorithm):
-    """The same whatever the algorithm, the threads, the place, the batch and the alignment."""
+    """Bits do not depend on the algorithm, the threads, the output buffer, the batch or the alignment."""
     for layout in LAYOUTS:
         x, _ = make("normal", layout, dtype)
-        expected = softmax_into(x, isa=isa, algorithm=cases.same_bits_as(algorithm))
+        expected = softmax_into(x, isa=isa, algorithm=cases.algorithm_with_same_bits(algorithm))
         for threads in (1, 2, 5):
             y = softmax_into(x, isa=isa, algorithm=algorithm, threads=threads)
             np.testing.assert_array_equal(y, expected)
@@ -68,7 +68,7 @@ def test_bits(dtype, isa, algorithm):
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_surroundings_are_left_alone(dtype, isa):
+def test_no_writes_out_of_bounds(dtype, isa):
     for layout in LAYOUTS:
         x, _ = make("normal", layout, dtype)
         surroundings = np.full(x.size + 128, 7, dtype)
@@ -79,7 +79,7 @@ def test_surroundings_are_left_alone(dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
-def test_columns_beyond_the_exact_range_and_others_beside_them(dtype, isa, algorithm):
+def test_columns_beyond_the_exact_range(dtype, isa, algorithm):
     for layout in ((2, 9, 7), (20, 10, 4), (2, 100, 7), (1, 30, 90), (1, 300, 4), (1, 2100, 40)):
         x, _ = make("normal", layout, np.float64)
         x[..., 0::5] += 1e7
@@ -89,14 +89,14 @@ def test_columns_beyond_the_exact_range_and_others_beside_them(dtype, isa, algor
         y = softmax_into(x, isa=isa, algorithm=algorithm)
         error = cases.ulp_error(as_rows(y), cases.exact_softmax(as_rows(x)))
         assert error <= cases.CONTRACT_ULP[dtype], layout
-        # Columns that needed no third pass have the bits that they have without such neighbours.
+        # Columns that need no third pass have the same bits beside others that need it.
         x[..., 0::5] = 0
         x[..., 1::5] = 0
         np.testing.assert_array_equal(softmax_into(x, isa=isa, algorithm=algorithm)[..., 3], y[..., 3])
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_columns_that_are_not_finite_harm_no_others(dtype, isa, algorithm):
+def test_non_finite_columns_do_not_affect_others(dtype, isa, algorithm):
     for layout in ((1, 9, 7), (20, 10, 4), (1, 100, 7), (1, 30, 90), (1, 300, 3), (1, 2100, 40)):
         x, _ = make("normal", layout, dtype)
         expected = softmax_into(x, isa=isa, algorithm=algorithm)
@@ -123,7 +123,7 @@ def test_through_jax(dtype, shape):
             np.testing.assert_array_equal(mapped, expected)
 
 
-def test_large_arrays_written_past_the_caches(isa):
+def test_large_arrays_with_non_temporal_stores(isa):
     x = np.random.default_rng(0).standard_normal((1_200_000, 8), np.float32)
     for shift in (0, 1):
         out = cases.at_offset(np.zeros_like(x), shift)

@@ -1,6 +1,6 @@
-"""Calls of the FFI targets that no function of this package would make: each is an error with a sentence.
+"""Invalid calls of the FFI targets raise errors with a clear message.
 
-They are built by hand, as a program that was serialised elsewhere, or damaged, might have them.
+No function of this package makes such calls, but a program that was serialised elsewhere, or damaged, may.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ SCALE, BIAS, WHERE = np.ones((2, 1), np.float32), np.zeros((1, 3), np.float32), 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What XLA is told: a good call, until one of it is replaced."""
+    """A call of an FFI target: a valid one, of which a test replaces a part."""
 
     target: str
     operands: tuple
@@ -28,7 +28,7 @@ class Call:
 
     def __call__(self):
         results = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in self.results]
-        # With a side effect, so that it is made even where nothing is asked of it.
+        # With a side effect XLA executes the call even if it has no results that are used.
         call = jax.ffi.ffi_call(self.target, results, has_side_effect=True)
         jitted = jax.jit(lambda *operands: call(*operands, **self.attributes))
         return jax.block_until_ready(jitted(*self.operands))
@@ -42,10 +42,10 @@ class Call:
     def with_attributes(self, **attributes):
         return dataclasses.replace(self, attributes=self.attributes | attributes)
 
-    def with_logits(self, flags, *operands, **attributes):
-        """With scale, bias or where, or what is put in their place."""
-        longer = dataclasses.replace(self, operands=self.operands + operands)
-        return longer.with_attributes(operands=np.int64(flags), **attributes)
+    def with_operands(self, flags, *operands, **attributes):
+        """The call with scale, bias, where or other arrays as further operands, and with their flags."""
+        extended = dataclasses.replace(self, operands=self.operands + operands)
+        return extended.with_attributes(operands=np.int64(flags), **attributes)
 
     def without_attribute(self, name):
         attributes = {key: value for key, value in self.attributes.items() if key != name}
@@ -67,8 +67,8 @@ CALLS = [
     Call(native.LOG_SOFTMAX_VJP_TARGET, (X, ROW, ROW, NO_LABELS, X), (X,), PLAIN),
     Call(native.SOFTMAX_JACOBIAN_TARGET, (X, X), (X,), AXIS),
 ]
-WITH_LOGITS = CALLS[:-1]
-WITH_LABELS = CALLS[3:5]
+CALLS_WITH_OPERANDS = CALLS[:-1]
+CALLS_WITH_LABELS = CALLS[3:5]
 
 
 def name_of(call):
@@ -80,14 +80,14 @@ def assert_refused(call, words):
         call()
 
 
-def test_every_target_is_called():
+def test_calls_cover_every_target():
     assert {call.target for call in CALLS} == set(native.TARGETS)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name_of)
 class TestEveryTarget:
-    def test_good_call(self, call):
-        """So that what follows fails for what was replaced alone."""
+    def test_valid_call(self, call):
+        """The call is valid before a part is replaced, so that later errors are due to that part."""
         call()
 
     def test_buffers(self, call):
@@ -107,7 +107,7 @@ class TestEveryTarget:
             replaced = dataclasses.replace(call, operands=cast(call.operands), results=cast(call.results))
             assert_refused(replaced, "operands must be float32, float64|of the type that goes with x's")
 
-    def test_numbers_of_buffers(self, call):
+    def test_number_of_buffers(self, call):
         fewer = dataclasses.replace(call, operands=call.operands[:-1])
         assert_refused(fewer, "Wrong number of arguments")
         more = dataclasses.replace(call, operands=(*call.operands, X))
@@ -127,10 +127,10 @@ class TestEveryTarget:
                 assert_refused(call.with_attributes(**{name: value}), "Wrong (scalar data|attribute) type")
 
 
-@pytest.mark.parametrize("call", WITH_LOGITS, ids=name_of)
-class TestLogits:
-    def test_good_call(self, call):
-        call.with_logits(7, SCALE, BIAS, WHERE, after=np.int64(0))()
+@pytest.mark.parametrize("call", CALLS_WITH_OPERANDS, ids=name_of)
+class TestOperands:
+    def test_valid_call(self, call):
+        call.with_operands(7, SCALE, BIAS, WHERE, after=np.int64(0))()
 
     def test_operands(self, call):
         varying = np.ones((2, 3), np.float32)
@@ -144,13 +144,13 @@ class TestLogits:
             (2, np.zeros((3, 3), np.float32), "bias must broadcast to x"),
             (4, WHERE[:, :2], "where must broadcast to x"),
         ):
-            assert_refused(call.with_logits(flags, operand), words)
+            assert_refused(call.with_operands(flags, operand), words)
 
-    def test_numbers_of_operands(self, call):
+    def test_number_of_operands(self, call):
         for flags, *operands in ((1,), (7, SCALE, BIAS), (0, BIAS), (2, BIAS, BIAS)):
-            assert_refused(call.with_logits(flags, *operands), "operands must add up")
+            assert_refused(call.with_operands(flags, *operands), "operands must add up")
         for unknown in (8, 9, -1, 2**62):
-            assert_refused(call.with_logits(unknown, SCALE, BIAS, WHERE), "operands must add up")
+            assert_refused(call.with_operands(unknown, SCALE, BIAS, WHERE), "operands must add up")
 
 
 @pytest.mark.parametrize("limits", [{"after": 0}, {"before": 0}, {"before": 2**62, "after": 2**62}])
@@ -161,26 +161,26 @@ def test_bands(x, axis, limits):
     assert_refused(banded, "a band needs rank 2 at least, and axis -1")
 
 
-@pytest.mark.parametrize("call", WITH_LABELS, ids=name_of)
+@pytest.mark.parametrize("call", CALLS_WITH_LABELS, ids=name_of)
 def test_labels(call):
     for labels in (LABELS.astype(np.int64), LABELS.astype(np.float32), LABELS[:1], np.zeros(6, np.int32)):
         assert_refused(call.with_operand(3, labels), "labels must have one element a row")
     for label in (-3, 0, 2):
         finite = call.with_operand(3, LABELS + np.int32(label))()
         assert np.isfinite(finite[0]).all()
-    # Such as no element has.
+    # These labels are out of range.
     for label in (-4, 3, 2**31 - 1, -(2**31)):
         call.with_operand(3, LABELS + np.int32(label))()
 
 
-def test_an_unknown_algorithm():
+def test_unknown_algorithm():
     assert_refused(CALLS[0].with_attributes(algorithm="fast"), "fast.*two_pass_reload")
 
 
 @pytest.mark.parametrize("shape", [(0, 2**62, 2**62), (2**31, 0, 2**32), (2**32, 0, 2**32)])
 @pytest.mark.parametrize("axis", [-1, -2, -3])
 def test_sizes_whose_product_overflows(shape, axis):
-    """Of arrays without elements: there are no others that XLA makes."""
+    """Arrays without elements are the only ones of such shapes that XLA makes."""
     x = jax.jit(lambda: jnp.zeros(shape, np.float32))()
     for call in (CALLS[0], CALLS[-1]):
         call = dataclasses.replace(call, operands=(x,) * len(call.operands), results=(x,))

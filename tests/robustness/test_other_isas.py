@@ -1,4 +1,4 @@
-"""The tests that go through XLA, again for every other instruction set: a process has but one."""
+"""Runs the tests that go through XLA again for every instruction set but the active one."""
 
 import os
 import pathlib
@@ -12,15 +12,15 @@ TESTS = pathlib.Path(__file__).parent.parent
 OTHERS = [isa for isa in native.supported_isas() if isa != native.active_isa()]
 
 
-@pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="is itself such a run")
+@pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="this is already such a run")
 @pytest.mark.parametrize("isa", OTHERS)
 def test_through_xla(isa):
     names = (
         "test_softmax.py",
         "test_losses.py",
-        "numerics/test_family_accuracy.py",
+        "numerics/test_jit_accuracy.py",
         "numerics/test_properties.py::TestInsideJit",
     )
-    # Rules of transformations and the reference are the same for all; what kernels compute is not.
+    # Transformation rules and the reference do not depend on the instruction set; the kernels do.
     arguments = ["-x", "-k", "not reference", *(TESTS / name for name in names)]
     run_pytest(*arguments, timeout=900, JAX_SOFTMAX2P_ISA=isa)

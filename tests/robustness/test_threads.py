@@ -1,7 +1,7 @@
-"""Many threads calling at once, threads that call from strange places, and processes that fork.
+"""Concurrent calls from many threads, calls from callbacks, and processes that fork.
 
-As a program it calls from 64 threads for a number of seconds, and says how often:
-``NPROC=5 python tests/robustness/test_threads.py 600``. XLA takes the size of its pools from NPROC.
+As a program it calls from 64 threads for a number of seconds and prints the number of calls:
+``NPROC=5 python tests/robustness/test_threads.py 600``. XLA takes the size of its thread pools from NPROC.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import pytest
 from jax_softmax2p import native, softmax
 
 SHAPES = [(3, 5), (128, 1024), (1, 200_000), (40, 40_000), (7, 1, 33), (2000, 3)]
-TIMEOUT = 120  # seconds: a deadlock, not slowness
+TIMEOUT = 120  # Seconds, so many that only a deadlock exceeds them.
 
 
 def run_in_threads(count, work):
@@ -74,7 +74,7 @@ def test_threads_that_compile_at_once():
 
 
 def test_several_large_calls_in_one_program():
-    """They run at the same time on XLA's own threads, and each asks the pool for helpers."""
+    """The calls run concurrently on XLA's threads, and each requests helpers from the same pool."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 100_000)), jnp.float32)
 
     @jax.jit
@@ -105,16 +105,16 @@ def test_calls_from_inside_callbacks():
     run_in_threads(16, work)
 
 
-def softmax_of_one_thread(x):
+def single_threaded_softmax(x):
     y = np.empty_like(x)
     native.softmax_into(x, y)
     return y
 
 
 def call_from_64_threads(seconds):
-    """Mixed sizes, on every device, while every eighth thread compiles. Returns how many calls there were."""
+    """Calls mixed sizes on every device, while every eighth thread compiles; returns the number of calls."""
     inputs = [np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in SHAPES]
-    expected = [softmax_of_one_thread(x) for x in inputs]
+    expected = [single_threaded_softmax(x) for x in inputs]
     on_device = [[jax.device_put(x, device) for x in inputs] for device in jax.devices()]
     jitted = jax.jit(softmax)
     end = time.monotonic() + seconds
@@ -124,7 +124,7 @@ def call_from_64_threads(seconds):
         operands = on_device[index % len(on_device)]
         while time.monotonic() < end or calls[index] == 0:
             k = (index + calls[index]) % len(inputs)
-            # A function that JAX does not know is compiled.
+            # JAX compiles a new function, even if its code is the same.
             function = jitted if index % 8 else jax.jit(lambda x: softmax(x))
             np.testing.assert_array_equal(function(operands[k]), expected[k])
             calls[index] += 1
@@ -139,7 +139,7 @@ def test_64_threads_while_some_compile():
 
 @pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="pools are the same for every instruction set")
 @pytest.mark.parametrize(("pool", "devices"), [(1, 1), (5, 1), (64, 1), (2, 8)])
-def test_pools_of_other_sizes(pool, devices):
+def test_thread_pool_sizes(pool, devices):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     result = subprocess.run(
         [sys.executable, __file__, "1"],
@@ -149,19 +149,19 @@ def test_pools_of_other_sizes(pool, devices):
         timeout=2 * TIMEOUT,
     )
     assert result.returncode == 0, result.stderr
-    # With a thread for every device, at least.
+    # XLA has at least one thread for each device.
     assert f"on {devices} devices with {max(pool, devices)} threads" in result.stdout
 
 
-def names_of_threads():
+def thread_names():
     for task in pathlib.Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # It has ended.
+        with contextlib.suppress(OSError):  # The thread may have ended.
             yield (task / "comm").read_text()
 
 
 def main():
     calls = call_from_64_threads(float(sys.argv[1]))
-    pool = sum("Eigen" in name for name in names_of_threads())
+    pool = sum("Eigen" in name for name in thread_names())
     print(f"{calls} calls on {jax.device_count()} devices with {pool} threads: the same bits always")
 
 
@@ -205,10 +205,11 @@ busy.join()
 
 
 @pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="a fork is the same for every instruction set")
-def test_forks():
-    """A child calls JAX if its parent has not, and kernels on NumPy arrays in any case, as the README says.
+def test_fork():
+    """A child can call JAX if its parent has not, and the kernels on NumPy arrays in any case.
 
-    XLA's threads are not in the child: what waits for them waits forever, jax.nn's softmax too. JAX warns.
+    The README says so. XLA's threads do not exist in the child, so that whatever waits for them, jax.nn's
+    softmax included, waits forever. JAX warns of that.
     """
     command = [sys.executable, "-W", "error", "-c", FORK]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)

@@ -1,4 +1,4 @@
-"""Runs the tests of this folder that need several devices, in processes that have eight."""
+"""Runs the tests of this folder that need several devices, in processes with eight."""
 
 import pathlib
 
@@ -8,6 +8,6 @@ from processes import run_pytest
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["batch_on_devices.py", "axis_on_devices.py"])
+@pytest.mark.parametrize("name", ["sharded_batch.py", "sharded_axis.py"])
 def test_on_eight_devices(name):
     run_pytest(HERE / name, timeout=600, XLA_FLAGS="--xla_force_host_platform_device_count=8")

@@ -1,4 +1,4 @@
-"""Batch dimensions divided among eight devices: nothing crosses between them, and results keep their bits."""
+"""Batch dimensions sharded over eight devices need no communication, and results keep their bits."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import P, kinds, normal, place, run, with_vjp
+from devices import P, kinds, normal, place, run, value_and_vjp
 from jax.sharding import AxisType
 
 import jax_softmax2p as s2p
@@ -35,16 +35,16 @@ def equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def sharded_alike(array, x):
+def has_sharding_of(array, x):
     return array.sharding.is_equivalent_to(
         jax.sharding.NamedSharding(x.sharding.mesh, P(*x.sharding.spec[: array.ndim])), array.ndim
     )
 
 
-def in_every_way(f, x, axis_type, *spec):
-    """f and its VJP without communication, with the bits of one device, sharded as x is."""
+def assert_no_communication(f, x, axis_type, *spec):
+    """Asserts that f and its VJP need no collective, have the bits of one device, and the sharding of x."""
     mesh = devices.make_mesh(axis_type)
-    both = with_vjp(f)
+    both = value_and_vjp(f)
     cotangent = np.cos(np.arange(np.prod(shape := jax.eval_shape(f, x).shape))).reshape(shape).astype(x.dtype)
     expected = jax.jit(both)(x, cotangent)
     with jax.set_mesh(mesh):
@@ -52,30 +52,30 @@ def in_every_way(f, x, axis_type, *spec):
         actual, found = run(both, *operands)
     assert not found
     equal(actual, expected)
-    assert all(sharded_alike(array, operands[0]) for array in jax.tree.leaves(actual))
+    assert all(has_sharding_of(array, operands[0]) for array in jax.tree.leaves(actual))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_over_two_dimensions(name):
-    in_every_way(OPERATIONS[name], X, AxisType.Auto, "data", "model")
+def test_batch_over_two_mesh_axes(name):
+    assert_no_communication(OPERATIONS[name], X, AxisType.Auto, "data", "model")
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "cross-entropy"])
-def test_explicitly(name):
+def test_explicit_mesh(name):
     f = s2p.log_softmax if name == "log_softmax" else OPERATIONS[name]
     if name == "logsumexp":
         f = functools.partial(s2p.logsumexp, axis=-1)
-    in_every_way(f, X, AxisType.Explicit, ("data", "model"))
+    assert_no_communication(f, X, AxisType.Explicit, ("data", "model"))
 
 
-def test_an_axis_that_is_not_the_last():
-    in_every_way(lambda x: s2p.softmax(x, 1), X, AxisType.Auto, "data", None, "model")
-    in_every_way(lambda x: s2p.log_softmax(x, 0), X, AxisType.Auto, None, "model", "data")
+def test_axis_that_is_not_the_last():
+    assert_no_communication(lambda x: s2p.softmax(x, 1), X, AxisType.Auto, "data", None, "model")
+    assert_no_communication(lambda x: s2p.log_softmax(x, 0), X, AxisType.Auto, None, "model", "data")
 
 
 @pytest.mark.parametrize("name", ["softmax, masked", "log_softmax", "cross-entropy"])
 def test_inside_shard_map(name):
-    """With JAX checking what varies along which mesh axes; operands that do not vary included."""
+    """JAX checks which values vary along which mesh axes; some operands here do not vary."""
     mesh = devices.make_mesh()
     f = {
         "softmax, masked": lambda x, scale: s2p.softmax(x, scale=scale, bias=BIAS),
@@ -87,7 +87,7 @@ def test_inside_shard_map(name):
             + scale[..., 0]
         ),
     }[name]
-    both = with_vjp(f)
+    both = value_and_vjp(f)
     cotangent = jnp.cos(jnp.arange(X.size).reshape(X.shape))[
         ..., 0 if name == "cross-entropy" else slice(None)
     ]
@@ -98,8 +98,8 @@ def test_inside_shard_map(name):
     equal(actual, jax.jit(both)(*operands))
 
 
-def test_where_the_rest_of_the_mesh_is_automatic():
-    """Inside a shard_map over some axes of the mesh, XLA divides along the others."""
+def test_partly_manual_mesh():
+    """Inside a shard_map over some axes of the mesh, XLA shards along the others."""
     mesh = devices.make_mesh()
     x = place(X, mesh, "data", "model")
     for manual, spec in (("data", P("data")), ("model", P(None, "model"))):
@@ -119,21 +119,21 @@ ATTENTION = {
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name, axis_type):
-    """Divided by batch and heads. Matrix products of other sizes are rounded otherwise."""
+    """Sharded by batch and heads. The rounding of matrix products depends on their sizes."""
     q, k, v = normal(8, 32, 4, 8), normal(8, 32, 2, 8, seed=1), normal(8, 32, 2, 8, seed=2)
     attend = lambda q, k, v: s2p.dot_product_attention(q, k, v, **ATTENTION[name])
     options = {key: value for key, value in ATTENTION[name].items() if key != "query_block_size"}
     exact = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)
     cotangent = normal(*q.shape, seed=3)
     wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v, cotangent)]
-    expected = jax.jit(with_vjp(exact))(*wide)
+    expected = jax.jit(value_and_vjp(exact))(*wide)
     mesh = devices.make_mesh(axis_type)
     with jax.set_mesh(mesh):
         operands = [place(x, mesh, "data", None, "model") for x in (q, k, v, cotangent)]
-        actual, found = run(with_vjp(attend), *operands)
+        actual, found = run(value_and_vjp(attend), *operands)
     assert not found
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
-    assert all(sharded_alike(x, operands[0]) for x in jax.tree.leaves(actual))
+    assert all(has_sharding_of(x, operands[0]) for x in jax.tree.leaves(actual))
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -141,7 +141,7 @@ def test_attention_inside_shard_map(name):
     q, k, v = normal(8, 32, 4, 8), normal(8, 32, 2, 8, seed=1), normal(8, 32, 2, 8, seed=2)
     options = {key: value for key, value in ATTENTION[name].items() if key != "mask"}
     mask = ATTENTION[name].get("mask", np.ones((8, 1, 1, 32), bool))
-    both = with_vjp(lambda q, k, v, mask: s2p.dot_product_attention(q, k, v, mask=mask, **options))
+    both = value_and_vjp(lambda q, k, v, mask: s2p.dot_product_attention(q, k, v, mask=mask, **options))
     operands = q, k, v, mask, normal(*q.shape, seed=3)
     spec = P(("data", "model"))
     (y, gradients), found = run(
@@ -155,7 +155,7 @@ def test_attention_inside_shard_map(name):
 
 
 LOGITS = np.where(normal(8, 640, seed=6) < 1.5, 3 * normal(8, 640, seed=7), -np.inf)
-OF_ROWS = np.array([0, 639, -1, -640, 640, 5, 319, 320], np.int32)
+ROW_LABELS = np.array([0, 639, -1, -640, 640, 5, 319, 320], np.int32)
 
 
 @pytest.mark.parametrize(
@@ -165,33 +165,33 @@ OF_ROWS = np.array([0, 639, -1, -640, 640, 5, 319, 320], np.int32)
         (s2p.log_softmax, jax.nn.log_softmax),
         (functools.partial(s2p.logsumexp, axis=-1), functools.partial(jax.nn.logsumexp, axis=-1)),
         (
-            lambda x: s2p.softmax_cross_entropy_with_integer_labels(x, OF_ROWS),
+            lambda x: s2p.softmax_cross_entropy_with_integer_labels(x, ROW_LABELS),
             lambda x: (
                 jax.nn.logsumexp(x, -1)
-                - jnp.take_along_axis(x, OF_ROWS[:, None], -1, mode="fill", fill_value=jnp.nan)[:, 0]
+                - jnp.take_along_axis(x, ROW_LABELS[:, None], -1, mode="fill", fill_value=jnp.nan)[:, 0]
             ),
         ),
     ],
     ids=["softmax", "log_softmax", "logsumexp", "cross-entropy"],
 )
-def test_the_axis_itself_divided_under_jit(ours, theirs):
-    """Right, and with no more communication than jax.nn needs, in collectives and in bytes."""
+def test_sharded_axis_under_jit(ours, theirs):
+    """Results are right, with no more collectives and no more bytes than jax.nn needs."""
     mesh = devices.make_mesh()
     y = jax.eval_shape(theirs, LOGITS)
     operands = LOGITS.astype(np.float32), normal(*y.shape, seed=8)
-    of_both = lambda f: run(
-        with_vjp(f), *(place(x, mesh, None, ("data", "model")) for x in operands[:1]), operands[1]
+    run_with_vjp = lambda f: run(
+        value_and_vjp(f), *(place(x, mesh, None, ("data", "model")) for x in operands[:1]), operands[1]
     )
-    expected = jax.jit(with_vjp(theirs))(*(jnp.asarray(x, jnp.float64) for x in operands))
-    actual, found = of_both(ours)
-    _, found_in_theirs = of_both(theirs)
+    expected = jax.jit(value_and_vjp(theirs))(*(jnp.asarray(x, jnp.float64) for x in operands))
+    actual, found = run_with_vjp(ours)
+    _, found_in_theirs = run_with_vjp(theirs)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6), actual, expected)
     assert "all-gather" not in kinds(found)
     assert len(found) <= len(found_in_theirs)
     assert sum(size for _, size in found) <= sum(size for _, size in found_in_theirs)
 
 
-def test_a_band_whose_columns_are_divided():
+def test_band_with_sharded_columns():
     mesh = devices.make_mesh()
     f = lambda x: s2p.softmax(x, where=s2p.Band(before=9, after=3))
     y, found = run(f, place(X, mesh, None, "model", "data"))

@@ -1,4 +1,4 @@
-"""Several processes, each with a part of the classes: a step of training, and what a death does to it."""
+"""A training step in several processes, each with a shard of the classes, and the death of one of them."""
 
 import subprocess
 import time
@@ -7,21 +7,21 @@ import pytest
 
 from benchmarks.vocab_parallel import Problem, in_processes, start_processes
 
-TIMEOUT = 240  # seconds: a deadlock, not slowness
+TIMEOUT = 240  # Seconds, so many that only a deadlock exceeds them.
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_a_step_equals_that_of_float64(count):
-    """The last process has fewer classes than the others. One all-gather, and one sum for the inputs."""
+def test_step_matches_float64(count):
+    """The last process has fewer classes. There is one all-gather, and one all-reduce for the inputs."""
     figures = in_processes(count, Problem(features=4, batch=8), rounds=0, timeout=TIMEOUT)
     assert figures["processes"] == figures["devices"] == count
     ours = figures["ours"]
     assert [kind for kind, _ in ours["collectives"]] == ["all-gather", "all-reduce"]
-    assert ours["error of the loss"] <= 4e-6  # 4 ULP of a loss from 8 on.
-    assert max(ours["errors of gradients"]) <= 16  # Of which those of the matrix products are most.
+    assert ours["error of the loss"] <= 4e-6  # 4 ULP of a loss of at least 8.
+    assert max(ours["errors of gradients"]) <= 16  # Most of the error is the matrix products'.
 
 
-def test_when_a_process_is_killed_the_others_end_with_an_error(tmp_path):
+def test_killed_process_ends_the_others_with_an_error(tmp_path):
     problem = Problem(classes=1003, features=4, batch=8)
     processes = start_processes(3, problem, rounds=10**9, folder=str(tmp_path))
     try:
@@ -33,7 +33,7 @@ def test_when_a_process_is_killed_the_others_end_with_an_error(tmp_path):
         processes[1].kill()
         for process in processes[::2]:
             assert process.wait(TIMEOUT) != 0
-        # JAX ends the process that cannot go on, or the step raises: either way it says so.
+        # JAX terminates a process that cannot go on, or the step raises; the log has an error in both cases.
         assert all("rror" in (tmp_path / f"{rank}.log").read_text(errors="replace") for rank in (0, 2))
     except subprocess.TimeoutExpired:
         pytest.fail("a process waits for one that is dead")

@@ -1,4 +1,4 @@
-"""Pictures of what was measured: one idea each, in colours that everybody can tell apart."""
+"""Plots of a run: one idea each, in colours that everybody can tell apart."""
 
 import contextlib
 import pathlib
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import Case
+from benchmarks.memory_traffic import LOOP_TRAFFIC, gigabytes_per_second
 from benchmarks.results import Result, Results, Row
-from benchmarks.traffic import LOOP_TRAFFIC, gigabytes_per_second
 
 # Okabe and Ito's palette.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
@@ -22,8 +22,8 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
     "#CC79A7",
 )
 
-# Colour, line and marker, so that none of them is needed alone.
-LOOKS = {
+# Colour, line and marker differ, so that a reader needs only one of them.
+STYLES = {
     "ours": (BLUE, "-", "o"),
     "jax.nn": (RED, "--", "s"),
     "torch": (ORANGE, "-.", "^"),
@@ -39,7 +39,7 @@ LOOKS = {
 
 WIDTH = 8.0
 DPI = 110
-STYLE: Any = {
+RC_PARAMS: Any = {
     "font.size": 10,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -52,21 +52,21 @@ STYLE: Any = {
 
 
 def draw(results: Results, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws all pictures for which something was measured; returns their files.
+    """Draws all plots for which the run has measurements; returns their files.
 
     Raises:
       ImportError: matplotlib is not installed.
     """
-    return [file for name, make in PICTURES.items() if make(results, file := folder / f"{name}.png")]
+    return [file for name, make in PLOTS.items() if make(results, file := folder / f"{name}.png")]
 
 
 def draw_training(training: Mapping[str, Mapping[str, Any]], file: pathlib.Path) -> None:
-    """The losses of ``benchmarks.train_lm`` as curves, and by how much they differ.
+    """Draws the losses of ``benchmarks.train_lm`` and the differences between them.
 
     Raises:
       ImportError: matplotlib is not installed.
     """
-    with _picture(file, 5.2, rows=2, sharex=True, height_ratios=(3, 1)) as (figure, (above, below)):
+    with _figure(file, 5.2, rows=2, sharex=True, height_ratios=(3, 1)) as (figure, (above, below)):
         styles = ({"color": RED, "linewidth": 3, "alpha": 0.5}, {"color": BLUE, "linewidth": 1})
         for (name, figures), style in zip(training.items(), styles, strict=True):
             tokens = f"{figures['tokens_per_second']:,.0f} tokens per second"
@@ -75,7 +75,7 @@ def draw_training(training: Mapping[str, Mapping[str, Any]], file: pathlib.Path)
         above.legend()
         first, second = (np.array(figures["losses"]) for figures in training.values())
         gaps = np.abs(first - second)
-        below.semilogy(np.where(gaps > 0, gaps, np.nan), ".", color=BLACK)  # A logarithm has no 0.
+        below.semilogy(np.where(gaps > 0, gaps, np.nan), ".", color=BLACK)  # A logarithmic axis has no 0.
         below.set_ylabel("difference")
         below.set_xlabel("training step")
         figure.suptitle("A language model trained with jax.nn and with ours: the same losses")
@@ -99,7 +99,7 @@ def _over_length(
     title: str,
     unit: str,
 ) -> bool:
-    """Algorithms over length, a panel for each instruction set."""
+    """Draws algorithms over length, a panel for each instruction set."""
     tables = list(results.tables("algorithms"))
     if not tables:
         return False
@@ -148,20 +148,21 @@ def _threads(results: Results, file: pathlib.Path) -> bool:
     if not tables:
         return False
     isas = list(dict.fromkeys(table.isa for table in tables))
-    least = min(table.rows[0].case.elements for table in tables)
+    per_thread = min(table.rows[0].case.elements for table in tables)
     with _panels(file, len(isas)) as (figure, panels):
         for panel, isa in zip(panels, isas, strict=True):
             rows = [row for table in tables if table.isa == isa for row in table.rows]
             for name in rows[0].samples:
                 points = [
-                    (row.case.elements // least, row.case.elements / row.medians[name] / 1e9) for row in rows
+                    (row.case.elements // per_thread, row.case.elements / row.medians[name] / 1e9)
+                    for row in rows
                 ]
                 _line(panel, name, points)
-            panel.set_xticks([row.case.elements // least for row in rows])
+            panel.set_xticks([row.case.elements // per_thread for row in rows])
             panel.set_title(isa)
             panel.set_xlabel("threads")
         _finish_from_zero(figure, panels[0], "10⁹ elements per second")
-        figure.suptitle(f"Weak scaling: one row of {least / 2**20:.0f} Mi elements for each thread")
+        figure.suptitle(f"Weak scaling: one row of {per_thread / 2**20:.0f} Mi elements for each thread")
     return True
 
 
@@ -182,7 +183,7 @@ def _peers(results: Results, file: pathlib.Path) -> bool:
     rows = [row for table in tables for row in table.rows if row.case.dtype == "float32"]
     labels = [row.case.name.removesuffix(" float32") for row in rows]
     labels = [f"softmax {label}" if label.startswith("(") else label for label in labels]
-    others = [name for name in LOOKS if any(f"{name} / ours" in row.ratios for row in rows)]
+    others = [name for name in STYLES if any(f"{name} / ours" in row.ratios for row in rows)]
     title = "How much faster than other libraries, by operation and shape"
     return _others_by_ours(file, 5.4, rows, labels, others, title)
 
@@ -195,9 +196,9 @@ def _others_by_ours(
     others: Sequence[str],
     title: str,
 ) -> bool:
-    """The times of others by ours, a line for each row."""
+    """Draws the times of others divided by ours, a line for each row."""
     ratios = {name: [row.ratios.get(f"{name} / ours", np.nan) for row in rows] for name in others}
-    with _picture(file, height) as (figure, panel):
+    with _figure(file, height) as (figure, panel):
         _dots(panel, labels, ratios)
         panel.set_xlabel("time of the other ÷ ours")
         _legend_below(figure, panel)
@@ -227,33 +228,33 @@ def _ulp(results: Results, file: pathlib.Path) -> bool:
     return True
 
 
-def _growth(results: Results, file: pathlib.Path) -> bool:
-    return _growth_of(results, file, "seconds", lambda value: value * 1e3, 0, "milliseconds a call", "Time")
+def _scaling(results: Results, file: pathlib.Path) -> bool:
+    return _scaling_of(results, file, "seconds", lambda value: value * 1e3, 0, "milliseconds a call", "Time")
 
 
 def _memory(results: Results, file: pathlib.Path) -> bool:
-    # Below 1 MiB, memory that is there already serves.
+    # Below 1 MiB, memory that the process already has suffices.
     scale = lambda value: value / 2**20
-    return _growth_of(results, file, "bytes", scale, 1, "MiB beyond the operand", "Memory")
+    return _scaling_of(results, file, "bytes", scale, 1, "MiB beyond the operand", "Memory")
 
 
-def _growth_of(
+def _scaling_of(
     results: Results,
     file: pathlib.Path,
     quantity: str,
     scale: Callable[[float], float],
-    least: float,
+    minimum: float,
     unit: str,
     title: str,
 ) -> bool:
-    tables = {along: list(results.tables(f"growth of {quantity} in {along}")) for along in ("n", "batch")}
+    tables = {along: list(results.tables(f"scaling of {quantity} in {along}")) for along in ("n", "batch")}
     if not all(tables.values()):
         return False
     with _panels(file, 2) as (figure, panels):
         for panel, (along, (table,)) in zip(panels, tables.items(), strict=True):
             for name in table.rows[0].samples:
                 points = [(row.case.elements, scale(row.medians[name])) for row in table.rows]
-                _line(panel, name, [(x, y) for x, y in points if y > least], _with_slope(table, name))
+                _line(panel, name, [(x, y) for x, y in points if y > minimum], _with_slope(table, name))
             _logarithmic(panel, "xy")
             panel.set_title("one row of n" if along == "n" else "batch × 1,024")
             panel.set_xlabel("elements")
@@ -276,7 +277,7 @@ def _training(results: Results, file: pathlib.Path) -> bool:
     return True
 
 
-PICTURES: dict[str, Callable[[Results, pathlib.Path], bool]] = {
+PLOTS: dict[str, Callable[[Results, pathlib.Path], bool]] = {
     "bandwidth": _bandwidth,
     "throughput": _throughput,
     "passes": _passes,
@@ -284,24 +285,25 @@ PICTURES: dict[str, Callable[[Results, pathlib.Path], bool]] = {
     "speed_up": _speed_up,
     "ulp": _ulp,
     "peers": _peers,
-    "growth": _growth,
+    "scaling": _scaling,
     "memory": _memory,
     "training": _training,
 }
-"""What draws each, by the name of its file; False where nothing was measured for it."""
+"""Functions that draw a plot, by the name of its file. They return False where there are no measurements for
+it."""
 
 
 @contextlib.contextmanager
-def _picture(
+def _figure(
     file: pathlib.Path, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes, which are saved in the end."""
+    """Yields a figure and its axes, and saves it at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(RC_PARAMS):
         figure, axes = pyplot.subplots(
             rows, columns, figsize=(WIDTH, height), layout="constrained", **options
         )
@@ -315,23 +317,23 @@ def _picture(
 
 @contextlib.contextmanager
 def _panels(file: pathlib.Path, count: int, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """A figure and so many axes side by side, which are saved in the end."""
-    with _picture(file, 4, columns=count, sharey=True, **options) as (figure, axes):
+    """Yields a figure and axes side by side, and saves it at the end."""
+    with _figure(file, 4, columns=count, sharey=True, **options) as (figure, axes):
         yield figure, np.atleast_1d(axes)
 
 
 def _line(panel: Any, name: str, points: Sequence[tuple[float, float]], label: str | None = None) -> None:
     if not points:
         return
-    colour, line, marker = LOOKS.get(name, (BLACK, "-", "."))
+    colour, line, marker = STYLES.get(name, (BLACK, "-", "."))
     panel.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker=marker, label=label or name)
 
 
 def _dots(panel: Any, labels: Sequence[str], ratios: Mapping[str, Sequence[float]]) -> None:
-    """A row for each label, a dot for each ratio, and a line where there is no difference."""
+    """Draws a row for each label, a dot for each ratio, and a line at 1."""
     places = np.arange(len(labels))
     for name, values in ratios.items():
-        colour, _, marker = LOOKS[name]
+        colour, _, marker = STYLES[name]
         panel.plot(values, places, linestyle="", marker=marker, markersize=7, color=colour, label=name)
     panel.axvline(1, color=BLACK, linewidth=1)
     _logarithmic(panel, "x")
@@ -343,14 +345,14 @@ def _dots(panel: Any, labels: Sequence[str], ratios: Mapping[str, Sequence[float
 
 
 def _logarithmic(panel: Any, axes: str) -> None:
-    """Those of x and y that ``axes`` names, with numbers at powers alone."""
+    """Makes the named axes, of x and y, logarithmic, with numbers at powers of ten only."""
     for axis in axes:
         panel.set(**{f"{axis}scale": "log"})
         getattr(panel, f"{axis}axis").set_minor_formatter("")
 
 
 def _mark(panel: Any, places: Sequence[tuple[str, float]]) -> None:
-    """Vertical lines across a panel, with words beside them."""
+    """Draws vertical lines across a panel, with text beside them."""
     for text, place in places:
         panel.axvline(place, color=BLACK, linewidth=0.8, linestyle=(0, (4, 4)), alpha=0.6)
         where = panel.get_xaxis_transform()
@@ -367,7 +369,7 @@ def _mark(panel: Any, places: Sequence[tuple[str, float]]) -> None:
 
 
 def _finish_from_zero(figure: Any, panel: Any, unit: str) -> None:
-    """For panels that share an axis, once all are drawn: a limit keeps what comes later from being fitted."""
+    """Makes a shared y axis start at 0. To be called last, since a limit stops the automatic fitting."""
     panel.set_ylim(bottom=0)
     panel.set_ylabel(unit)
     _legend_below(figure, panel)

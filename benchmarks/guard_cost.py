@@ -1,7 +1,7 @@
-"""What the guard for masks and large inputs costs: these kernels against the same built without it.
+"""Measures the cost of the guard for masks and large inputs, against the same kernels built without it.
 
 pip wheel . --no-deps -w unguarded -Ccmake.define.JAX_SOFTMAX2P_UNGUARDED=ON
-python -m benchmarks.guard unguarded/jax_softmax2p-*.whl
+python -m benchmarks.guard_cost unguarded/jax_softmax2p-*.whl
 """
 
 import argparse
@@ -22,7 +22,9 @@ SHAPES = ((1024, 64), (16, 4096), (1, 65536), (1, 2**20), (16384, 512), (1, 2**2
 
 def main() -> None:
     """Prints the ratio of times for every instruction set, algorithm and shape."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.guard_cost", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("wheel", help="a wheel built with JAX_SOFTMAX2P_UNGUARDED=ON")
     unguarded = load_library(parser.parse_args().wheel)
     if not _native.GUARDED or unguarded.GUARDED:
@@ -38,7 +40,7 @@ def main() -> None:
 
 
 def load_library(wheel: str) -> types.ModuleType:
-    """The native module out of a wheel, beside the one that is installed."""
+    """Loads the native module of a wheel beside the installed one."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         (name,) = (
             n for n in archive.namelist() if n.startswith("jax_softmax2p/_native.") and n.endswith(".so")
@@ -52,7 +54,7 @@ def load_library(wheel: str) -> types.ModuleType:
 
 
 def ratio(unguarded: types.ModuleType, isa: str, algorithm: str, shape: tuple[int, int]) -> float:
-    """Guarded time over unguarded time on normal data, which need no guard."""
+    """The ratio of guarded to unguarded time, on normal data, which do not need the guard."""
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
     out = np.empty_like(x)
 

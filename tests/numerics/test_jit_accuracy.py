@@ -1,4 +1,4 @@
-"""The numerical contract of logarithms, of softmax with scale and bias, and of gradients, inside jit."""
+"""The numerical contract inside jit: logarithms, softmax with operands, and gradients."""
 
 import cases
 import jax
@@ -20,18 +20,18 @@ from jax_softmax2p import (
 
 FLOATS = [np.float32, np.float64]
 
-# Both sides of where the kernels change.
+# Lengths on both sides of those at which the kernels change.
 LENGTHS = [1, 2, 7, 16, 100, 128, 129, 2049, 4097, 40_000]
 
 
 def rows(n, dtype):
-    """One row of every class, and rows at offsets at which differences are exact and sums are not."""
-    made = [cases.make(name, n, dtype) for name in cases.CLASSES]
+    """One row of every class, and rows at offsets, where differences are exact and sums are not."""
+    made = [cases.make(name, n, dtype) for name in cases.ROW_CLASSES]
     made += [(20 * cases.make("normal", n, np.float64) + at).astype(dtype) for at in (1e6, 5e7, 1e9, -5e7)]
     return np.stack(made)
 
 
-ROWS = [*cases.CLASSES, "at 1e6", "at 5e7", "at 1e9", "at -5e7"]
+ROWS = [*cases.ROW_CLASSES, "at 1e6", "at 5e7", "at 1e9", "at -5e7"]
 
 
 def no_infinity(x):
@@ -39,10 +39,10 @@ def no_infinity(x):
 
 
 def assert_logs(actual, exact, x, bound=1.0):
-    """Every row's error within the bound; the message says which row's is not."""
-    least = cases.LEAST_LOG_ERROR[x.dtype]
+    """Asserts that every row's error is within the bound; the message names the rows that are not."""
+    minimum = cases.MIN_LOG_ERROR[x.dtype]
     errors = {
-        name: cases.log_error(*parts, least)
+        name: cases.log_error(*parts, minimum)
         for name, *parts in zip(ROWS, np.asarray(actual), exact, x.max(-1), strict=True)
     }
     assert not {name: error for name, error in errors.items() if not error <= bound}
@@ -51,11 +51,11 @@ def assert_logs(actual, exact, x, bound=1.0):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", LENGTHS)
 class TestLogarithms:
-    """2 ULP of the exact value, or 1 of the row's largest logit."""
+    """Errors are within 2 ULP of the exact value, or 1 ULP of the row's largest logit."""
 
     def test_log_softmax(self, n, dtype):
         x = rows(n, dtype)
-        with np.errstate(over="ignore"):  # From finfo.min to the maximum.
+        with np.errstate(over="ignore"):  # finfo.min minus the maximum is beyond the format.
             assert_logs(jax.jit(log_softmax)(x), cases.exact_log_softmax(x), x)
 
     def test_logsumexp(self, n, dtype):
@@ -63,25 +63,25 @@ class TestLogarithms:
         assert_logs(jax.jit(lambda x: logsumexp(x, -1))(x), cases.exact_logsumexp(x), x)
 
     def test_sum_exp(self, n, dtype):
-        """Mantissa and exponent lose little more than logsumexp does."""
+        """The logarithm of mantissa and exponent is within twice the bound of logsumexp."""
         x = rows(n, dtype)
         assert_logs(jax.jit(lambda x: sum_exp(x).log())(x), cases.exact_logsumexp(x), x, bound=2)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_log_softmax_of_nearly_certain_rows(dtype):
-    """log(1 - p) for every p from 1/2 to below the format: its own ULP, or what a sum in float64 is worth."""
+def test_log_softmax_near_certainty(dtype):
+    """log(1 - p), for p from 1/2 to below the format, is within its own ULP or the rounding of the sum."""
     gaps = np.concatenate([np.linspace(0, 30, 500), np.linspace(30, 100, 100)])
     for n in (2, 200):
         x = np.full((gaps.size, n), -3000, dtype)
         x[:, 0], x[:, -1] = 0, -gaps.astype(dtype)
         exact, largest = cases.exact_log_softmax(x), x.max(-1)[:, None]
-        assert cases.log_error(np.asarray(log_softmax(x)), exact, largest, least=2.0**-50) <= 1
+        assert cases.log_error(np.asarray(log_softmax(x)), exact, largest, minimum=2.0**-50) <= 1
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_logarithms_of_one_element(dtype):
-    """log(e^x) is x, and log(1) is 0."""
+def test_logarithms_of_single_elements(dtype):
+    """logsumexp of one element is that element, and its log_softmax is 0."""
     x = np.random.default_rng(0).uniform(-1, 1, (500, 1)).astype(dtype)
     assert cases.log_error(np.asarray(logsumexp(x, -1)), x[:, 0].astype(np.longdouble), x[:, 0]) <= 1
     assert cases.log_error(np.asarray(log_softmax(x)), np.zeros((500, 1), np.longdouble), x) <= 1
@@ -89,13 +89,13 @@ def test_logarithms_of_one_element(dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_logsumexp_near_zero(dtype):
-    """Where the maximum and the logarithm of the rest cancel."""
+    """The maximum and the logarithm of the scaled sum cancel."""
     rng = np.random.default_rng(0)
     for n in (4, 150):
         x = (rng.standard_normal((300, n)) * 3).astype(dtype)
         x -= cases.exact_logsumexp(x)[:, None].astype(dtype)
-        least = cases.LEAST_LOG_ERROR[x.dtype]
-        error = cases.log_error(np.asarray(logsumexp(x, -1)), cases.exact_logsumexp(x), x.max(-1), least)
+        minimum = cases.MIN_LOG_ERROR[x.dtype]
+        error = cases.log_error(np.asarray(logsumexp(x, -1)), cases.exact_logsumexp(x), x.max(-1), minimum)
         assert error <= 1
 
 
@@ -119,11 +119,11 @@ def test_against_mpmath(dtype):
         assert max(errors) <= 1
 
 
-# A portable build rounds the product, too, unless the scale is a power of two.
+# The portable kernels have no FMA and round the product as well, unless the scale is a power of two.
 SCALES = [0.125, -2.0, *([] if native.active_isa() == "portable" else [0.3, -1.7])]
 
 
-class TestSoftmaxOfRoundedLogits:
+class TestSoftmaxWithOperands:
     @pytest.mark.parametrize("n", LENGTHS)
     def test_scale_and_bias(self, n):
         x = no_infinity(rows(n, np.float32))
@@ -132,10 +132,10 @@ class TestSoftmaxOfRoundedLogits:
         for scale in np.float32(SCALES):
             with np.errstate(over="ignore"):
                 z = cases.rounded_logits(x, np.float64(scale), bias)
-            # finfo.min times -2 is +inf, and the row no softmax.
-            kept = ~np.isinf(z.max(-1))
-            assert kept.sum() >= 8
-            error = cases.ulp_error(np.asarray(fused(x, scale, bias))[kept], cases.exact_softmax(z[kept]))
+            # finfo.min times -2 is +inf, which makes the row NaN.
+            finite = ~np.isinf(z.max(-1))
+            assert finite.sum() >= 8
+            error = cases.ulp_error(np.asarray(fused(x, scale, bias))[finite], cases.exact_softmax(z[finite]))
             assert error <= 2, scale
 
     @pytest.mark.parametrize("n", LENGTHS)
@@ -150,7 +150,7 @@ class TestSoftmaxOfRoundedLogits:
 
     @pytest.mark.parametrize("n", LENGTHS)
     def test_float64(self, n):
-        """Within 4 ULP; either of scale and bias alone is rounded once, and by powers of two both are."""
+        """Logits are rounded once with only a scale or bias, or with a scale that is a power of two."""
         x = no_infinity(rows(n, np.float64))
         bias = cases.make("normal", n, np.float64)
         fused = jax.jit(lambda x, scale, bias: softmax(x, scale=scale, bias=bias))
@@ -161,24 +161,24 @@ class TestSoftmaxOfRoundedLogits:
 
     @pytest.mark.parametrize("n", [7, 129, 5000])
     def test_masks(self, n):
-        """What is masked changes no other element's error."""
+        """Masked elements do not change the error of the others."""
         x = rows(n, np.float32)
         mask = np.random.default_rng(0).random(x.shape) < 0.7
         mask[np.arange(len(x)), x.argmax(-1)] = True
-        kept = np.where(mask, x, -np.inf)
+        masked = np.where(mask, x, -np.inf)
         y = np.asarray(jax.jit(lambda x, mask: softmax(x, where=mask))(x, mask))
-        assert cases.ulp_error(y, cases.exact_softmax(kept)) <= 2
+        assert cases.ulp_error(y, cases.exact_softmax(masked)) <= 2
 
     @pytest.mark.parametrize("n", [7, 129, 5000])
     def test_band(self, n):
         x = np.stack([cases.make(name, n, np.float32) for name in ("normal", "spike", "drift by 3000")])
         y = np.asarray(jax.jit(lambda x: softmax(x, where=Band(after=n - 3)))(x))
-        kept = np.where(np.arange(n) <= np.arange(3)[:, None] + n - 3, x, -np.inf)
-        assert cases.ulp_error(y, cases.exact_softmax(kept)) <= 2
+        masked = np.where(np.arange(n) <= np.arange(3)[:, None] + n - 3, x, -np.inf)
+        assert cases.ulp_error(y, cases.exact_softmax(masked)) <= 2
 
     @pytest.mark.parametrize("n", [5, 129, 5000])
     def test_logarithms(self, n):
-        """Of the rounded logits likewise. (A row's maximum is the logits', not that of x.)"""
+        """Bounds refer to the rounded logits scale·x + bias and their maximum, not to x."""
         x = no_infinity(rows(n, np.float32))
         bias = cases.make("normal", n, np.float32)
         z = cases.rounded_logits(x, 0.5, bias)
@@ -190,7 +190,7 @@ class TestSoftmaxOfRoundedLogits:
 
 
 def assert_gradient(actual, exact, largest):
-    """Within 4 ULP of the largest entry of the row, and of those of which its entries are differences."""
+    """Asserts errors within 4 ULP of the largest entry of the row, or of the terms whose difference it is."""
     actual = np.asarray(actual)
     limits = np.finfo(actual.dtype)
     unit = np.spacing(np.maximum(largest.max(-1, keepdims=True).astype(actual.dtype), limits.tiny))
@@ -205,14 +205,14 @@ class TestGradients:
         x = rows(n, dtype)
         g = jax.jit(jax.grad(lambda x: logsumexp(x, -1).sum()))(x)
         assert g.dtype == dtype
-        p = exact_p(x)
+        p = exact_probabilities(x)
         assert_gradient(g, p, p)
 
     @pytest.mark.parametrize("label", ["likely", "any"])
     def test_cross_entropy_with_integer_labels(self, label, n, dtype):
         x = rows(n, dtype)
         labels = x.argmax(-1) if label == "likely" else np.random.default_rng(0).integers(n, size=len(x))
-        weights = cases.make("normal", len(x), dtype)  # Such as 1/n in a mean.
+        weights = cases.make("normal", len(x), dtype)  # In a mean, for example, they are 1/n.
         loss = lambda x, labels: (weights * softmax_cross_entropy_with_integer_labels(x, labels)).sum()
         g = jax.jit(jax.grad(loss))(x, labels)
         assert g.dtype == dtype
@@ -224,7 +224,7 @@ class TestGradients:
         labels = np.random.default_rng(0).dirichlet(np.ones(n), len(x)).astype(dtype)
         g = jax.jit(jax.grad(lambda x: softmax_cross_entropy(x, labels).sum()))(x)
         assert g.dtype == dtype
-        wide, p = labels.astype(np.longdouble), exact_p(x)
+        wide, p = labels.astype(np.longdouble), exact_probabilities(x)
         assert_gradient(g, p * wide.sum(-1, keepdims=True) - wide, np.maximum(p, wide))
 
     @pytest.mark.parametrize("cotangent", ["normal", "positive", "one"])
@@ -233,22 +233,22 @@ class TestGradients:
         t = np.random.default_rng(1).standard_normal(x.shape).astype(dtype)
         if cotangent == "positive":
             t = np.abs(t)
-        elif cotangent == "one":  # What the negative log-likelihood of a class sends back.
+        elif cotangent == "one":  # This is the cotangent of the negative log-likelihood of a class.
             t = np.where(np.arange(n) == n // 2, -1, np.zeros_like(t))
         g = jax.jit(lambda x, t: jax.vjp(log_softmax, x)[1](t)[0])(x, t)
         assert g.dtype == dtype
         wide = t.astype(np.longdouble)
-        second = exact_p(x) * wide.sum(-1, keepdims=True)
+        second = exact_probabilities(x) * wide.sum(-1, keepdims=True)
         assert_gradient(g, wide - second, np.maximum(np.abs(wide), np.abs(second)))
 
 
-def exact_p(x):
+def exact_probabilities(x):
     return cases.exact_softmax(x.astype(np.longdouble))
 
 
 def exact_difference(x, labels):
-    """softmax(x) - one_hot(labels), in np.longdouble, as minus the others' sum at the label."""
-    p = exact_p(x)
+    """softmax(x) - one_hot(labels) in np.longdouble; the label's entry is minus the sum of the others."""
+    p = exact_probabilities(x)
     at = labels[:, None]
     np.put_along_axis(p, at, 0, -1)
     np.put_along_axis(p, at, -p.sum(-1, keepdims=True), -1)
@@ -257,7 +257,7 @@ def exact_difference(x, labels):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 @pytest.mark.parametrize("n", [16, 129, 5000])
-def test_losses_of_half_precision_are_rounded_once(dtype, n):
+def test_half_precision_losses_are_rounded_once(dtype, n):
     x = (3 * np.random.default_rng(n).standard_normal((6, n))).astype(dtype)
     labels = np.arange(6) * n // 6
     wide = x.astype(np.float64)
@@ -267,7 +267,7 @@ def test_losses_of_half_precision_are_rounded_once(dtype, n):
     assert cases.ulp_error(loss, exact.astype(np.float64)) <= 0.51
     g = np.asarray(jax.grad(lambda x: softmax_cross_entropy_with_integer_labels(x, labels).sum())(x))
     assert g.dtype == dtype
-    # A subnormal of float16 is rounded to its smallest unit.
+    # A subnormal of float16 is rounded to a multiple of the smallest subnormal.
     error = np.abs(g.astype(np.float64) - exact_difference(wide, labels))
     unit = np.maximum(
         np.abs(g.astype(np.float64)) * float(jnp.finfo(dtype).eps), float(jnp.finfo(dtype).tiny)
@@ -277,7 +277,7 @@ def test_losses_of_half_precision_are_rounded_once(dtype, n):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_cross_entropy_of_likely_labels(dtype):
-    """Small losses keep their digits beside large logits: the log-sum's rounding is not in them."""
+    """Small losses stay exact beside large logits: the rounding of the logsumexp does not enter them."""
     rng = np.random.default_rng(0)
     gaps = rng.uniform(1, 30, 200)
     x = np.stack([np.zeros(200), -gaps, -gaps - 1], -1).astype(dtype)
@@ -286,5 +286,5 @@ def test_cross_entropy_of_likely_labels(dtype):
         loss = np.asarray(softmax_cross_entropy_with_integer_labels(at, np.zeros(200, int)))
         exact = -cases.exact_log_softmax(at)[:, 0]
         np.testing.assert_allclose(
-            loss, exact.astype(float), rtol=4 * np.finfo(dtype).eps, atol=cases.LEAST_LOG_ERROR[x.dtype]
+            loss, exact.astype(float), rtol=4 * np.finfo(dtype).eps, atol=cases.MIN_LOG_ERROR[x.dtype]
         )

@@ -1,4 +1,4 @@
-"""Every transformation of JAX's, against jax.nn.softmax in float64 and against the untransformed call."""
+"""softmax under every transformation of JAX, against jax.nn.softmax in float64 and the untransformed call."""
 
 import functools
 import pickle
@@ -16,7 +16,7 @@ from jax_softmax2p import softmax
 from jax_softmax2p.primitives.softmax import softmax_p
 from jax_softmax2p.primitives.softmax_jacobian import softmax_jacobian_p
 
-# Long enough for vectors, a partial vector and more than one block.
+# The longest rows have several blocks and an incomplete vector.
 LENGTHS = [5, 37, 1100]
 
 
@@ -73,14 +73,14 @@ def test_jacobians_and_hessian(f):
     assert_close(jax.jacfwd(jax.jacfwd(loss(f)))(x), expected)
 
 
-def test_linear_transpose_is_the_jacobian_itself(f):
+def test_linear_transpose_equals_the_jacobian_product(f):
     x, t = array(2, 9), array(2, 9, seed=1)
     _, pushforward = jax.linearize(f, x)
     (pulled,) = jax.linear_transpose(pushforward, x)(t)
     assert_close(pulled, pushforward(t))
 
 
-def test_forward_saves_the_output_alone():
+def test_forward_saves_only_the_output():
     x = array(4, 100).astype(jnp.float32)
     _, pullback = jax.vjp(softmax, x)
     residuals = [r for r in jax.tree.leaves(pullback) if getattr(r, "size", 0) > 1]
@@ -141,7 +141,7 @@ def test_control_flow(f):
     check_grads(loss, (x,), order=1, modes=("fwd", "rev"))
 
 
-def test_custom_vjp_around_it(f):
+def test_inside_custom_vjp(f):
     @jax.custom_vjp
     def clipped(x):
         return f(x)
@@ -167,7 +167,7 @@ def test_ahead_of_time(f):
     assert grad.shape == x.shape
 
 
-def test_native_lowers_to_one_custom_call_a_direction():
+def test_native_lowers_to_one_custom_call_in_each_direction():
     x = array(8, 33)
     text = jax.jit(softmax).lower(x).as_text()
     assert text.count("stablehlo.custom_call @jax_softmax2p_softmax_v1") == 1
@@ -262,7 +262,7 @@ def test_shard_map_keeps_track_of_varying_axes():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     x = array(4, 9)
-    # ones does not vary over the mesh, and x does.
+    # The tangent ones_like(x) does not vary over the mesh, but x does.
     g = lambda x: jax.vjp(softmax, x)[1](jnp.cos(x))[0] + jax.jvp(softmax, (x,), (jnp.ones_like(x),))[1]
     sharded = jax.jit(jax.shard_map(g, mesh=mesh, in_specs=spec, out_specs=spec))
     assert_close(sharded(x), g(x))

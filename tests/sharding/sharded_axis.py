@@ -1,4 +1,4 @@
-"""axis_name: the axis in parts on eight devices, with one collective, and the results of the whole."""
+"""axis_name: an axis sharded over eight devices takes one collective and gives the unsharded results."""
 
 import functools
 
@@ -9,21 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import P, kinds, normal, run, with_vjp
+from devices import P, kinds, normal, run, value_and_vjp
 
 import jax_softmax2p as s2p
 
 NAN, INF = float("nan"), float("inf")
 N = 64
 SPECS = {
-    "model": P("data", None, "model"),  # The batch is divided as well.
+    "model": P("data", None, "model"),  # The batch is sharded as well.
     ("data", "model"): P(None, None, ("data", "model")),
     ("data",): P(None, "model", "data"),
 }
 
 
 def special_rows():
-    """Rows with every edge case, of which some lie wholly in one part, or leave a part empty."""
+    """Rows with every edge case; some special values fill whole shards, and some lie in one shard only."""
     x = 3 * normal(4, 6, N)
     limits = np.finfo(np.float32)
     x[0, 0, : N // 2] = -INF
@@ -42,7 +42,7 @@ def special_rows():
 
 
 X = special_rows()
-# Less the label's logit, the log-sum of these is log(n), of which float64 has nothing left.
+# Of rows at the format's limits, logsumexp minus the label's logit is log(n), which float64 cannot resolve.
 X_OF_LOSSES = np.where((np.abs(X) > 1e38).all(-1, keepdims=True) & np.isfinite(X), 0.5, X)
 FINITE = 3 * normal(4, 6, N, seed=1)
 WHERE = normal(4, 6, N, seed=2) < 1
@@ -52,7 +52,7 @@ BIAS = normal(1, 1, N, seed=3)
 LABELS = np.random.default_rng(0).integers(-N, N, (4, 6)).astype(np.int32)
 LABELS[3] = [N, -N - 1, 2**31 - 1, 0, N - 1, -1]
 
-# From x, where and labels, all in parts as they lie.
+# Functions of the axis name and of the local shards of x, where and labels.
 OURS = {
     "softmax": lambda name, x, where, labels: s2p.softmax(x, axis_name=name),
     "softmax, masked": lambda name, x, where, labels: s2p.softmax(x, where=where, axis_name=name),
@@ -81,13 +81,13 @@ THEIRS = {
 }
 
 
-def divided(f, name, spec, *, check_vma=True, reduced=False):
-    """f(name, x, where, labels) on the mesh; for reduced results, which no longer vary along the axis."""
+def sharded(f, name, spec, *, check_vma=True, reduced=False):
+    """f(name, x, where, labels) inside shard_map; reduced results do not vary along the axis."""
     batch = P(*spec[:2])
-    of_devices = functools.partial(f, name)
+    local = functools.partial(f, name)
     out = batch if reduced else spec
     return jax.shard_map(
-        of_devices,
+        local,
         mesh=devices.make_mesh(),
         in_specs=(spec, spec, batch),
         out_specs=out,
@@ -105,33 +105,33 @@ def in_float64(f, *operands):
 
 def close(actual, expected, tolerance=1e-6):
     actual, expected = np.asarray(actual), np.asarray(expected)
-    with np.errstate(over="ignore"):  # finfo.max and log n more is finfo.max.
+    with np.errstate(over="ignore"):  # finfo.max + log n may round to infinity.
         rounded = expected.astype(actual.dtype)
     np.testing.assert_allclose(actual, rounded, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("operation", OURS)
 @pytest.mark.parametrize("name", SPECS)
-def test_values_by_one_collective(name, operation):
-    f = divided(OURS[operation], name, SPECS[name], reduced=is_reduced(operation))
+def test_forward_takes_one_all_gather(name, operation):
+    f = sharded(OURS[operation], name, SPECS[name], reduced=is_reduced(operation))
     x = X_OF_LOSSES if operation.startswith("cross") else X
     actual, found = run(f, x, WHERE, LABELS)
     assert kinds(found) == ["all-gather"]
     close(actual, in_float64(THEIRS[operation], x, WHERE, LABELS))
 
 
-# What the mathematics requires beyond the forward pass: sums over the whole row of what lies in parts. The
-# gradient of a log-sum has none: its factor is one number a row, which all devices have.
+# The all-reduces of the backward pass: sums of cotangents over whole rows. The gradient of logsumexp needs
+# none, because its factor is one number a row, which all devices have.
 BACKWARD = {"softmax": 1, "log_softmax": 1, "logsumexp": 0, "cross-entropy": 0}
 
 
 @pytest.mark.parametrize("operation", OURS)
 def test_gradients(operation):
     name = "model"
-    f = divided(OURS[operation], name, SPECS[name], reduced=is_reduced(operation))
+    f = sharded(OURS[operation], name, SPECS[name], reduced=is_reduced(operation))
     y = jax.eval_shape(f, FINITE, WHERE, LABELS)
     cotangent = normal(*y.shape, seed=4)
-    take = lambda f: with_vjp(lambda x: f(x, WHERE, LABELS))
+    take = lambda f: value_and_vjp(lambda x: f(x, WHERE, LABELS))
     actual, found = run(take(f), FINITE, cotangent)
     expected = in_float64(take(functools.partial(THEIRS[operation])), FINITE, cotangent)
     jax.tree.map(functools.partial(close, tolerance=2e-6), actual, expected)
@@ -141,7 +141,7 @@ def test_gradients(operation):
 @pytest.mark.parametrize("operation", ["softmax, masked", "log_softmax", "logsumexp", "cross-entropy"])
 def test_higher_derivatives_and_forward_mode(operation):
     name = "model"
-    f = divided(OURS[operation], name, SPECS[name], reduced=is_reduced(operation))
+    f = sharded(OURS[operation], name, SPECS[name], reduced=is_reduced(operation))
     labels = np.clip(LABELS, -N, N - 1)
     w = normal(4, 6, N, seed=5)
 
@@ -158,9 +158,9 @@ def test_higher_derivatives_and_forward_mode(operation):
 
 
 @pytest.mark.parametrize("operation", ["softmax, masked", "cross-entropy, masked"])
-def test_without_checks_of_what_varies(operation):
-    """Then JAX sums once more than it has to, as for its own psum; before 0.10, wrongly."""
-    f = divided(OURS[operation], "model", SPECS["model"], reduced=is_reduced(operation), check_vma=False)
+def test_without_check_vma(operation):
+    """JAX then adds an all-reduce, as for its own psum; before 0.10 its result was wrong."""
+    f = sharded(OURS[operation], "model", SPECS["model"], reduced=is_reduced(operation), check_vma=False)
     if jax.__version_info__ < (0, 10):
         with pytest.raises(ValueError, match="axis_name needs"):
             jax.jit(f)(FINITE, WHERE, LABELS)
@@ -172,8 +172,8 @@ def test_without_checks_of_what_varies(operation):
     close(jax.jit(take(f))(FINITE), in_float64(take(THEIRS[operation]), FINITE), 2e-6)
 
 
-def test_a_band_a_scale_and_a_bias():
-    """A band counts the columns of all parts. Scale and bias have gradients; a scale's sums over parts."""
+def test_band_scale_and_bias():
+    """A band counts the columns of all shards; the gradient of a scale sums over shards."""
     mesh = devices.make_mesh()
     scale = np.abs(normal(4, 6, 1, seed=7))
     specs = P("data", None, "model"), P("data"), P(None, None, "model")
@@ -184,13 +184,13 @@ def test_a_band_a_scale_and_a_bias():
     inside = np.arange(N) - np.arange(6)[:, None]
     theirs = lambda x, scale, bias: jax.nn.softmax(x * scale + bias, where=(inside <= 3) & (inside >= -40))
     cotangent = normal(4, 6, N, seed=8)
-    actual = jax.jit(with_vjp(g))(FINITE, scale, BIAS, cotangent)
-    expected = in_float64(with_vjp(theirs), FINITE, scale, BIAS, cotangent)
+    actual = jax.jit(value_and_vjp(g))(FINITE, scale, BIAS, cotangent)
+    expected = in_float64(value_and_vjp(theirs), FINITE, scale, BIAS, cotangent)
     jax.tree.map(functools.partial(close, tolerance=5e-6), actual, expected)
 
 
 def on_eight(f):
-    """f over a mesh of one axis that divides the last dimension."""
+    """f inside shard_map on a mesh of one axis, which shards the last dimension."""
     mesh = jax.make_mesh((8,), ("v",), axis_types=(jax.sharding.AxisType.Auto,))
     return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P(None, "v"), out_specs=P(None, "v")))
 
@@ -199,7 +199,7 @@ def on_eight(f):
 @pytest.mark.parametrize("n", [8, 40_000])
 def test_accuracy(n, dtype):
     """The contract of the unsharded operation."""
-    rows = np.stack([cases.make(name, n, dtype) for name in cases.CLASSES])
+    rows = np.stack([cases.make(name, n, dtype) for name in cases.ROW_CLASSES])
     y = np.asarray(on_eight(functools.partial(s2p.softmax, axis_name="v"))(rows))
     assert y.dtype == dtype
     assert cases.ulp_error(y, cases.exact_softmax(rows)) <= cases.CONTRACT_ULP[dtype]
@@ -220,8 +220,8 @@ def test_accuracy_of_logarithms_and_gradients(dtype):
     assert cases.log_error(y, cases.exact_log_softmax(rows), largest) <= 1
     p, t = cases.exact_softmax(rows), cotangent.astype(np.longdouble)
     expected = t - p * t.sum(-1, keepdims=True), p * (t - (p * t).sum(-1, keepdims=True))
-    # The sums over cotangents are XLA's: of log_softmax not compensated, of softmax rounded on the way, where
-    # p is almost 1 and the difference from t is of that size.
+    # XLA sums the cotangents: without compensation for log_softmax; for softmax the sum is rounded, which
+    # matters where p is almost 1 and t - <p, t> is of the size of that rounding.
     scales = expected[0], p * t
     for gradient, exact, scale, ulp in zip(gradients, expected, scales, (32, 4), strict=True):
         allowed = ulp * np.finfo(dtype).eps * np.abs(scale).max(-1, keepdims=True)
@@ -229,10 +229,10 @@ def test_accuracy_of_logarithms_and_gradients(dtype):
 
 
 @pytest.mark.parametrize("operation", ["softmax, masked", "cross-entropy, masked"])
-def test_the_reference(operation, monkeypatch):
+def test_reference_implementation(operation, monkeypatch):
     for name in ("softmax", "softmax_cross_entropy_with_integer_labels"):
         monkeypatch.setattr(s2p, name, functools.partial(getattr(s2p, name), implementation="reference"))
-    f = divided(OURS[operation], "model", SPECS["model"], reduced=is_reduced(operation))
+    f = sharded(OURS[operation], "model", SPECS["model"], reduced=is_reduced(operation))
     x = X_OF_LOSSES if operation.startswith("cross") else X
     actual, found = run(f, x, WHERE, LABELS)
     assert kinds(found) == ["all-gather"]
@@ -248,13 +248,13 @@ def test_other_dtypes(dtype):
     np.testing.assert_allclose(y.astype(float), expected, rtol=0.1 if dtype != np.int32 else 1e-6, atol=1e-2)
 
 
-def test_a_list_of_names():
+def test_list_of_axis_names():
     f = functools.partial(s2p.softmax, axis_name=["v"])
     np.testing.assert_array_equal(on_eight(f)(np.zeros((1, 8))), np.full((1, 8), 1 / 8))
 
 
 def test_under_vmap():
-    f = divided(OURS["softmax"], "model", SPECS["model"])
+    f = sharded(OURS["softmax"], "model", SPECS["model"])
     x = np.stack([FINITE, X])
     close(jax.jit(jax.vmap(f, (0, None, None)))(x, WHERE, LABELS), in_float64(jax.nn.softmax, x))
     y = jax.vmap(functools.partial(s2p.softmax, axis_name="i"), axis_name="i")(x.reshape(-1, 6, N))
@@ -291,6 +291,6 @@ def test_errors(call, error, words):
         on_eight(call)(np.ones((2, 8), np.float32))
 
 
-def test_outside_of_shard_map():
+def test_outside_shard_map():
     with pytest.raises(ValueError, match=r"axis_name must name axes of the mesh .* jax\.shard_map"):
         s2p.softmax(np.ones(3), axis_name="v")

@@ -1,4 +1,4 @@
-"""What the algorithms and their passes must move between CPU and memory, and what the paper says of it."""
+"""The memory traffic that algorithms and passes need, by this package and by the paper."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ from benchmarks.cases import Case
 
 
 class Traffic(NamedTuple):
-    """Elements read and written for each of a row's."""
+    """Elements read and written for each element of a row."""
 
     reads: int
     writes: int
 
     @property
     def elements(self) -> int:
-        """Moved for each of a row's."""
+        """Elements moved for each element of a row."""
         return self.reads + self.writes
 
 
@@ -25,8 +25,9 @@ TRAFFIC = {
     "extended_sum": Traffic(1, 0),
     "extended_write": Traffic(1, 1),
 }
-"""Of the passes of ``native.pass_into``. What a plain store reads before it writes is not counted, as in the
-paper. ``scale`` reads x beside what was kept; the paper's reads only that."""
+"""The traffic of the passes of ``native.pass_into``. As in the paper, the line that a plain store reads
+before it writes is not counted. ``scale`` reads x and the stored exponentials; the paper's reads only
+these."""
 
 LOOP_TRAFFIC = {
     "memory: read": Traffic(1, 0),
@@ -34,7 +35,7 @@ LOOP_TRAFFIC = {
     "memory: non-temporal copy": Traffic(1, 1),
     "memory: scale": Traffic(1, 1),
 }
-"""Of the loops of ``benchmarks.memory``."""
+"""The traffic of the loops of ``benchmarks.memory``."""
 
 PASSES_OF = {
     "three_pass_recompute": ("max", "sum_exp", "extended_write"),
@@ -42,22 +43,23 @@ PASSES_OF = {
     "two_pass": ("extended_sum", "extended_write"),
     "two_pass_reload": ("exp_store", "scale"),
 }
-"""The passes of each algorithm. In the last, pass 1 moves what ``exp_store`` does."""
+"""The passes of each algorithm. Pass 1 of two_pass_reload has the traffic of ``exp_store``."""
 
 ELEMENTS_MOVED = {
     **{algorithm: sum(TRAFFIC[name].elements for name in passes) for algorithm, passes in PASSES_OF.items()},
     **{name: traffic.elements for name, traffic in (TRAFFIC | LOOP_TRAFFIC).items()},
 }
-"""By each algorithm, pass and loop, for each element of a row."""
+"""Elements moved for each element of a row, by algorithm, pass and loop."""
 
 PAPER_ELEMENTS_MOVED = {"three_pass_recompute": 4, "three_pass_reload": 5, "two_pass": 3}
-"""The same by the paper's algorithms."""
+"""The same for the paper's algorithms."""
 
 PAPER_BEST_OVER_TWO_PASS = {"avx512": 1.28, "avx2": 1.18}
-"""The best three-pass algorithm's time over the two-pass algorithm's, out of cache, at most, on Skylake-X."""
+"""The paper's largest ratio of the best three-pass algorithm's time to the two-pass algorithm's, out of
+cache, on Skylake-X, by instruction set."""
 
 
 def gigabytes_per_second(name: str, case: Case, seconds: float) -> float | None:
-    """At which an algorithm, a pass or a loop moves what it must; None if that depends, as for ``auto``."""
+    """The bandwidth of an algorithm, pass or loop; None if its traffic is not fixed, as that of ``auto``."""
     moved = ELEMENTS_MOVED.get(name)
     return None if moved is None else moved * case.bytes / seconds / 1e9

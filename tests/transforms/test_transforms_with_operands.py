@@ -1,4 +1,4 @@
-"""Derivatives, batching and control flow for every function and every operand."""
+"""Derivatives, batching and control flow of every function, in every operand."""
 
 import functools
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.ad_checkpoint import saved_residuals
 from jax.test_util import check_grads
 
 import jax_softmax2p as s2p
@@ -20,7 +19,7 @@ def array(*shape, seed=0, dtype=np.float64):
 
 
 def assert_close(actual, expected, tolerance=1e-13):
-    """Relative to the largest number of the whole tree: a sum of zero is but nearly so."""
+    """Asserts errors relative to the largest number of the whole tree, since a sum of 0 is only nearly 0."""
     expected = jax.tree.map(lambda v: np.asarray(v, np.float64), expected)
     largest = max(np.abs(v).max(initial=1e-300) for v in jax.tree.leaves(expected))
     assert np.isfinite(largest)
@@ -32,7 +31,7 @@ def assert_close(actual, expected, tolerance=1e-13):
 
 
 def without_infinities(y):
-    """Numerical derivatives of -inf, which masked logarithms are, are none."""
+    """Replaces -inf, the logarithm of masked elements, which has no numerical derivative."""
     return jnp.where(jnp.isinf(y), 0, y)
 
 
@@ -48,9 +47,9 @@ def sums(x, **options):
     return without_infinities(s2p.sum_exp(x, **options).log())
 
 
-FAMILY = {"softmax": s2p.softmax, "log_softmax": logarithms, "logsumexp": logsumexps}
+FUNCTIONS = {"softmax": s2p.softmax, "log_softmax": logarithms, "logsumexp": logsumexps}
 
-# The same in plain jax.numpy.
+# The same functions by jax.nn.
 PLAIN = {
     "softmax": jax.nn.softmax,
     "log_softmax": lambda z, **options: without_infinities(jax.nn.log_softmax(z, **options)),
@@ -58,29 +57,29 @@ PLAIN = {
 }
 
 
-@pytest.fixture(params=FAMILY)
+@pytest.fixture(params=FUNCTIONS)
 def name(request):
     return request.param
 
 
 @pytest.fixture
 def f(name, implementation):
-    return functools.partial(FAMILY[name], implementation=implementation)
+    return functools.partial(FUNCTIONS[name], implementation=implementation)
 
 
 MASK = np.array([[True, False, True, True], [False] * 4, [True, True, False, True]])
 
 
-# implementation="reference" is differentiated by JAX itself, the primitives by what is tested here.
+# JAX itself differentiates implementation="reference"; these tests are of the rules of the primitives.
 class TestCheckGrads:
-    """Of everything at once: a mistake in any operand's derivative shows in every direction."""
+    """Derivatives in all operands at once: a mistake in any of them shows in every direction."""
 
     @pytest.mark.parametrize(
         "options", [{}, {"where": MASK}, {"where": Band(1, 1), "axis": -1}, {"axis": 0}], ids=str
     )
     def test_with_respect_to_x_scale_and_bias(self, name, options):
         scale = 1 + (array(1, 4) if options.get("axis") == 0 else array(3, 1))
-        g = jax.jit(lambda x, scale, bias: FAMILY[name](x, scale=scale, bias=bias, **options))
+        g = jax.jit(lambda x, scale, bias: FUNCTIONS[name](x, scale=scale, bias=bias, **options))
         check_grads(g, (array(3, 4), scale, array(4, seed=1)), order=2, modes=("fwd", "rev"))
 
     @pytest.mark.parametrize("where", [None, MASK[2:]])
@@ -109,7 +108,7 @@ class TestCheckGrads:
 
 
 def weighted_sum(y):
-    """In which no entry's derivative cancels another's."""
+    """A sum with different weights, so that derivatives of different entries do not cancel."""
     return jnp.sum(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape) * y)
 
 
@@ -119,7 +118,7 @@ def gradients(function):
 
 @pytest.mark.parametrize(("n", "masked"), [(7, False), (130, True), (5000, False), (5000, True)])
 def test_float32_gradients_equal_those_of_the_formula(n, masked, name):
-    f = FAMILY[name]
+    f = FUNCTIONS[name]
     mask = np.random.default_rng(0).random((3, n)) < 0.7 if masked else None
     operands = [array(3, n), 1 + array(3, 1) / 2, array(n, seed=1)]
     expected = gradients(lambda x, scale, bias: PLAIN[name](scale * x + bias, where=mask))(*operands)
@@ -127,7 +126,7 @@ def test_float32_gradients_equal_those_of_the_formula(n, masked, name):
         *(v.astype(jnp.float32) for v in operands)
     )
     assert [g.dtype for g in actual] == [jnp.float32] * 3
-    # Sums of n products go into scale's.
+    # The scale's gradient contains sums of n products.
     assert_close(actual, expected, 1e-6 * np.sqrt(n))
 
 
@@ -141,17 +140,17 @@ def test_float32_gradients_equal_those_of_the_formula(n, masked, name):
     ],
 )
 def test_gradients_have_the_shapes_of_their_operands(scale_shape, bias_shape, name):
-    """Summed over what broadcast."""
+    """Gradients are summed over the dimensions along which an operand was broadcast."""
     operands = [array(2, 3, 5), 1 + array(*scale_shape) / 2, array(*bias_shape, seed=1)]
     expected = gradients(lambda x, scale, bias: PLAIN[name](scale * x + bias))(*operands)
-    actual = gradients(lambda x, scale, bias: FAMILY[name](x, scale=scale, bias=bias))(*operands)
+    actual = gradients(lambda x, scale, bias: FUNCTIONS[name](x, scale=scale, bias=bias))(*operands)
     assert [g.shape for g in actual] == [v.shape for v in operands]
     assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("axis", [0, (0, 2)])
 def test_gradients_along_any_axis(axis, name):
-    f = FAMILY[name]
+    f = FUNCTIONS[name]
     axes = axis if isinstance(axis, tuple) else (axis,)
     scale = 1 + array(*(1 if i in axes else size for i, size in enumerate((2, 3, 5)))) / 2
     operands = [array(2, 3, 5), scale, array(3, 1, seed=1)]
@@ -170,14 +169,14 @@ def test_half_precision_gradients(dtype, name):
     expected = gradients(lambda x, scale, bias: PLAIN[name](scale * x + bias))(
         *(v.astype(jnp.float64) for v in rounded)
     )
-    actual = gradients(lambda x, scale, bias: FAMILY[name](x, scale=scale, bias=bias))(*rounded)
+    actual = gradients(lambda x, scale, bias: FUNCTIONS[name](x, scale=scale, bias=bias))(*rounded)
     assert [g.dtype for g in actual] == [dtype] * 3
     assert_close(actual, expected, 16 * float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize(("n", "kind"), [(6, "element"), (200, "element"), (6, "row"), (6, "band")])
-def test_what_is_masked_harms_no_derivative(n, kind, name):
-    """NaN and infinities behind the mask, in x and in bias; in either mode, and of second derivatives."""
+def test_masked_values_do_not_reach_derivatives(n, kind, name):
+    """NaN and infinities at masked positions of x and bias affect no first or second derivative."""
     if kind == "element":
         mask = np.random.default_rng(0).random((4, n)) < 0.6
         mask[1] = False
@@ -185,11 +184,15 @@ def test_what_is_masked_harms_no_derivative(n, kind, name):
         mask = np.array([[True], [False], [True], [False]])
     else:
         mask = np.tri(4, n, dtype=bool)
-    f = FAMILY[name]
+    f = FUNCTIONS[name]
     where = Band() if kind == "band" else mask
-    hidden = np.resize([NAN, INF, -INF, 3e38], (4, n))
+    masked_values = np.resize([NAN, INF, -INF, 3e38], (4, n))
     clean = [array(4, n), 1 + array(4, 1) / 2, array(4, n, seed=1)]
-    spoilt = [jnp.where(mask, clean[0], hidden), clean[1], jnp.where(mask, clean[2], hidden[::-1])]
+    filled = [
+        jnp.where(mask, clean[0], masked_values),
+        clean[1],
+        jnp.where(mask, clean[2], masked_values[::-1]),
+    ]
     directions = [array(*v.shape, seed=2) for v in clean]
 
     def derivatives(g):
@@ -198,15 +201,15 @@ def test_what_is_masked_harms_no_derivative(n, kind, name):
 
     operands = clean
     expected = jax.jit(lambda: derivatives(lambda x, s, b: PLAIN[name](s * x + b, where=mask)))()
-    operands = spoilt
+    operands = filled
     actual = jax.jit(lambda: derivatives(lambda x, s, b: f(x, scale=s, bias=b, where=where)))()
     jax.tree.map(assert_close, actual, expected)
-    for of_elements in (actual[0][0], actual[0][2]):
-        np.testing.assert_array_equal(np.where(mask, 0, of_elements), 0)
+    for gradient in (actual[0][0], actual[0][2]):
+        np.testing.assert_array_equal(np.where(mask, 0, gradient), 0)
 
 
 class TestMaskedLosses:
-    """Padding: its rows give 0, whatever is there, and are nothing to any gradient."""
+    """Padding rows give a loss of 0 and no gradient, whatever they contain."""
 
     ELEMENTS = np.array([[True, True, False, True], [False] * 4, [True] * 4])
     ROWS = np.array([True, False, True])
@@ -223,10 +226,10 @@ class TestMaskedLosses:
             rows = jax.nn.logsumexp(x, -1, where=mask) - x[np.arange(3), labels]
             return jnp.where(mask.any(-1), rows, 0)
 
-        spoilt = jnp.where(mask, x, np.resize([NAN, INF, -INF], (3, 4)))
-        for with_what in (x, spoilt):
-            assert_close(loss(with_what), plain(x))
-            g = jax.grad(lambda x: loss(x).sum())(with_what)
+        filled = jnp.where(mask, x, np.resize([NAN, INF, -INF], (3, 4)))
+        for operand in (x, filled):
+            assert_close(loss(operand), plain(x))
+            g = jax.grad(lambda x: loss(x).sum())(operand)
             assert_close(g, jax.grad(lambda x: plain(x).sum())(x))
 
     @pytest.mark.parametrize("where", [ELEMENTS, ROWS], ids=["elements", "rows"])
@@ -239,27 +242,27 @@ class TestMaskedLosses:
             log = without_infinities(jax.nn.log_softmax(jnp.where(mask, x, -1e9)))
             return -jnp.sum(jnp.where(mask, labels * log, 0), -1)
 
-        hidden = np.resize([NAN, INF, -INF], (3, 4))
-        for operands in ((x, labels), (jnp.where(mask, x, hidden), labels)):
+        masked_values = np.resize([NAN, INF, -INF], (3, 4))
+        for operands in ((x, labels), (jnp.where(mask, x, masked_values), labels)):
             assert_close(loss(*operands), plain(x, labels))
-            of_x = jax.grad(lambda *v: loss(*v).sum())(*operands)
-            assert_close(of_x, jax.grad(lambda *v: plain(*v).sum())(x, labels))
+            gradient = jax.grad(lambda *v: loss(*v).sum())(*operands)
+            assert_close(gradient, jax.grad(lambda *v: plain(*v).sum())(x, labels))
 
     @pytest.mark.parametrize("where", [ELEMENTS, ROWS], ids=["elements", "rows"])
-    def test_the_labels_gradient(self, where, implementation):
+    def test_gradient_of_labels(self, where, implementation):
         x, labels = array(3, 4), array(3, 4, seed=1)
         mask = where if where.ndim == 2 else where[:, None]
         loss = lambda x, labels: s2p.softmax_cross_entropy(
             x, labels, where=where, implementation=implementation
         ).sum()
         expected = jnp.where(mask, -jax.nn.log_softmax(jnp.where(mask, x, -1e9)), 0)
-        for hidden in (0.0, NAN):
-            spoilt = jnp.where(mask, x, hidden)
-            assert_close(jax.grad(loss, 1)(spoilt, labels), expected)
+        for masked_value in (0.0, NAN):
+            filled = jnp.where(mask, x, masked_value)
+            assert_close(jax.grad(loss, 1)(filled, labels), expected)
 
 
-def looped(function, in_axes, operands, size):
-    """What vmap is to give, by a Python loop."""
+def vmap_by_loop(function, in_axes, operands, size):
+    """The result that vmap must have, computed by a Python loop."""
     results = [
         function(
             *(v if axis is None else jnp.take(v, i, axis) for v, axis in zip(operands, in_axes, strict=True))
@@ -292,34 +295,34 @@ class TestVmap:
         operands.append(mask > -0.5)
 
         def g(x, scale, bias, mask):
-            function = lambda x, scale, bias: FAMILY[name](x, scale=scale, bias=bias, where=mask)
+            function = lambda x, scale, bias: FUNCTIONS[name](x, scale=scale, bias=bias, where=mask)
             return function(x, scale, bias), gradients(function)(x, scale, bias)
 
-        assert_close(jax.jit(jax.vmap(g, in_axes))(*operands), looped(jax.jit(g), in_axes, operands, 3))
+        assert_close(jax.jit(jax.vmap(g, in_axes))(*operands), vmap_by_loop(jax.jit(g), in_axes, operands, 3))
 
     def test_along_an_axis_that_is_not_last(self, name):
         in_axes = (1, None, 0)
         operands = batched_operands([(2, 4), (1, 4), (2, 1)], in_axes)
-        g = lambda x, scale, bias: FAMILY[name](x, axis=0, scale=scale, bias=bias)
-        assert_close(jax.vmap(g, in_axes)(*operands), looped(g, in_axes, operands, 3))
+        g = lambda x, scale, bias: FUNCTIONS[name](x, axis=0, scale=scale, bias=bias)
+        assert_close(jax.vmap(g, in_axes)(*operands), vmap_by_loop(g, in_axes, operands, 3))
 
     @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (1, 1)])
     def test_over_operands_of_fewer_dimensions(self, in_axes, name):
-        """The batch's dimension must not meet one of x's."""
+        """The batch dimension of an operand must not be taken for a dimension of x."""
         scale, bias = batched_operands([(1,), (5,)], in_axes)
         x = array(2, 3, 5)
-        g = jax.jit(lambda scale, bias: FAMILY[name](x, scale=scale[0], bias=bias))
-        assert_close(jax.vmap(g, in_axes)(scale, bias), looped(g, in_axes, [scale, bias], 3))
+        g = jax.jit(lambda scale, bias: FUNCTIONS[name](x, scale=scale[0], bias=bias))
+        assert_close(jax.vmap(g, in_axes)(scale, bias), vmap_by_loop(g, in_axes, [scale, bias], 3))
 
     def test_with_a_band(self, name):
         x, bias = array(3, 4, 5), array(3, 4, 5, seed=1)
-        g = jax.jit(lambda x, bias: FAMILY[name](x, bias=bias, where=Band(1, 0)))
+        g = jax.jit(lambda x, bias: FUNCTIONS[name](x, bias=bias, where=Band(1, 0)))
         for in_axes in ((0, 0), (0, None), (None, 0)):
             operands = [v if axis is not None else v[0] for v, axis in zip((x, bias), in_axes, strict=True)]
-            assert_close(jax.vmap(g, in_axes)(*operands), looped(g, in_axes, operands, 3))
+            assert_close(jax.vmap(g, in_axes)(*operands), vmap_by_loop(g, in_axes, operands, 3))
 
     def test_nested(self, name):
-        f = FAMILY[name]
+        f = FUNCTIONS[name]
         x, scale, bias = array(2, 3, 4), 1 + array(3), array(2, 4)
         g = jax.vmap(
             jax.vmap(lambda x, scale, bias: f(x, scale=scale, bias=bias), (0, 0, None)), (0, None, 0)
@@ -334,10 +337,12 @@ class TestVmap:
         labels = labels if in_axes[1] is not None else labels[:, 0]
 
         def g(x, labels):
-            of_x = jax.grad(lambda x: jnp.sum(jnp.sin(loss(x, labels))))
-            return loss(x, labels), of_x(x), jax.jvp(of_x, (x,), (jnp.cos(x),))[1]
+            gradient = jax.grad(lambda x: jnp.sum(jnp.sin(loss(x, labels))))
+            return loss(x, labels), gradient(x), jax.jvp(gradient, (x,), (jnp.cos(x),))[1]
 
-        assert_close(jax.jit(jax.vmap(g, in_axes))(x, labels), looped(jax.jit(g), in_axes, [x, labels], 3))
+        assert_close(
+            jax.jit(jax.vmap(g, in_axes))(x, labels), vmap_by_loop(jax.jit(g), in_axes, [x, labels], 3)
+        )
 
     @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (1, 0)])
     def test_soft_labels(self, in_axes):
@@ -347,26 +352,26 @@ class TestVmap:
         def g(x, labels):
             return loss(x, labels), jax.grad(lambda *v: jnp.sum(loss(*v) ** 2), (0, 1))(x, labels)
 
-        assert_close(jax.jit(jax.vmap(g, in_axes))(*operands), looped(jax.jit(g), in_axes, operands, 3))
+        assert_close(jax.jit(jax.vmap(g, in_axes))(*operands), vmap_by_loop(jax.jit(g), in_axes, operands, 3))
 
     def test_over_cotangents_alone(self, name):
-        f = FAMILY[name]
+        f = FUNCTIONS[name]
         x, bias = array(2, 4), array(4, seed=1)
         y, pullback = jax.vjp(lambda x, bias: f(x, scale=2.0, bias=bias), x, bias)
         t = array(3, *y.shape, seed=2)
-        assert_close(jax.vmap(pullback)(t), looped(pullback, (0,), [t], 3))
+        assert_close(jax.vmap(pullback)(t), vmap_by_loop(pullback, (0,), [t], 3))
 
     def test_sum_exp(self):
         x, mask = array(3, 2, 5), array(3, 5, seed=1) > 0
         g = lambda x, mask: s2p.sum_exp(x, where=mask)
         for in_axes in ((0, 0), (0, None), (None, 0)):
             operands = [v if axis is not None else v[0] for v, axis in zip((x, mask), in_axes, strict=True)]
-            assert_close(jax.vmap(g, in_axes)(*operands), looped(g, in_axes, operands, 3))
+            assert_close(jax.vmap(g, in_axes)(*operands), vmap_by_loop(g, in_axes, operands, 3))
 
 
 class TestControlFlow:
     def test_scan_over_chunks(self):
-        """A carry of SumExp, with its gradient: the softmax of the whole."""
+        """A scan that carries a SumExp has the value and the derivatives of logsumexp over all chunks."""
         x = 50 * array(6, 3, 4)
 
         def total(chunks):
@@ -394,81 +399,3 @@ class TestControlFlow:
         assert_close(jax.jit(lambda p, c: jax.lax.cond(p, g, lambda c: c, c))(True, h(x)), twice)
         expected = jax.jit(jax.grad(lambda c: h(c).sum()))(x)
         assert_close(jax.jit(jax.grad(jax.checkpoint(lambda c: g(c).sum())))(x), expected)
-
-
-def residuals(function, *operands):
-    """Shape and origin of all that the forward pass keeps for the backward one."""
-    return [(value.shape, value.dtype, origin) for value, origin in saved_residuals(function, *operands)]
-
-
-class TestResiduals:
-    """What is kept of x's size or more; rows are cheap."""
-
-    X = np.zeros((64, 1000), np.float32)
-    MASK = np.ones((64, 1000), bool)
-
-    def kept(self, function, *operands, arguments=False):
-        x = operands[0] if operands else self.X
-        return [
-            dtype.name
-            for shape, dtype, origin in residuals(function, x, *operands[1:])
-            if np.prod(shape) >= x.size and (arguments or "from the argument" not in origin)
-        ]
-
-    def test_softmax_keeps_its_result_alone(self):
-        assert residuals(s2p.softmax, self.X)
-        assert self.kept(s2p.softmax, arguments=True) == ["float32"]
-
-    def test_scale_and_bias_keep_no_more(self):
-        """The scale's derivative needs x, and x is there anyway."""
-        scale, bias = np.ones((64, 1), np.float32), np.zeros(1000, np.float32)
-        g = lambda x, scale, bias: s2p.softmax(x, scale=scale, bias=bias)
-        assert self.kept(g, self.X, scale, bias) == ["float32"]
-        assert self.kept(lambda x: g(x, 2.0, bias), arguments=True) == ["float32"]
-
-    def test_a_band_keeps_no_mask_of_floats(self):
-        kept = self.kept(lambda x: s2p.softmax(x, where=Band()), arguments=True)
-        assert sorted(kept) in (["float32"], ["bool", "float32"])
-
-    def test_log_softmax_keeps_one_array(self):
-        assert self.kept(s2p.log_softmax, arguments=True) == ["float32"]
-
-    @pytest.mark.parametrize(
-        "function",
-        [
-            lambda x: s2p.logsumexp(x, -1),
-            lambda x: s2p.logsumexp(x, -1, scale=2.0, bias=np.ones(1000, np.float32)),
-            lambda x: s2p.sum_exp(x).log(),
-            lambda x: s2p.softmax_cross_entropy_with_integer_labels(x, np.zeros(64, int)),
-        ],
-    )
-    def test_log_sums_keep_nothing_but_x_itself(self, function):
-        assert self.kept(function) == []
-        assert self.kept(function, arguments=True) in (["float32"], [])
-
-    def test_masks_of_log_sums_are_kept_as_they_are(self):
-        for function in (
-            lambda x, mask: s2p.logsumexp(x, -1, where=mask),
-            lambda x, mask: s2p.softmax_cross_entropy_with_integer_labels(x, np.zeros(64, int), where=mask),
-        ):
-            assert self.kept(function, self.X, self.MASK) == []
-
-    @pytest.mark.parametrize("function", [s2p.log_softmax, lambda x: s2p.logsumexp(x, -1)])
-    def test_jitted(self, function):
-        """Tracing through jit keeps the same."""
-        g = jax.jit(function)
-        assert len(self.kept(g, arguments=True)) == 1
-
-
-def test_gradients_read_the_logits_and_write_the_result(implementation):
-    """One kernel each way; the reference calls none."""
-    x, labels = array(8, 33), np.arange(8)
-    loss = lambda x: s2p.softmax_cross_entropy_with_integer_labels(
-        x, labels, implementation=implementation
-    ).sum()
-    text = jax.jit(jax.grad(loss)).lower(x).as_text()
-    calls = 1 if implementation == "native" else 0
-    assert text.count("custom_call @jax_softmax2p_log_sum_v1") == calls
-    assert text.count("custom_call @jax_softmax2p_log_sum_vjp_v1") == calls
-    assert text.count("custom_call @jax_softmax2p") == 2 * calls
-    assert "scatter" not in text or implementation == "reference"

@@ -1,4 +1,8 @@
-"""What is timed: one class for each implementation. A new peer is one class here."""
+"""The implementations that are timed, one class for each. A new peer is one class here.
+
+Worker processes import this module, with an older revision of jax_softmax2p under ``--compare REVISION``: at
+its top it uses public names of that package only.
+"""
 
 import abc
 import functools
@@ -17,41 +21,41 @@ from jax_softmax2p import native
 
 
 def cores() -> int:
-    """How many threads this process can run at once, which is how many JAX uses."""
+    """The number of cores that this process may use, which is the number of threads of JAX."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Contender(abc.ABC):
-    """An implementation under its name in tables. The constructor raises ImportError where it cannot run."""
+class Backend(abc.ABC):
+    """An implementation. The constructor raises ImportError where it cannot run."""
 
     name: str
+    """The heading of its column."""
     computes = True
-    """Whether the result is the case's, to be checked; else this is something to compare with."""
+    """Whether the result is that of the case, and checked; otherwise it is a baseline that computes something
+    else."""
     rotates = False
-    """Whether a call computes several times, into one output after the other, which together exceed the last
-    cache: each is out of the caches when its turn comes."""
+    """Whether a call fills several outputs in turn that together exceed the last cache, so that each is out
+    of the caches when it is written."""
 
     def bind(self, case: Case, x: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
-        """What is called and timed.
+        """Makes the function that is timed.
 
         Args:
-          case: what to compute, along which axis.
-          x: the input, which stays as it is.
-          out: where an implementation that can be given its output has to put it; a stack of such arrays for
-            one that rotates.
+          case: the operation and its axis.
+          x: the input, which is not modified.
+          out: the output of an implementation that accepts one; a stack of outputs if ``rotates``.
 
         Returns:
-          A function that computes, waits for and returns the result: ``out``, or new arrays of the library's
-          own.
+          A function that computes, waits for and returns the result: ``out``, or new arrays of the library.
         """
         return self._bind(case, x, out)
 
     @abc.abstractmethod
     def _bind(self, case: Case, x: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
-        """What :meth:`bind` does."""
+        """Implements :meth:`bind`."""
 
 
-class Ours(Contender):
+class Ours(Backend):
     """This package's function, in jit."""
 
     def __init__(self, name: str = "ours"):
@@ -62,7 +66,7 @@ class Ours(Contender):
         return _jitted(operation.ours(case.axis), x, *operation.operands(case))
 
 
-class OursPlain(Contender):
+class OursPlain(Backend):
     """This package's softmax of x alone, in jit."""
 
     name = "plain"
@@ -72,7 +76,7 @@ class OursPlain(Contender):
         return _jitted(OPERATIONS["softmax"].ours(case.axis), x)
 
 
-class JaxNN(Contender):
+class JaxNN(Backend):
     """JAX's own function, or optax's, in jit."""
 
     name = "jax.nn"
@@ -82,8 +86,8 @@ class JaxNN(Contender):
         return _jitted(operation.jax_nn(case.axis), x, *operation.operands(case))
 
 
-class AddOne(Contender):
-    """jit(x + 1): what a call and its memory cost anyway."""
+class AddOne(Backend):
+    """jit(x + 1), the cost of any call and its memory."""
 
     name = "x + 1"
     computes = False
@@ -92,7 +96,7 @@ class AddOne(Contender):
         return _jitted(lambda x: x + 1, x)
 
 
-class Torch(Contender):
+class Torch(Backend):
     """torch with as many threads as JAX, in inference mode unless the operation has a gradient."""
 
     name = "torch"
@@ -114,8 +118,8 @@ class Torch(Contender):
         return call
 
 
-class SciPy(Contender):
-    """scipy.special, which is NumPy on one thread."""
+class SciPy(Backend):
+    """scipy.special, which computes on one thread."""
 
     name = "scipy"
 
@@ -128,7 +132,7 @@ class SciPy(Contender):
         return functools.partial(operation.scipy(case.axis), x, *operation.operands(case))
 
 
-class OnnxRuntime(Contender):
+class OnnxRuntime(Backend):
     """onnxruntime, into a preallocated output."""
 
     name = "onnxruntime"
@@ -151,11 +155,11 @@ class OnnxRuntime(Contender):
         y = _like(session.run(None, arrays)[0], out)
         binding.bind_output("y", "cpu", 0, y.dtype.type, y.shape, y.ctypes.data)
 
-        return _alive(arrays, lambda: session.run_with_iobinding(binding), y)
+        return _keeping_alive(arrays, lambda: session.run_with_iobinding(binding), y)
 
 
-class OpenVino(Contender):
-    """openvino, of the same model, in float32, into a preallocated output."""
+class OpenVino(Backend):
+    """openvino with the same model as onnxruntime, in float32, into a preallocated output."""
 
     name = "openvino"
 
@@ -180,11 +184,11 @@ class OpenVino(Contender):
         y = _like(request.get_output_tensor().data, out)
         request.set_output_tensor(self._openvino.Tensor(y, shared_memory=True))
 
-        return _alive(arrays, request.infer, y)
+        return _keeping_alive(arrays, request.infer, y)
 
 
-class Kernel(Contender):
-    """A kernel of ours without JAX, into a preallocated output."""
+class Kernel(Backend):
+    """A kernel of this package without JAX, into a preallocated output."""
 
     def __init__(
         self,
@@ -207,8 +211,8 @@ class Kernel(Contender):
         return call
 
 
-class EmptyCall(Contender):
-    """A kernel's call from Python for one element, which is nearly all call."""
+class EmptyCall(Backend):
+    """A kernel called for a single element: the overhead of a call."""
 
     name = "a call"
     computes = False
@@ -222,7 +226,7 @@ class EmptyCall(Contender):
         return functools.partial(native.softmax_into, one, one, isa=self._isa)
 
 
-class Pass(Contender):
+class Pass(Backend):
     """A pass of the algorithms by itself, on one thread."""
 
     computes = False
@@ -235,11 +239,11 @@ class Pass(Contender):
     def _bind(self, case, x, out):
         row, rows = x.reshape(-1), out.reshape(len(out), -1)
         run = functools.partial(native.pass_into, x=row, out=rows, maximum=float(x.max()), isa=self._isa)
-        run("exp_store")  # What "scale" reads.
+        run("exp_store")  # The pass "scale" reads its output.
         return functools.partial(run, self.name)
 
 
-class ReadAndCopy(Contender):
+class ReadAndCopy(Backend):
     """One read and one non-temporal copy of the same arrays, on one thread."""
 
     name = "read + copy"
@@ -256,7 +260,7 @@ class ReadAndCopy(Contender):
         return call
 
 
-class MemoryLoop(Contender):
+class MemoryLoop(Backend):
     """One of ``memory.LOOPS`` over the same arrays."""
 
     computes = False
@@ -292,13 +296,13 @@ def _onnx_model(case: Case, arrays: dict[str, np.ndarray]) -> bytes:
         [value(name, array.dtype, array.shape) for name, array in arrays.items()],
         [value("y", case.dtype, None)],
     )
-    # Old versions of the operators and of the format, which every runtime of today reads.
+    # Old versions of the operators and of the format, which every current runtime reads.
     opset = helper.make_opsetid("", 18)
     return helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()
 
 
-def _alive(arrays: Any, run: Callable[[], Any], y: np.ndarray) -> Callable[[], np.ndarray]:
-    """Runs and returns y, and keeps arrays of which the library has no more than the address."""
+def _keeping_alive(arrays: Any, run: Callable[[], Any], y: np.ndarray) -> Callable[[], np.ndarray]:
+    """A function that runs and returns y. It holds the arrays, whose addresses alone the library has."""
 
     def call(_=arrays):
         run()
@@ -308,7 +312,7 @@ def _alive(arrays: Any, run: Callable[[], Any], y: np.ndarray) -> Callable[[], n
 
 
 def _like(result: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """``out`` if it is as the result, or else an array that is."""
+    """``out`` if it has the result's shape, otherwise a new array that has."""
     return out if result.shape == out.shape else np.empty_like(result)
 
 

@@ -1,4 +1,4 @@
-"""Import and use: no network, no file written, and no code loaded but the package's own."""
+"""Importing and using the package opens no connection, writes no file, and loads no code but its library."""
 
 import functools
 import pathlib
@@ -11,7 +11,7 @@ from processes import run_python
 
 from jax_softmax2p import native
 
-# Prints what Python was asked for, which is JAX's doing or ours, from before the package is imported.
+# Prints the audit events of Python from before the package is imported, those of JAX included.
 AUDITED = """
 import os, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -35,30 +35,30 @@ jax_softmax2p.native.softmax_into(np.asarray(x), np.empty(x.shape, np.float32), 
 run = functools.partial(run_python, options=("-B",))
 
 
-def test_what_python_is_asked_for():
+def test_python_audit_events():
     result = run(AUDITED)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
-def test_what_the_system_is_asked_for(tmp_path):
-    """By XLA and the library, too: the names that XLA gives its threads are all that is written."""
+def test_system_calls(tmp_path):
+    """Covers XLA and the library as well: the names that XLA gives its threads are all that is written."""
     log = tmp_path / "log"
     calls = "trace=%network,/^(open|creat|rename|link|symlink|unlink|mkdir|truncate|execve)"
     result = run(AUDITED, prefix=("strace", "-f", "--seccomp-bpf", "-e", calls, "-o", str(log)))
     if "ptrace" in result.stderr:
-        # As in containers without that right: the test has nothing to look at.
+        # Containers often lack the permission to trace.
         pytest.skip("strace may not trace here")
     assert result.returncode == 0, result.stderr
-    asked = [line for line in log.read_text().splitlines() if "(" in line]
-    assert any("_native" in line for line in asked)
+    system_calls = [line for line in log.read_text().splitlines() if "(" in line]
+    assert any("_native" in line for line in system_calls)
     harmless = re.compile(r"execve\(.*python.* = 0$|O_RDONLY|/proc/self/task/\d+/comm")
-    assert [line for line in asked if not harmless.search(line)] == []
+    assert [line for line in system_calls if not harmless.search(line)] == []
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
-def test_what_the_library_can_ask_for():
-    """It is linked with nothing that writes files, opens sockets, loads libraries or starts programs."""
+def test_imported_symbols():
+    """The library imports no function that writes files, opens sockets, loads code or starts programs."""
     command = ["nm", "--dynamic", "--undefined-only", native.library.require().__file__]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     symbols = {line.split()[-1].split("@")[0] for line in output.splitlines()}
@@ -67,7 +67,7 @@ def test_what_the_library_can_ask_for():
     assert {name for name in symbols if forbidden.match(name) or "ofstream" in name} == set()
 
 
-def test_the_environment_variable_that_is_read_only_chooses():
+def test_environment_variable_only_selects_an_isa():
     sources = "".join(path.read_text() for path in pathlib.Path(native.__file__).parent.parent.rglob("*.py"))
     assert "register_ffi_target" in sources
     assert not re.search(r"environ\b|getenv|import_module|__import__", sources)
