@@ -9,7 +9,7 @@
 #include <string>
 #include <utility>
 
-#include "ffi/kernels/element.h"
+#include "ffi/base/half.h"
 #include "ffi/runtime/parallel.h"
 #include "ffi/runtime/softmax.h"
 #include "xla/ffi/api/ffi.h"

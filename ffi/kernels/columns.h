@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "ffi/kernels/element.h"
-#include "ffi/simd/inline.h"
+#include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p {
 

@@ -15,8 +15,8 @@
 //   otherwise become -inf + inf. NaN passes the clamp and poisons s.
 #pragma once
 
+#include "ffi/base/inline.h"
 #include "ffi/kernels/guard.h"
-#include "ffi/simd/inline.h"
 
 namespace jax_softmax2p {
 

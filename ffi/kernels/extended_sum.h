@@ -2,19 +2,17 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#include "ffi/simd/inline.h"
+#include "ffi/base/bit_cast.h"
+#include "ffi/base/error_free.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p {
 
 // 2^k for k <= 0; zero below the normal range of double.
 SOFTMAX2P_INLINE double PowerOfTwo(int k) {
   if (k < -1022) return 0.0;
-  const std::uint64_t bits = static_cast<std::uint64_t>(k + 1023) << 52;
-  double power;
-  std::memcpy(&power, &bits, sizeof power);
-  return power;
+  return BitCast<double>(static_cast<std::uint64_t>(k + 1023) << 52);
 }
 
 // A double with twice the digits: float64 rows need them, float32 rows do not mind.
@@ -22,12 +20,10 @@ struct DoubleSum {
   double high = 0;
   double low = 0;
 
-  // Knuth's two-sum (TAOCP vol. 2, 4.2.2, theorem B): the rounding error goes to `low`, exactly.
   SOFTMAX2P_INLINE void Add(double x) {
-    const double sum = high + x;
-    const double x_part = sum - high;
-    low += (high - (sum - x_part)) + (x - x_part);
-    high = sum;
+    const DoubleDouble<double> sum = TwoSum(high, x);
+    high = sum.hi;
+    low += sum.lo;
   }
   SOFTMAX2P_INLINE void Add(const DoubleSum& other) {
     Add(other.high);

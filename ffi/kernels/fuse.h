@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "ffi/base/inline.h"
 #include "ffi/kernels/table.h"
-#include "ffi/simd/inline.h"
 
 namespace jax_softmax2p {
 

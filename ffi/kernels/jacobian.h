@@ -4,9 +4,11 @@
 
 #include <cstdint>
 
+#include "ffi/base/error_free.h"
+#include "ffi/base/inline.h"
+#include "ffi/base/layout.h"
 #include "ffi/kernels/extended_sum.h"
 #include "ffi/kernels/table.h"
-#include "ffi/simd/inline.h"
 
 namespace jax_softmax2p {
 
@@ -38,8 +40,8 @@ class JacobianRow {
   }
 
   // `stream` writes past the caches.
-  static void Write(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot, bool stream) {
-    const V high = V::Broadcast(dot.high), low = V::Broadcast(dot.low);
+  static void Write(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot, bool stream) {
+    const V high = V::Broadcast(dot.hi), low = V::Broadcast(dot.lo);
     const auto jacobian = [&](V y_i, V t_i) { return y_i * ((t_i - high) - low); };
     const auto part = [&](std::int64_t i, std::int64_t size) {
       const int count = static_cast<int>(size);
@@ -63,26 +65,21 @@ class JacobianRow {
 
  private:
   // What is summed: terms, of element i and those after it, and the errors of their rounding.
-  struct Rounded {
-    V term, error;
-  };
   template <typename In>
   struct Products {
     const In* y;
     const E* t;
-    SOFTMAX2P_INLINE Rounded At(std::int64_t i) const { return Of(V::Load(y + i), V::Load(t + i)); }
-    SOFTMAX2P_INLINE Rounded At(std::int64_t i, int count) const {
-      return Of(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0));
+    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i) const {
+      return TwoProd(V::Load(y + i), V::Load(t + i));
     }
-    static SOFTMAX2P_INLINE Rounded Of(V a, V b) {
-      const V product = a * b;
-      return {product, ProductError(a, b, product)};
+    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i, int count) const {
+      return TwoProd(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0));
     }
   };
   struct Terms {
     const E* t;
-    SOFTMAX2P_INLINE Rounded At(std::int64_t i) const { return {V::Load(t + i), V::Broadcast(0)}; }
-    SOFTMAX2P_INLINE Rounded At(std::int64_t i, int count) const {
+    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i) const { return {V::Load(t + i), V::Broadcast(0)}; }
+    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i, int count) const {
       return {V::LoadPartial(t + i, count, 0), V::Broadcast(0)};
     }
   };
@@ -115,12 +112,10 @@ class JacobianRow {
     V sum = V::Broadcast(0);
     V rest = V::Broadcast(0);
 
-    SOFTMAX2P_INLINE void Add(const Rounded& next) {
-      const V larger = sum + next.term;
-      const V added = larger - sum;
-      const V error = (sum - (larger - added)) + (next.term - added);
-      rest = rest + (error + next.error);
-      sum = larger;
+    SOFTMAX2P_INLINE void Add(const DoubleDouble<V>& next) {
+      const DoubleDouble<V> larger = TwoSum(sum, next.hi);
+      rest = rest + (larger.lo + next.lo);
+      sum = larger.hi;
     }
     SOFTMAX2P_INLINE void AddTo(DoubleSum& total) const {
       total.AddLanes(sum);

@@ -2,10 +2,11 @@
 // times.
 #pragma once
 
+#include "ffi/base/error_free.h"
+#include "ffi/base/inline.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/extended_sum.h"
 #include "ffi/kernels/guard.h"
-#include "ffi/simd/inline.h"
 
 namespace jax_softmax2p {
 
@@ -19,13 +20,10 @@ struct LaneTotal {
   SOFTMAX2P_INLINE void Merge(const LaneTotal& other) {
     const V highest = Max(exponent, other.exponent);
     const V own = PowerOfTwo<V>(exponent - highest), others = PowerOfTwo<V>(other.exponent - highest);
-    const V a = high * own, b = other.high * others;
-    const V sum = a + b;
-    const V b_part = sum - a;
-    const V error = (a - (sum - b_part)) + (b - b_part);
-    const V rest = error + (low * own + other.low * others);
-    high = sum + rest;
-    low = rest - (high - sum);
+    const DoubleDouble<V> sum = TwoSum(high * own, other.high * others);
+    const DoubleDouble<V> total = FastTwoSum(sum.hi, sum.lo + (low * own + other.low * others));
+    high = total.hi;
+    low = total.lo;
     exponent = highest;
   }
 
@@ -45,8 +43,8 @@ struct LaneTotal {
   SOFTMAX2P_INLINE void Invert() {
     const V one = V::Broadcast(1);
     const V inverse = one / high;
-    const V product = inverse * high;
-    const V error = ((one - product) - ProductError(inverse, high, product)) - inverse * low;
+    const DoubleDouble<V> product = TwoProd(inverse, high);
+    const V error = ((one - product.hi) - product.lo) - inverse * low;
     high = inverse;
     low = inverse * error;
   }
@@ -81,9 +79,9 @@ class LaneSum {
     const V raised = Max(reference_, needed), start = V::Broadcast(kStart);
     const V power = PowerOfTwo<V>(reference_ - raised);
     const V terms = (sum_ - start) * power;
-    sum_ = start + terms;
-    const V terms_part = sum_ - start;
-    rest_ = rest_ * power + ((start - (sum_ - terms_part)) + (terms - terms_part));
+    const DoubleDouble<V> sum = TwoSum(start, terms);
+    sum_ = sum.hi;
+    rest_ = rest_ * power + sum.lo;
     reference_ = raised;
   }
 
@@ -99,9 +97,8 @@ class LaneSum {
   }
 
   SOFTMAX2P_INLINE LaneTotal<V> Total() const {
-    const V terms = sum_ - V::Broadcast(kStart);
-    const V high = terms + rest_;
-    return {high, rest_ - (high - terms), reference_};
+    const DoubleDouble<V> total = FastTwoSum(sum_ - V::Broadcast(kStart), rest_);
+    return {total.hi, total.lo, reference_};
   }
 
  private:

@@ -15,11 +15,13 @@
 #include <limits>
 #include <type_traits>
 
+#include "ffi/base/error_free.h"
+#include "ffi/base/inline.h"
+#include "ffi/base/layout.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/lane_sum.h"
 #include "ffi/kernels/log.h"
 #include "ffi/kernels/table.h"
-#include "ffi/simd/inline.h"
 
 namespace jax_softmax2p {
 
@@ -144,7 +146,9 @@ class SoftmaxKernels {
       of_largest.power[0].Store(powers);
       of_largest.s[0].Store(s);
       for (int l = 0; l < V::kLanes; ++l) {
-        LogOfSumOverLargest(sums[l], rests[l], powers[l], s[l], logs[l], log_rests[l]);
+        const DoubleDouble<double> one = LogOfSumOverLargest(sums[l], rests[l], powers[l], s[l]);
+        logs[l] = one.hi;
+        log_rests[l] = one.lo;
       }
       for (int l = 0; l < count; ++l) {
         const T size = exponents[l] < 0 ? -exponents[l] : exponents[l];
@@ -340,14 +344,12 @@ class SoftmaxKernels {
       V v[K], missing[K];
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
         const V a = access.Load(x + k * stride);
-        const V difference = a - maximum_;
-        const V part = difference - a;
-        const V error = (a - (difference - part)) - (maximum_ + part);
+        const DoubleDouble<V> difference = TwoDiff(a, maximum_);
         // Max replaces the NaN that comes of infinities. What is missing is below an ULP where the power is
         // not 0; elsewhere it must be such that 0 times it is 0.
-        const V both = Max(error - rest_, lowest);
-        v[k] = difference + both;
-        missing[k] = zero - Max(zero - Max(both - (v[k] - difference), minus_one), minus_one);
+        const DoubleDouble<V> both = FastTwoSum(difference.hi, Max(difference.lo - rest_, lowest));
+        v[k] = both.hi;
+        missing[k] = zero - Max(zero - Max(both.lo, minus_one), minus_one);
       }
       Exponentials<V, K> e = exponential_(v);
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.s[k] = e.s[k] + Fma(e.s[k], missing[k], missing[k]);

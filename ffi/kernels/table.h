@@ -5,7 +5,8 @@
 
 #include <cstdint>
 
-#include "ffi/kernels/element.h"
+#include "ffi/base/error_free.h"
+#include "ffi/base/half.h"
 #include "ffi/kernels/extended_sum.h"
 
 namespace jax_softmax2p {
@@ -16,12 +17,6 @@ namespace jax_softmax2p {
 inline constexpr int kShort = 128;
 // The most columns that a Panel has.
 inline constexpr int kPanelWidth = 256;
-
-template <typename T>
-struct SplitScalar {
-  T high;
-  T low;
-};
 
 // What is known of a row's maximum before its sum.
 template <typename T>
@@ -160,7 +155,7 @@ struct KernelTable {
   // out = t - p.
   void (*less)(const E* t, const T* p, E* out, std::int64_t n);
   // The Jacobian of softmax. `stream` writes past the caches.
-  void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot,
+  void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot,
                          bool stream);
 };
 

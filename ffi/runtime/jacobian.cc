@@ -12,11 +12,9 @@ namespace {
 
 // An infinite or NaN product leaves nothing sensible in the low part, and must not spoil the high one.
 template <typename T>
-SplitScalar<T> SplitDot(const DoubleSum& dot) {
-  SplitScalar<T> split{};
-  split.high = static_cast<T>(dot.high);
-  const double low = (dot.high - static_cast<double>(split.high)) + dot.low;
-  if (std::isfinite(low)) split.low = static_cast<T>(low);
+DoubleDouble<T> SplitDot(const DoubleSum& dot) {
+  DoubleDouble<T> split = ToDoubleDouble<T>(dot.high, dot.low);
+  if (!std::isfinite(split.lo)) split.lo = 0;
   return split;
 }
 

@@ -28,10 +28,9 @@ LogTotal<ComputeOf<E>> LogTotalOf(const KernelTable<E>& kernels, const LogitsRow
   if (std::isnan(mantissa.high)) return {total.maximum, std::numeric_limits<T>::quiet_NaN(), 0};
   T s = 0, power = 1;
   if (!total.subtract) kernels.exponential(total.maximum, total.sum.exponent, &s, &power);
-  double log, rest;
-  LogOfSumOverLargest(mantissa.high, mantissa.low, power, s, log, rest);
-  const T rounded = static_cast<T>(log);
-  return {total.maximum, rounded, static_cast<T>((log - static_cast<double>(rounded)) + rest)};
+  const DoubleDouble<double> exact = LogOfSumOverLargest(mantissa.high, mantissa.low, power, s);
+  const DoubleDouble<T> log = ToDoubleDouble<T>(exact.hi, exact.lo);
+  return {total.maximum, log.hi, log.lo};
 }
 
 // As logsumexp has it: an infinite maximum is that itself, but for NaNs, which a maximum passes over.
@@ -39,11 +38,9 @@ template <typename E>
 void WriteLogSum(const LogTotal<ComputeOf<E>>& total, const LogitsRow<E>& row, ComputeOf<E>* high,
                  ComputeOf<E>* low) {
   using T = ComputeOf<E>;
-  const double a = total.maximum, b = total.log;
-  const double sum = a + b, b_part = sum - a, error = (a - (sum - b_part)) + (b - b_part);
-  const double whole = sum + (error + static_cast<double>(total.rest));
-  *high = static_cast<T>(whole);
-  *low = static_cast<T>(((sum - static_cast<double>(*high)) + error) + static_cast<double>(total.rest));
+  const DoubleDouble<double> sum = TwoSum<double>(total.maximum, total.log);
+  *high = static_cast<T>(sum.hi + (sum.lo + static_cast<double>(total.rest)));
+  *low = static_cast<T>(((sum.hi - static_cast<double>(*high)) + sum.lo) + static_cast<double>(total.rest));
   if (std::isfinite(*high)) return;
   *low = 0;
   if (std::isnan(*high) && std::isinf(total.maximum) && !row.HasNan()) *high = total.maximum;
@@ -80,10 +77,10 @@ class ShortLogTotals {
 
   void Write(T* high, T* low) const {
     for (std::int64_t i = 0; i < count_; ++i) {
-      const T sum = maximum[i] + log[i], log_part = sum - maximum[i];
-      if (std::isfinite(sum)) {
-        high[first_ + i] = sum;
-        low[first_ + i] = ((maximum[i] - (sum - log_part)) + (log[i] - log_part)) + rest[i];
+      const DoubleDouble<T> sum = TwoSum(maximum[i], log[i]);
+      if (std::isfinite(sum.hi)) {
+        high[first_ + i] = sum.hi;
+        low[first_ + i] = sum.lo + rest[i];
       } else {
         WriteLogSum<E>({maximum[i], log[i], rest[i]}, Row(i), high + first_ + i, low + first_ + i);
       }

@@ -114,7 +114,7 @@ template <typename E>
 ComputeOf<E> LessLabel(const DoubleSum& dot, const std::int32_t* label, const E* t, std::int64_t n) {
   double sum = dot.high + dot.low;
   const std::int64_t place = label == nullptr ? -1 : Label<E>::PlaceOf(*label, n);
-  if (place >= 0) sum -= WidenScalar(t[place]);
+  if (place >= 0) sum -= Widen(t[place]);
   return static_cast<ComputeOf<E>>(sum);
 }
 
@@ -140,7 +140,7 @@ double ShortTotal(const KernelTable<E>& kernels, const E* t, std::int64_t n) {
     return total.high + total.low;
   } else {
     double total = 0;
-    for (std::int64_t i = 0; i < n; ++i) total += WidenScalar(t[i]);
+    for (std::int64_t i = 0; i < n; ++i) total += Widen(t[i]);
     return total;
   }
 }

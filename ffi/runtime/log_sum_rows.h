@@ -54,27 +54,4 @@ void ShortLess(const Kernels& kernels, const Logits<E>& logits, std::int64_t fir
     table.short_less(logits.x + first * n, y, count, n, high, low, factor);
 }
 
-template <typename E>
-E FromDouble(double value);
-template <>
-inline float FromDouble<float>(double value) {
-  return static_cast<float>(value);
-}
-template <>
-inline double FromDouble<double>(double value) {
-  return value;
-}
-template <>
-inline BFloat16 FromDouble<BFloat16>(double value) {
-  BFloat16 half;
-  portable::Narrow(static_cast<float>(value), half);
-  return half;
-}
-template <>
-inline Float16 FromDouble<Float16>(double value) {
-  Float16 half;
-  portable::Narrow(static_cast<float>(value), half);
-  return half;
-}
-
 }  // namespace jax_softmax2p

@@ -13,7 +13,6 @@
 #include "ffi/runtime/column_tiles.h"
 #include "ffi/runtime/memory.h"
 #include "ffi/runtime/row_work.h"
-#include "ffi/simd/portable.h"
 
 namespace jax_softmax2p {
 
@@ -54,13 +53,6 @@ struct Logits {
 
 // Elements to which the operands are applied at a time, where a row has more: 16 KiB of float32.
 inline constexpr std::int64_t kFusedBlock = 1 << 12;
-
-inline double WidenScalar(float x) { return x; }
-inline double WidenScalar(double x) { return x; }
-template <typename Half>
-double WidenScalar(Half x) {
-  return portable::Widen(x);
-}
 
 // A row, of logits of inner 1, as the kernels are to see it: as it is, or with the operands applied, to all
 // of it in a buffer, or to one block after the other.
@@ -212,7 +204,7 @@ class LogitsRow {
     if (logits.scale.data != nullptr) run_.scale = logits.scale.data[scale];
     if (logits.bias.data != nullptr) {
       if (logits.bias.step == 0) {
-        run_.shift = static_cast<T>(WidenScalar(logits.bias.data[bias]));
+        run_.shift = static_cast<T>(Widen(logits.bias.data[bias]));
       } else {
         run_.bias = logits.bias.data + bias + begin_ * bias_step_;
       }

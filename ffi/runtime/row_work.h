@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "ffi/base/layout.h"
 #include "ffi/runtime/float_mode.h"
 #include "ffi/runtime/parallel.h"
 
@@ -20,8 +21,6 @@ inline constexpr std::int64_t kRowsChunk = 1 << 14;
 inline constexpr std::int64_t kWorthSharing = 1 << 16;
 // With this many rows a thread, whole rows keep every thread busy, and each stays in its thread's cache.
 inline constexpr std::int64_t kManyRows = 8;
-
-constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 class InThisThread : public Executor {
  public:

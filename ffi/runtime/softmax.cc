@@ -48,7 +48,7 @@ void ShortRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& pl
   ForShortRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
     kernels.Of<E>().fused_short_matrices(z, y + first * n, count, static_cast<int>(n), 1, plan.stream);
     for (std::int64_t r = first; logits.Masked() && r < first + count; ++r) {
-      if (std::isnan(WidenScalar(y[r * n]))) {
+      if (std::isnan(Widen(y[r * n]))) {
         LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});
       }
     }

@@ -3,19 +3,13 @@
 
 #include <cstdint>
 
+#include "ffi/base/layout.h"
 #include "ffi/kernels/table.h"
 #include "ffi/runtime/algorithm.h"
 #include "ffi/runtime/logits.h"
 #include "ffi/runtime/parallel.h"
 
 namespace jax_softmax2p {
-
-// A C-contiguous array [outer, n, inner], to be worked on along n.
-struct Layout {
-  std::int64_t outer;
-  std::int64_t n;
-  std::int64_t inner;
-};
 
 // How an array is computed.
 struct SoftmaxPlan {

@@ -24,8 +24,9 @@ RowScale<T> ScaleFor(const RowTotal<T>& total) {
   const double high = 1 / mantissa.high;
   const double error = (std::fma(-high, mantissa.high, 1.0) - high * mantissa.low) * high;
   RowScale<T> scale{};
-  scale.high = static_cast<T>(high);
-  scale.low = static_cast<T>((high - static_cast<double>(scale.high)) + error);
+  const DoubleDouble<T> rounded = ToDoubleDouble<T>(high, error);
+  scale.high = rounded.hi;
+  scale.low = rounded.lo;
   scale.exponent = total.sum.exponent;
   scale.subtract = total.subtract;
   if (total.subtract) scale.maximum = total.maximum;

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "ffi/kernels/element.h"
-#include "ffi/simd/inline.h"
+#include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p::avx2 {
 
@@ -110,7 +110,7 @@ struct F32 {
   friend SOFTMAX2P_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F32 Fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
-  friend SOFTMAX2P_INLINE F32 ProductError(F32 a, F32 b, F32 p) { return {_mm256_fmsub_ps(a.v, b.v, p.v)}; }
+  friend SOFTMAX2P_INLINE F32 Fms(F32 a, F32 b, F32 c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F32 Max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Floor(F32 a) { return {_mm256_floor_ps(a.v)}; }
   friend SOFTMAX2P_INLINE bool AnyGreater(F32 a, F32 b) {
@@ -228,7 +228,7 @@ struct F64 {
   friend SOFTMAX2P_INLINE F64 operator/(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F64 Fnma(F64 a, F64 b, F64 c) { return {_mm256_fnmadd_pd(a.v, b.v, c.v)}; }
-  friend SOFTMAX2P_INLINE F64 ProductError(F64 a, F64 b, F64 p) { return {_mm256_fmsub_pd(a.v, b.v, p.v)}; }
+  friend SOFTMAX2P_INLINE F64 Fms(F64 a, F64 b, F64 c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F64 Max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Floor(F64 a) { return {_mm256_floor_pd(a.v)}; }
   friend SOFTMAX2P_INLINE bool AnyGreater(F64 a, F64 b) {

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "ffi/kernels/element.h"
-#include "ffi/simd/inline.h"
+#include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p::neon {
 
@@ -86,9 +86,7 @@ struct F32 {
   friend SOFTMAX2P_INLINE F32 operator/(F32 a, F32 b) { return {vdivq_f32(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Fma(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Fnma(F32 a, F32 b, F32 c) { return {vfmsq_f32(c.v, a.v, b.v)}; }
-  friend SOFTMAX2P_INLINE F32 ProductError(F32 a, F32 b, F32 p) {
-    return {vfmaq_f32(vnegq_f32(p.v), a.v, b.v)};
-  }
+  friend SOFTMAX2P_INLINE F32 Fms(F32 a, F32 b, F32 c) { return {vfmaq_f32(vnegq_f32(c.v), a.v, b.v)}; }
   // Not vmaxq_f32, which returns NaN where either is.
   friend SOFTMAX2P_INLINE F32 Max(F32 a, F32 b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Floor(F32 a) { return {vrndmq_f32(a.v)}; }
@@ -168,9 +166,7 @@ struct F64 {
   friend SOFTMAX2P_INLINE F64 operator/(F64 a, F64 b) { return {vdivq_f64(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Fma(F64 a, F64 b, F64 c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Fnma(F64 a, F64 b, F64 c) { return {vfmsq_f64(c.v, a.v, b.v)}; }
-  friend SOFTMAX2P_INLINE F64 ProductError(F64 a, F64 b, F64 p) {
-    return {vfmaq_f64(vnegq_f64(p.v), a.v, b.v)};
-  }
+  friend SOFTMAX2P_INLINE F64 Fms(F64 a, F64 b, F64 c) { return {vfmaq_f64(vnegq_f64(c.v), a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Max(F64 a, F64 b) { return {vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Floor(F64 a) { return {vrndmq_f64(a.v)}; }
   friend SOFTMAX2P_INLINE bool AnyGreater(F64 a, F64 b) {

@@ -111,8 +111,8 @@ struct Family : FamilyInput<E> {
     std::int64_t largest_at = -1;
     for (std::int64_t i = 0; i < layout.n; ++i) {
       const std::size_t at = static_cast<std::size_t>(At(r, i));
-      const T scaled = scale[static_cast<std::size_t>(r)] * static_cast<T>(Widen(x[at]));
-      z[at] = given.bias ? scaled + static_cast<T>(Widen(bias[at])) : scaled;
+      const T scaled = scale[static_cast<std::size_t>(r)] * static_cast<T>(Decode(x[at]));
+      z[at] = given.bias ? scaled + static_cast<T>(Decode(bias[at])) : scaled;
       if (!Masked(r, i) && z[at] > largest) {
         largest = z[at];
         largest_at = i;
@@ -183,7 +183,7 @@ class FamilyCheck {
     SoftmaxOfLogits(kernels_, executor_, Algorithm::kAuto, LogitsOfX(), y);
     ForElements([&](std::int64_t r, std::int64_t, std::int64_t at) {
       const long double p = std::isinf(in_.log_sum[static_cast<std::size_t>(r)]) ? 0 : in_.p[at];
-      Compare("softmax", at, Widen(y[at]), p, Rounding(p) + 4 * Unit(p));
+      Compare("softmax", at, Decode(y[at]), p, Rounding(p) + 4 * Unit(p));
     });
   }
 
@@ -195,7 +195,7 @@ class FamilyCheck {
       const std::size_t row = static_cast<std::size_t>(r);
       const long double exact =
           in_.Masked(r, i) ? -std::numeric_limits<long double>::infinity() : in_.z[at] - in_.log_sum[row];
-      Compare("log_softmax", at, Widen(y[at]), exact,
+      Compare("log_softmax", at, Decode(y[at]), exact,
               Rounding(exact) + std::max({2 * Unit(exact), Unit(in_.maximum[row]), Least()}));
     });
     if (high != high_ || low != low_) Fail("log_softmax's log-sum", 0, 0, 0);
@@ -208,7 +208,7 @@ class FamilyCheck {
       const std::size_t row = static_cast<std::size_t>(r);
       const std::int64_t label = in_.labels[row] < 0 ? in_.labels[row] + in_.layout.n : in_.labels[row];
       const long double factor = in_.factor[row], exact = factor * (in_.p[at] - (i == label));
-      Compare("log-sum's VJP", at, Widen(y[at]), exact, Rounding(exact) + 4 * Unit(factor));
+      Compare("log-sum's VJP", at, Decode(y[at]), exact, Rounding(exact) + 4 * Unit(factor));
     });
   }
 
@@ -221,7 +221,7 @@ class FamilyCheck {
       long double exact = 0, size = 0;
       for (std::int64_t i = 0; i < in_.layout.n; ++i) {
         const std::int64_t at = in_.At(r, i);
-        const long double t = Widen(in_.t[at]), term = (in_.p[at] - (i == label)) * t;
+        const long double t = Decode(in_.t[at]), term = (in_.p[at] - (i == label)) * t;
         exact += term;
         size += std::fabs(in_.p[at] * t) + (i == label ? std::fabs(t) : 0);
       }
@@ -234,12 +234,12 @@ class FamilyCheck {
     LogSoftmaxVjp(kernels_, executor_, LogitsOfX(), Sums(false), in_.t.data(), y);
     for (std::int64_t r = 0; r < rows_; ++r) {
       Sum<long double> total;
-      for (std::int64_t i = 0; i < in_.layout.n; ++i) total.Add(Widen(in_.t[in_.At(r, i)]));
+      for (std::int64_t i = 0; i < in_.layout.n; ++i) total.Add(Decode(in_.t[in_.At(r, i)]));
       const long double sum = total.high() + total.low();
       for (std::int64_t i = 0; i < in_.layout.n; ++i) {
         const std::int64_t at = in_.At(r, i);
-        const long double t = Widen(in_.t[at]), exact = t - in_.p[at] * sum;
-        Compare("log_softmax's VJP", at, Widen(y[at]), exact,
+        const long double t = Decode(in_.t[at]), exact = t - in_.p[at] * sum;
+        Compare("log_softmax's VJP", at, Decode(y[at]), exact,
                 Rounding(exact) + 4 * Unit(std::max(std::fabs(t), std::fabs(sum))));
       }
     }

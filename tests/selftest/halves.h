@@ -34,11 +34,11 @@ void CheckConversions(const std::vector<const Kernels*>& all, Report& report) {
   }
   for (const Kernels* kernels : all) {
     const ScopedFloatMode mode;
-    kernels->Of<E>().jacobian_write(ones.data(), t.data(), out.data(), kPatterns, SplitScalar<float>{0, 0},
+    kernels->Of<E>().jacobian_write(ones.data(), t.data(), out.data(), kPatterns, DoubleDouble<float>{0, 0},
                                     false);
     report.Of(*kernels).checks += kPatterns;
     for (int i = 0; i < kPatterns; ++i) {
-      const double expected = Widen(t[i]), actual = Widen(out[i]);
+      const double expected = Decode(t[i]), actual = Decode(out[i]);
       const bool flushed = actual == 0 && std::fabs(expected) < SmallestResult<E>();
       if (expected == actual || flushed || (std::isnan(expected) && std::isnan(actual))) continue;
       report.Fail(std::string(kernels->name) + " " + Element<E>::kName + " conversion of pattern " +
@@ -52,7 +52,7 @@ template <typename E>
 void CheckRounding(const std::vector<const Kernels*>& all, Report& report) {
   std::vector<float> z;
   for (int i = 0; i < kPatterns; ++i) {
-    const double value = Widen(E{static_cast<std::uint16_t>(i)});
+    const double value = Decode(E{static_cast<std::uint16_t>(i)});
     if (!std::isfinite(value) || std::fabs(value) < SmallestResult<E>()) continue;
     const float tie = static_cast<float>(value + std::copysign(UnitOf<E>(value) / 2, value));
     if (std::isinf(tie)) continue;
@@ -119,14 +119,14 @@ class ValuesCheck {
     double maximum = -kInfinity;
     bool nan = false;
     for (std::int64_t i = 0; i < n_; ++i) {
-      nan = nan || std::isnan(Widen(row[i]));
-      maximum = std::max(maximum, Widen(row[i]));
+      nan = nan || std::isnan(Decode(row[i]));
+      maximum = std::max(maximum, Decode(row[i]));
     }
     Sum<double> rest;
     bool passed = false;
     for (std::int64_t i = 0; i < n_; ++i) {
-      if (passed || Widen(row[i]) != maximum) {
-        rest.Add(std::exp(Widen(row[i]) - maximum));
+      if (passed || Decode(row[i]) != maximum) {
+        rest.Add(std::exp(Decode(row[i]) - maximum));
       } else {
         passed = true;
       }
@@ -145,14 +145,14 @@ class ValuesCheck {
     for (std::int64_t i = 0; i < n_; ++i) {
       const std::size_t at = static_cast<std::size_t>(r * n_ + i);
       double ulp;
-      if (!Allowed(y[at], softmax_[at], ulp)) Fail(kernels, "softmax", r, i, Widen(y[at]), softmax_[at]);
+      if (!Allowed(y[at], softmax_[at], ulp)) Fail(kernels, "softmax", r, i, Decode(y[at]), softmax_[at]);
       const bool undefined = std::isnan(exact) || std::isinf(exact);
-      const double log = undefined ? kNan : Widen(x_[at]) - exact;
+      const double log = undefined ? kNan : Decode(x_[at]) - exact;
       const double tolerance =
           undefined ? 0
                     : UnitOf<E>(log) / 2 +
                           std::max({2 * UnitOf<float>(log), UnitOf<float>(maximum_[row]), 0x1p-24});
-      Compare(kernels, "log_softmax", r, i, Widen(logs[at]), log, tolerance);
+      Compare(kernels, "log_softmax", r, i, Decode(logs[at]), log, tolerance);
     }
   }
 
@@ -164,7 +164,7 @@ class ValuesCheck {
     // Beyond the type's largest, it rounds to infinity.
     E rounded;
     Encode(exact, rounded);
-    if (std::isinf(actual) && Widen(rounded) == actual) return;
+    if (std::isinf(actual) && Decode(rounded) == actual) return;
     Fail(kernels, what, r, i, actual, exact);
   }
 

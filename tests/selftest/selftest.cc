@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "ffi/base/inline.h"
 #include "ffi/runtime/algorithm.h"
 #include "ffi/runtime/dispatch.h"
 #include "ffi/runtime/float_mode.h"
@@ -28,7 +29,6 @@
 #include "ffi/runtime/parallel.h"
 #include "ffi/runtime/row_work.h"
 #include "ffi/runtime/softmax.h"
-#include "ffi/simd/inline.h"
 #include "tests/selftest/current_case.h"
 #include "tests/selftest/family.h"
 #include "tests/selftest/halves.h"
@@ -200,8 +200,8 @@ class SoftmaxCheck {
     const std::int64_t column = i / matrix * layout_.inner + i % layout_.inner;
     char text[200];
     std::snprintf(text, sizeof text, "element %lld (x %.9g, of \"%s\") is %.17g, not %.17g: %.3f ULP",
-                  static_cast<long long>(i), static_cast<double>(Widen(x_[i])), ClassOf(column).name,
-                  static_cast<double>(Widen(y)), static_cast<double>(exact_[i]), ulp);
+                  static_cast<long long>(i), static_cast<double>(Decode(x_[i])), ClassOf(column).name,
+                  static_cast<double>(Decode(y)), static_cast<double>(exact_[i]), ulp);
     return text;
   }
 
@@ -287,13 +287,13 @@ void Solve(std::int64_t rows, std::int64_t n, JacobianInput<E>& input) {
     Sum<long double> dot;
     double largest_t = 0, largest = 0;
     for (std::int64_t i = first; i < first + n; ++i) {
-      const double a = static_cast<double>(Widen(input.y[i])), b = static_cast<double>(Widen(input.t[i]));
+      const double a = static_cast<double>(Decode(input.y[i])), b = static_cast<double>(Decode(input.t[i]));
       dot.Add(a * b);
       dot.Add(std::fma(a, b, -(a * b)));
       largest_t = std::max(largest_t, std::fabs(b));
     }
     for (std::int64_t i = first; i < first + n; ++i) {
-      input.exact[i] = Widen(input.y[i]) * ((Widen(input.t[i]) - dot.high()) - dot.low());
+      input.exact[i] = Decode(input.y[i]) * ((Decode(input.t[i]) - dot.high()) - dot.low());
       largest = std::max(largest, static_cast<double>(std::fabs(input.exact[i])));
     }
     const double epsilon = std::numeric_limits<T>::epsilon();
@@ -388,11 +388,11 @@ class JacobianCheck {
     };
     if (!y_.GuardsIntact() || !t_.GuardsIntact() || !out_.GuardsIntact()) fail("wrote beyond the arrays");
     for (std::int64_t i = 0; i < size; ++i) {
-      const double error = std::fabs(static_cast<double>(Widen(out[i]) - input_.exact[i]));
+      const double error = std::fabs(static_cast<double>(Decode(out[i]) - input_.exact[i]));
       if (error <= input_.tolerance[i]) continue;
       char text[200];
       std::snprintf(text, sizeof text, "element %lld is %.17g, not %.17g, more than %.3g away",
-                    static_cast<long long>(i), static_cast<double>(Widen(out[i])),
+                    static_cast<long long>(i), static_cast<double>(Decode(out[i])),
                     static_cast<double>(input_.exact[i]), input_.tolerance[i]);
       return fail(text);
     }
