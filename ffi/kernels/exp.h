@@ -138,52 +138,52 @@ SOFTMAX2P_INLINE V PowerOfTwo(V n) {
 // e^x = (1 + s)·2^n for K vectors at a time. Every step is taken for all K before the next: a chain of some
 // ten dependent operations is too long for one vector after the other to fit a CPU's scheduler.
 template <typename V, int K>
-struct Exponentials {
-  V power[K];  // 2^(n - reference), zero where x was clamped
-  V s[K];
+struct ExtExp {
+  V pow2[K];  // 2^(n - reference), zero where x was clamped
+  V expm1[K];
 };
 
 // Takes x with n - reference <= 2, the reference an even integer of each lane's own: whether a tie rounds up
 // depends on its parity, and s from one pass must agree on n with the power from another.
 template <typename V>
-class ExponentialFrom {
+class ExtExpKernel {
   using T = typename V::Scalar;
   using F = Format<T>;
   using R = ReductionFor<V>;
 
  public:
-  explicit SOFTMAX2P_INLINE ExponentialFrom(V reference)
+  explicit SOFTMAX2P_INLINE ExtExpKernel(V reference)
       : lowest_((reference - V::Broadcast(F::kBias)) * V::Broadcast(static_cast<T>(F::kLn2))),
         rounder_(V::Broadcast(F::kRounder + F::kBias * kSteps + kBelow) - reference * V::Broadcast(kSteps)) {}
 
   // The power alone, the same as operator() gives.
-  SOFTMAX2P_INLINE V Power(V x) const {
+  SOFTMAX2P_INLINE V Pow2(V x) const {
     if constexpr (kGuarded) x = Max(lowest_, x);
     return Exponent(Fma(x, V::Broadcast(F::kLog2E * kSteps), rounder_));
   }
 
   template <int K>
-  SOFTMAX2P_INLINE Exponentials<V, K> operator()(const V (&x)[K]) const {
-    Exponentials<V, K> e;
+  SOFTMAX2P_INLINE ExtExp<V, K> operator()(const V (&x)[K]) const {
+    ExtExp<V, K> e;
     V n[K], t[K], q[K];
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = kGuarded ? Max(lowest_, x[k]) : x[k];
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-      e.power[k] = Fma(t[k], V::Broadcast(F::kLog2E * kSteps), rounder_);
+      e.pow2[k] = Fma(t[k], V::Broadcast(F::kLog2E * kSteps), rounder_);
     }
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.power[k] - rounder_;
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.pow2[k] - rounder_;
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2High / kSteps), t[k]);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2Low / kSteps), t[k]);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) q[k] = V::Broadcast(P::kCoefficients[kTerms - 1]);
     for (int i = kTerms - 2; i >= 0; --i) {
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) q[k] = Fma(q[k], t[k], V::Broadcast(P::kCoefficients[i]));
     }
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.s[k] = Fma(t[k] * t[k], q[k], t[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.expm1[k] = Fma(t[k] * t[k], q[k], t[k]);
     if constexpr (kBits > 0) {
       // (1 + h)(1 + s) - 1
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.power[k].Lookup(kSixteenths);
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.s[k] = Fma(n[k], e.s[k], e.s[k]) + n[k];
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.pow2[k].Lookup(kSixteenths);
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.expm1[k] = Fma(n[k], e.expm1[k], e.expm1[k]) + n[k];
     }
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.power[k] = Exponent(e.power[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.pow2[k] = Exponent(e.pow2[k]);
     return e;
   }
 

@@ -86,14 +86,14 @@ class LaneSum {
   }
 
   template <int K>
-  SOFTMAX2P_INLINE void Add(const Exponentials<V, K>& e) {
+  SOFTMAX2P_INLINE void Add(const ExtExp<V, K>& e) {
     V missing[K];
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-      const V larger = Fma(V::Broadcast(1) + e.s[k], e.power[k], sum_);
-      missing[k] = e.power[k] - (larger - sum_);
+      const V larger = Fma(V::Broadcast(1) + e.expm1[k], e.pow2[k], sum_);
+      missing[k] = e.pow2[k] - (larger - sum_);
       sum_ = larger;
     }
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) rest_ = rest_ + Fma(e.s[k], e.power[k], missing[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) rest_ = rest_ + Fma(e.expm1[k], e.pow2[k], missing[k]);
   }
 
   SOFTMAX2P_INLINE LaneTotal<V> Total() const {
@@ -103,7 +103,7 @@ class LaneSum {
 
  private:
   // The largest even integer not above maximum·log2 e, or the lowest exponent. Not above, so that a sum is 1
-  // at least, and a result whose power underflows does, too. Even: see ExponentialFrom.
+  // at least, and a result whose power underflows does, too. Even: see ExtExpKernel.
   static SOFTMAX2P_INLINE V Reference(V maximum) {
     V half = maximum * V::Broadcast(Format<T>::kLog2E / 2);
     if constexpr (kGuarded) half = Max(V::Broadcast(-kMaxExponent / 2), half);

@@ -30,7 +30,7 @@ template <typename V, typename E>
 class SoftmaxKernels {
   using T = typename V::Scalar;
   static constexpr T kInfinity = static_cast<T>(__builtin_huge_val());
-  // Vectors that a loop takes at a time: see Exponentials in exp.h.
+  // Vectors that a loop takes at a time: see ExtExp in exp.h.
   static constexpr int kWays = 4;
   static constexpr int kFold = LaneSum<V>::kFold;
   // Vectors of a row that share an exponent: long against the cost of closing a block, some 20 ns, short
@@ -53,10 +53,10 @@ class SoftmaxKernels {
  public:
   static void Exponential(T x, int exponent, T* s, T* power) {
     const V v[1] = {V::Broadcast(x)};
-    const Exponentials<V, 1> e = ExponentialFrom<V>(V::Broadcast(static_cast<T>(exponent)))(v);
+    const ExtExp<V, 1> e = ExtExpKernel<V>(V::Broadcast(static_cast<T>(exponent)))(v);
     const Leading first{1};
-    first.Store(e.s[0], s);
-    first.Store(e.power[0], power);
+    first.Store(e.expm1[0], s);
+    first.Store(e.pow2[0], power);
   }
 
   static T RowMaximum(const E* x, std::int64_t n) {
@@ -135,7 +135,7 @@ class SoftmaxKernels {
       InTile::Add(Whole{}, tile, typename InTile::Nothing{}, kAdjacent, Ahead<0>{}, n,
                   typename InTile::Plain{}, sum);
       const LaneTotal<V> total = sum.Total();
-      const Exponentials<V, 1> of_largest = ExponentialFrom<V>(sum.reference())(largest);
+      const ExtExp<V, 1> of_largest = ExtExpKernel<V>(sum.reference())(largest);
       T maxima[V::kLanes], sums[V::kLanes], rests[V::kLanes], exponents[V::kLanes];
       T powers[V::kLanes], s[V::kLanes];
       double logs[V::kLanes], log_rests[V::kLanes];
@@ -143,8 +143,8 @@ class SoftmaxKernels {
       total.high.Store(sums);
       total.low.Store(rests);
       total.exponent.Store(exponents);
-      of_largest.power[0].Store(powers);
-      of_largest.s[0].Store(s);
+      of_largest.pow2[0].Store(powers);
+      of_largest.expm1[0].Store(s);
       for (int l = 0; l < V::kLanes; ++l) {
         const DoubleDouble<double> one = LogOfSumOverLargest(sums[l], rests[l], powers[l], s[l]);
         logs[l] = one.hi;
@@ -322,14 +322,14 @@ class SoftmaxKernels {
    public:
     SOFTMAX2P_INLINE Recompute(V exponent, const Read& read) : exponential_(exponent), read_(read) {}
     template <int K, typename Access, typename In, typename Kept, typename Stride>
-    SOFTMAX2P_INLINE Exponentials<V, K> At(const Access& access, const In* x, Kept, Stride stride) const {
+    SOFTMAX2P_INLINE ExtExp<V, K> At(const Access& access, const In* x, Kept, Stride stride) const {
       V v[K];
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) v[k] = read_(access.Load(x + k * stride));
       return exponential_(v);
     }
 
    private:
-    ExponentialFrom<V> exponential_;
+    ExtExpKernel<V> exponential_;
     Read read_;
   };
   // e^(x - maximum - rest), without the rounding of the differences.
@@ -338,7 +338,7 @@ class SoftmaxKernels {
     SOFTMAX2P_INLINE RecomputeLess(V maximum, V rest)
         : exponential_(V::Broadcast(0)), maximum_(maximum), rest_(rest) {}
     template <int K, typename Access, typename In, typename Kept, typename Stride>
-    SOFTMAX2P_INLINE Exponentials<V, K> At(const Access& access, const In* x, Kept, Stride stride) const {
+    SOFTMAX2P_INLINE ExtExp<V, K> At(const Access& access, const In* x, Kept, Stride stride) const {
       const V lowest = V::Broadcast(std::numeric_limits<T>::lowest());
       const V zero = V::Broadcast(0), minus_one = V::Broadcast(-1);
       V v[K], missing[K];
@@ -351,31 +351,31 @@ class SoftmaxKernels {
         v[k] = both.hi;
         missing[k] = zero - Max(zero - Max(both.lo, minus_one), minus_one);
       }
-      Exponentials<V, K> e = exponential_(v);
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.s[k] = e.s[k] + Fma(e.s[k], missing[k], missing[k]);
+      ExtExp<V, K> e = exponential_(v);
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.expm1[k] =
+          e.expm1[k] + Fma(e.expm1[k], missing[k], missing[k]);
       return e;
     }
 
    private:
-    ExponentialFrom<V> exponential_;
+    ExtExpKernel<V> exponential_;
     V maximum_, rest_;
   };
   class Reload {
    public:
     explicit SOFTMAX2P_INLINE Reload(V exponent) : exponential_(exponent) {}
     template <int K, typename Access, typename In, typename Stride>
-    SOFTMAX2P_INLINE Exponentials<V, K> At(const Access& access, const In* x, const T* kept,
-                                           Stride stride) const {
-      Exponentials<V, K> e;
+    SOFTMAX2P_INLINE ExtExp<V, K> At(const Access& access, const In* x, const T* kept, Stride stride) const {
+      ExtExp<V, K> e;
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-        e.power[k] = exponential_.Power(access.Load(x + k * stride));
-        e.s[k] = access.Load(kept + k * stride);
+        e.pow2[k] = exponential_.Pow2(access.Load(x + k * stride));
+        e.expm1[k] = access.Load(kept + k * stride);
       }
       return e;
     }
 
    private:
-    ExponentialFrom<V> exponential_;
+    ExtExpKernel<V> exponential_;
   };
 
   // The same for the vector at column `at` of a panel.
@@ -435,7 +435,7 @@ class SoftmaxKernels {
     Prefetch<K>(x, stride, ahead);
     const auto e = source.template At<K>(access, x, kept, stride);
     if constexpr (!std::is_same_v<Kept, Nothing>) {
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) access.Store(e.s[k], kept + k * stride);
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) access.Store(e.expm1[k], kept + k * stride);
     }
     sum.Add(e);
   }
@@ -535,9 +535,9 @@ class SoftmaxKernels {
     V high, low;
 
     template <int K>
-    SOFTMAX2P_INLINE void operator()(const Exponentials<V, K>& e, V (&y)[K]) const {
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = Fma(high, e.s[k], low);
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = (high + y[k]) * e.power[k];
+    SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = Fma(high, e.expm1[k], low);
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = (high + y[k]) * e.pow2[k];
     }
   };
 
