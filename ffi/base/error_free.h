@@ -52,7 +52,7 @@ SOFTMAX2P_INLINE DoubleDouble<T> FastTwoSum(T a, T b) {
 template <typename V>
 SOFTMAX2P_INLINE DoubleDouble<V> TwoProd(V a, V b) {
   const V hi = a * b;
-  if constexpr (V::kFused) {
+  if constexpr (V::kHasFma) {
     return {hi, Fms(a, b, hi)};
   } else {
     using T = typename V::Scalar;

@@ -18,8 +18,8 @@ class ColumnKernels {
     ForBlocks(
         n, columns,
         [&](std::int64_t i, std::int64_t c, auto& block) {
-          V::LoadQuads(x + i * stride + c, stride, block);
-          SOFTMAX2P_UNROLL for (int q = 0; q < V::kQuad; ++q) block[q].Store(rows + (c + q) * n + i);
+          V::LoadTransposed(x + i * stride + c, stride, block);
+          SOFTMAX2P_UNROLL for (int q = 0; q < V::kTransposeRows; ++q) block[q].Store(rows + (c + q) * n + i);
         },
         [&](std::int64_t i, std::int64_t c) { rows[c * n + i] = x[i * stride + c]; });
   }
@@ -29,16 +29,17 @@ class ColumnKernels {
     ForBlocks(
         n, columns,
         [&](std::int64_t i, std::int64_t c, auto& block) {
-          SOFTMAX2P_UNROLL for (int q = 0; q < V::kQuad; ++q) block[q] = V::Load(rows + (c + q) * n + i);
-          V::StoreQuads(block, x + i * stride + c, stride);
+          SOFTMAX2P_UNROLL for (int q = 0; q < V::kTransposeRows; ++q) block[q] =
+              V::Load(rows + (c + q) * n + i);
+          V::StoreTransposed(block, x + i * stride + c, stride);
         },
         [&](std::int64_t i, std::int64_t c) { x[i * stride + c] = rows[c * n + i]; });
   }
 
  private:
-  // Calls vectors(i, c, registers) for blocks of kLanes by kQuad and one(i, c) for what those leave; there
-  // are no registers for the transposition of 16-bit elements. A block of rows at a time, so that of every
-  // line of x all columns are taken while it is in the first-level cache.
+  // Calls vectors(i, c, registers) for blocks of kLanes by kTransposeRows and one(i, c) for what those leave;
+  // there are no registers for the transposition of 16-bit elements. A block of rows at a time, so that of
+  // every line of x all columns are taken while it is in the first-level cache.
   template <typename Vectors, typename One>
   static SOFTMAX2P_INLINE void ForBlocks(std::int64_t n, std::int64_t columns, const Vectors& vectors,
                                          const One& one) {
@@ -48,8 +49,9 @@ class ColumnKernels {
       const std::int64_t rows = n - i < kRows ? n - i : kRows;
       std::int64_t c = 0;
       if constexpr (kVectors) {
-        V block[V::kQuad];
-        for (; rows == kRows && c + V::kQuad <= columns; c += V::kQuad) vectors(i, c, block);
+        V block[V::kTransposeRows];
+        for (; rows == kRows && c + V::kTransposeRows <= columns; c += V::kTransposeRows)
+          vectors(i, c, block);
       }
       for (; c < columns; ++c) {
         for (std::int64_t r = i; r < i + rows; ++r) one(r, c);

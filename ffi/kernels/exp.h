@@ -103,7 +103,7 @@ struct Reduction<double, false> {
 };
 
 template <typename V>
-using ReductionFor = Reduction<typename V::Scalar, V::kFused>;
+using ReductionFor = Reduction<typename V::Scalar, V::kHasFma>;
 
 // 2^((j - 6)/16) - 1, for vectors that can look that up in a register: it spares the polynomial three of its
 // five terms, and costs a lookup, a shift, a multiply-add and an addition. AVX-512: 0.107 ns an element in

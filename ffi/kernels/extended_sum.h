@@ -17,8 +17,8 @@ SOFTMAX2P_INLINE double PowerOfTwo(int k) {
 
 // A double with twice the digits: float64 rows need them, float32 rows do not mind.
 struct DoubleSum {
-  double high = 0;
-  double low = 0;
+  double hi = 0;
+  double lo = 0;
 
   SOFTMAX2P_INLINE void Add(double x) {
     const DoubleDouble<double> sum = TwoSum(high, x);
@@ -34,7 +34,7 @@ struct DoubleSum {
   template <typename V>
   SOFTMAX2P_INLINE void AddLanes(V v) {
     if constexpr (sizeof(typename V::Scalar) == sizeof(float)) {
-      Add(v.Total());
+      Add(v.ReduceSum());
     } else {
       double lanes[V::kLanes];
       v.Store(lanes);

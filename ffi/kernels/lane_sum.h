@@ -73,7 +73,7 @@ class LaneSum {
   SOFTMAX2P_INLINE V reference() const { return reference_; }
 
   // Makes room for elements of up to `maximum`.
-  SOFTMAX2P_INLINE void Raise(V maximum) {
+  SOFTMAX2P_INLINE void Rescale(V maximum) {
     const V needed = Reference(maximum);
     if (!AnyGreater(needed, reference_)) return;
     const V raised = Max(reference_, needed), start = V::Broadcast(kStart);

@@ -472,7 +472,7 @@ class SoftmaxKernels {
     const Leading rest{static_cast<int>(n - end)};
     LaneSum<V> sum;
     V highest = V::Broadcast(maximum != nullptr ? *maximum : -kInfinity);
-    if (maximum != nullptr) sum.Raise(highest);
+    if (maximum != nullptr) sum.Rescale(highest);
     std::int64_t v = 0;
     do {
       const std::int64_t size = vectors - v < kRowBlock ? vectors - v : kRowBlock;
@@ -481,7 +481,7 @@ class SoftmaxKernels {
         V block = Maximum(Whole{}, x + i, kAdjacent, size);
         if (v + size == vectors && rest.count != 0) block = Max(rest.Load(x + end), block);
         highest = Max(block, highest);
-        sum.Raise(read(block));
+        sum.Rescale(read(block));
       }
       Add(Whole{}, x + i, kept + i, kAdjacent, SumAhead{}, size, read, sum);
       v += size;
@@ -503,7 +503,7 @@ class SoftmaxKernels {
       const E* const from = x + row * panel.stride + at;
       const V highest =
           maximum != nullptr ? access.Load(maximum + at) : Maximum(access, from, panel.stride, rows);
-      sums[v].Raise(read_here(highest));
+      sums[v].Rescale(read_here(highest));
       Add(access, from, kept + row * panel.stride + at, panel.stride, BlockRows(panel), rows, read_here,
           sums[v]);
     };
@@ -723,11 +723,12 @@ class SoftmaxKernels {
   }
 
   static SOFTMAX2P_INLINE void Transpose(const T* rows, int m, T* tile) {
-    V columns[V::kQuad];
+    V columns[V::kTransposeRows];
     int i = 0;
-    for (; i + V::kQuad <= m; i += V::kQuad) {
-      V::LoadQuads(rows + i, m, columns);
-      SOFTMAX2P_UNROLL for (int c = 0; c < V::kQuad; ++c) columns[c].Store(tile + (i + c) * V::kLanes);
+    for (; i + V::kTransposeRows <= m; i += V::kTransposeRows) {
+      V::LoadTransposed(rows + i, m, columns);
+      SOFTMAX2P_UNROLL for (int c = 0; c < V::kTransposeRows; ++c) columns[c].Store(tile +
+                                                                                    (i + c) * V::kLanes);
     }
     for (; i < m; ++i) {
       for (int l = 0; l < V::kLanes; ++l) tile[i * V::kLanes + l] = rows[l * m + i];
@@ -735,11 +736,12 @@ class SoftmaxKernels {
   }
 
   static SOFTMAX2P_INLINE void TransposeBack(const T* tile, int m, T* rows) {
-    V columns[V::kQuad];
+    V columns[V::kTransposeRows];
     int i = 0;
-    for (; i + V::kQuad <= m; i += V::kQuad) {
-      SOFTMAX2P_UNROLL for (int c = 0; c < V::kQuad; ++c) columns[c] = V::Load(tile + (i + c) * V::kLanes);
-      V::StoreQuads(columns, rows + i, m);
+    for (; i + V::kTransposeRows <= m; i += V::kTransposeRows) {
+      SOFTMAX2P_UNROLL for (int c = 0; c < V::kTransposeRows; ++c) columns[c] =
+          V::Load(tile + (i + c) * V::kLanes);
+      V::StoreTransposed(columns, rows + i, m);
     }
     for (; i < m; ++i) {
       for (int l = 0; l < V::kLanes; ++l) rows[l * m + i] = tile[i * V::kLanes + l];

@@ -13,9 +13,9 @@ namespace jax_softmax2p::neon {
 struct F32 {
   using Scalar = float;
   static constexpr int kLanes = 4;
-  static constexpr int kQuad = 4;
+  static constexpr int kTransposeRows = 4;
   static constexpr int kTableBits = 0;
-  static constexpr bool kFused = true;
+  static constexpr bool kHasFma = true;
 
   float32x4_t v;
 
@@ -65,11 +65,11 @@ struct F32 {
     Store(p);
   }
 
-  static SOFTMAX2P_INLINE void LoadQuads(const float* p, std::int64_t stride, F32 (&columns)[4]) {
+  static SOFTMAX2P_INLINE void LoadTransposed(const float* p, std::int64_t stride, F32 (&columns)[4]) {
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) columns[j] = Load(p + j * stride);
     Transpose(columns);
   }
-  static SOFTMAX2P_INLINE void StoreQuads(const F32 (&columns)[4], float* p, std::int64_t stride) {
+  static SOFTMAX2P_INLINE void StoreTransposed(const F32 (&columns)[4], float* p, std::int64_t stride) {
     F32 rows[4] = {columns[0], columns[1], columns[2], columns[3]};
     Transpose(rows);
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) rows[j].Store(p + j * stride);
@@ -92,7 +92,7 @@ struct F32 {
   friend SOFTMAX2P_INLINE F32 Floor(F32 a) { return {vrndmq_f32(a.v)}; }
   friend SOFTMAX2P_INLINE bool AnyGreater(F32 a, F32 b) { return vmaxvq_u32(vcgtq_f32(a.v, b.v)) != 0; }
   SOFTMAX2P_INLINE float ReduceMax() const { return vmaxvq_f32(v); }
-  SOFTMAX2P_INLINE double Total() const {
+  SOFTMAX2P_INLINE double ReduceSum() const {
     return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(v)), vcvt_high_f64_f32(v)));
   }
   friend SOFTMAX2P_INLINE F32 ExponentFromLowBits(F32 a) {
@@ -127,9 +127,9 @@ struct F32 {
 struct F64 {
   using Scalar = double;
   static constexpr int kLanes = 2;
-  static constexpr int kQuad = 2;
+  static constexpr int kTransposeRows = 2;
   static constexpr int kTableBits = 0;
-  static constexpr bool kFused = true;
+  static constexpr bool kHasFma = true;
 
   float64x2_t v;
 
@@ -145,12 +145,12 @@ struct F64 {
   }
   SOFTMAX2P_INLINE void Stream(double* p) const { Store(p); }
 
-  static SOFTMAX2P_INLINE void LoadQuads(const double* p, std::int64_t stride, F64 (&columns)[2]) {
+  static SOFTMAX2P_INLINE void LoadTransposed(const double* p, std::int64_t stride, F64 (&columns)[2]) {
     const F64 first = Load(p), second = Load(p + stride);
     columns[0].v = vzip1q_f64(first.v, second.v);
     columns[1].v = vzip2q_f64(first.v, second.v);
   }
-  static SOFTMAX2P_INLINE void StoreQuads(const F64 (&columns)[2], double* p, std::int64_t stride) {
+  static SOFTMAX2P_INLINE void StoreTransposed(const F64 (&columns)[2], double* p, std::int64_t stride) {
     vst1q_f64(p, vzip1q_f64(columns[0].v, columns[1].v));
     vst1q_f64(p + stride, vzip2q_f64(columns[0].v, columns[1].v));
   }

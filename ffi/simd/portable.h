@@ -10,20 +10,21 @@
 //   StorePartial         likewise
 //   Stream               a Store past the caches, to an address aligned to what a vector takes there; the
 //                        caller ends with FinishStreaming() of runtime/memory.h. A Store where there is none
-//   LoadQuads            kQuad adjacent elements (16 bytes) from each of kLanes rows `stride` apart, as kQuad
-//                        vectors: lane l of columns[c] is p[l * stride + c]. StoreQuads is its inverse
+//   LoadTransposed            kTransposeRows adjacent elements (16 bytes) from each of kLanes rows `stride`
+//   apart, as kTransposeRows
+//                        vectors: lane l of columns[c] is p[l * stride + c]. StoreTransposed is its inverse
 //   Where(where, a, b)   lane by lane a where where[lane] is not 0, else b
 //   Fma(a, b, c)         a*b + c, and Fnma(a, b, c): c - a*b; rounded once, except here, where each step
-//                        rounds. Where kFused there is also Fms(a, b, c): a*b - c
+//                        rounds. Where kHasFma there is also Fms(a, b, c): a*b - c
 //   Max(a, b)            elementwise; b where either is NaN (the order lets a caller choose what NaN does)
 //   Floor(a)             for |a| < 2^22 in F32, 2^51 in F64
 //   AnyGreater(a, b)     whether a > b in any lane
 //   ReduceMax            the largest lane, none of which is NaN
-//   Total                in F32: the sum of the lanes in double, halves of the vector pairwise
+//   ReduceSum            in F32: the sum of the lanes in double, halves of the vector pairwise
 //   ExponentFromLowBits  the low integer bits of a lane moved into the exponent field: 2^(low - bias)
 //   kTableBits           0, or b where there are also Lookup(table), the entry that a lane's lowest b bits
 //                        choose of an aligned table of 2^b, and AboveLookup(), the integer bits above those
-//   kFused               whether Fma rounds once; Reduction<V> in kernels/exp.h follows from it
+//   kHasFma               whether Fma rounds once; Reduction<V> in kernels/exp.h follows from it
 #pragma once
 
 #include <cstdint>
@@ -40,9 +41,9 @@ struct Vector {
   typedef T Register __attribute__((vector_size(16)));
   typedef Bits Integers __attribute__((vector_size(16)));
   static constexpr int kLanes = 16 / sizeof(T);
-  static constexpr int kQuad = kLanes;
+  static constexpr int kTransposeRows = kLanes;
   static constexpr int kTableBits = 0;
-  static constexpr bool kFused = false;
+  static constexpr bool kHasFma = false;
 
   Register v;
 
@@ -85,15 +86,17 @@ struct Vector {
     Store(p);
   }
 
-  static SOFTMAX2P_INLINE void LoadQuads(const T* p, std::int64_t stride, Vector (&columns)[kQuad]) {
-    for (int c = 0; c < kQuad; ++c) {
+  static SOFTMAX2P_INLINE void LoadTransposed(const T* p, std::int64_t stride,
+                                              Vector (&columns)[kTransposeRows]) {
+    for (int c = 0; c < kTransposeRows; ++c) {
       T lanes[kLanes];
       for (int l = 0; l < kLanes; ++l) lanes[l] = p[l * stride + c];
       columns[c] = Load(lanes);
     }
   }
-  static SOFTMAX2P_INLINE void StoreQuads(const Vector (&columns)[kQuad], T* p, std::int64_t stride) {
-    for (int c = 0; c < kQuad; ++c) {
+  static SOFTMAX2P_INLINE void StoreTransposed(const Vector (&columns)[kTransposeRows], T* p,
+                                               std::int64_t stride) {
+    for (int c = 0; c < kTransposeRows; ++c) {
       T lanes[kLanes];
       columns[c].Store(lanes);
       for (int l = 0; l < kLanes; ++l) p[l * stride + c] = lanes[l];
@@ -129,7 +132,7 @@ struct Vector {
     for (int i = 1; i < kLanes; ++i) max = v[i] > max ? v[i] : max;
     return max;
   }
-  SOFTMAX2P_INLINE double Total() const {
+  SOFTMAX2P_INLINE double ReduceSum() const {
     static_assert(kLanes == 4);
     return (double{v[0]} + double{v[2]}) + (double{v[1]} + double{v[3]});
   }
