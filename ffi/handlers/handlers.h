@@ -15,13 +15,13 @@ namespace jax_softmax2p {
 // y = softmax(logits). Attribute algorithm: see runtime/algorithm.h.
 extern "C" XLA_FFI_Error* jax_softmax2p_softmax_v1(XLA_FFI_CallFrame* call_frame);
 
-// y = log(softmax(logits)); and high + low = log(sum of e^logits), both of the type that x is computed in.
+// y = log(softmax(logits)); and hi + lo = log(sum of e^logits), both of the type that x is computed in.
 extern "C" XLA_FFI_Error* jax_softmax2p_log_softmax_v1(XLA_FFI_CallFrame* call_frame);
 
-// high + low alone.
+// hi + lo alone.
 extern "C" XLA_FFI_Error* jax_softmax2p_log_sum_v1(XLA_FFI_CallFrame* call_frame);
 
-// Derivatives of these: see runtime/log_sum.h. Operands x, high, low, labels (int32; empty for none), and t
+// Derivatives of these: see runtime/log_sum.h. Operands x, hi, lo, labels (int32; empty for none), and t
 // or, for log_sum_vjp, factor.
 extern "C" XLA_FFI_Error* jax_softmax2p_log_sum_jvp_v1(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* jax_softmax2p_log_sum_vjp_v1(XLA_FFI_CallFrame* call_frame);

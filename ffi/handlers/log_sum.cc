@@ -58,72 +58,72 @@ ffi::Error WithLogits(const char* handler, ffi::ThreadPool pool, const ffi::AnyB
 }
 
 ffi::Error HandleLogSum(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
-                        ffi::Result<ffi::AnyBuffer> high, ffi::Result<ffi::AnyBuffer> low, std::int64_t axis,
+                        ffi::Result<ffi::AnyBuffer> hi, ffi::Result<ffi::AnyBuffer> lo, std::int64_t axis,
                         std::int64_t given, std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_log_sum_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x}, axis);
   if (layout.has_error()) return layout.error();
-  const ffi::Error error = Check(kName, x, *layout, {{"high", *high}, {"low", *low}});
+  const ffi::Error error = Check(kName, x, *layout, {{"hi", *hi}, {"lo", *lo}});
   if (error.failure()) return error;
   return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
                     [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
                       using T = ComputeOf<decltype(zero)>;
-                      LogSum(kernels, executor, std::move(logits), Data<T>(*high), Data<T>(*low));
+                      LogSum(kernels, executor, std::move(logits), Data<T>(*hi), Data<T>(*lo));
                     });
 }
 
 ffi::Error HandleLogSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
-                            ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> high,
-                            ffi::Result<ffi::AnyBuffer> low, std::int64_t axis, std::int64_t given,
+                            ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> hi,
+                            ffi::Result<ffi::AnyBuffer> lo, std::int64_t axis, std::int64_t given,
                             std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_log_softmax_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, axis);
   if (layout.has_error()) return layout.error();
-  const ffi::Error error = Check(kName, x, *layout, {{"high", *high}, {"low", *low}});
+  const ffi::Error error = Check(kName, x, *layout, {{"hi", *hi}, {"lo", *lo}});
   if (error.failure()) return error;
   return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
                     [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
                       using E = decltype(zero);
                       using T = ComputeOf<E>;
-                      LogSoftmax(kernels, executor, std::move(logits), Data<E>(*y), Data<T>(*high),
-                                 Data<T>(*low));
+                      LogSoftmax(kernels, executor, std::move(logits), Data<E>(*y), Data<T>(*hi),
+                                 Data<T>(*lo));
                     });
 }
 
 // `labels` has no elements where there are none.
 template <typename E>
-LogSums<E> ReadLogSums(ffi::AnyBuffer high, ffi::AnyBuffer low, ffi::AnyBuffer labels) {
+LogSums<E> ReadLogSums(ffi::AnyBuffer hi, ffi::AnyBuffer lo, ffi::AnyBuffer labels) {
   using T = ComputeOf<E>;
-  return {Data<T>(high), Data<T>(low), ElementCount(labels) == 0 ? nullptr : Data<std::int32_t>(labels)};
+  return {Data<T>(hi), Data<T>(lo), ElementCount(labels) == 0 ? nullptr : Data<std::int32_t>(labels)};
 }
 
 ffi::Error CheckLogSums(const char* handler, const ffi::AnyBuffer& x, const Layout& layout,
-                        const ffi::AnyBuffer& high, const ffi::AnyBuffer& low, const ffi::AnyBuffer& labels) {
-  const ffi::Error error = Check(handler, x, layout, {{"high", high}, {"low", low}});
+                        const ffi::AnyBuffer& hi, const ffi::AnyBuffer& lo, const ffi::AnyBuffer& labels) {
+  const ffi::Error error = Check(handler, x, layout, {{"hi", hi}, {"lo", lo}});
   if (error.failure() || ElementCount(labels) == 0) return error;
   return Check(handler, x, layout, {{"labels", labels, ffi::DataType::S32}});
 }
 
-ffi::Error HandleLogSumJvp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer high, ffi::AnyBuffer low,
+ffi::Error HandleLogSumJvp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer hi, ffi::AnyBuffer lo,
                            ffi::AnyBuffer labels, ffi::AnyBuffer t, ffi::RemainingArgs operands,
                            ffi::Result<ffi::AnyBuffer> out, std::int64_t axis, std::int64_t given,
                            std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_log_sum_jvp_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, t}, axis);
   if (layout.has_error()) return layout.error();
-  for (const ffi::Error& error : {CheckLogSums(kName, x, *layout, high, low, labels),
-                                  Check(kName, x, *layout, {{"the result", *out}})}) {
+  for (const ffi::Error& error :
+       {CheckLogSums(kName, x, *layout, hi, lo, labels), Check(kName, x, *layout, {{"the result", *out}})}) {
     if (error.failure()) return error;
   }
   return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
                     [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
                       using E = decltype(zero);
-                      LogSumJvp(kernels, executor, std::move(logits), ReadLogSums<E>(high, low, labels),
+                      LogSumJvp(kernels, executor, std::move(logits), ReadLogSums<E>(hi, lo, labels),
                                 Data<const E>(t), Data<ComputeOf<E>>(*out));
                     });
 }
 
-ffi::Error HandleLogSumVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer high, ffi::AnyBuffer low,
+ffi::Error HandleLogSumVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer hi, ffi::AnyBuffer lo,
                            ffi::AnyBuffer labels, ffi::AnyBuffer factor, ffi::RemainingArgs operands,
                            ffi::Result<ffi::AnyBuffer> y, std::int64_t axis, std::int64_t given,
                            std::int64_t before, std::int64_t after) {
@@ -131,34 +131,33 @@ ffi::Error HandleLogSumVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, axis);
   if (layout.has_error()) return layout.error();
   for (const ffi::Error& error :
-       {CheckLogSums(kName, x, *layout, high, low, labels), Check(kName, x, *layout, {{"factor", factor}})}) {
+       {CheckLogSums(kName, x, *layout, hi, lo, labels), Check(kName, x, *layout, {{"factor", factor}})}) {
     if (error.failure()) return error;
   }
   return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
                     [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
                       using E = decltype(zero);
-                      LogSumVjp(kernels, executor, std::move(logits), ReadLogSums<E>(high, low, labels),
+                      LogSumVjp(kernels, executor, std::move(logits), ReadLogSums<E>(hi, lo, labels),
                                 Data<const ComputeOf<E>>(factor), Data<E>(*y));
                     });
 }
 
-ffi::Error HandleLogSoftmaxVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer high,
-                               ffi::AnyBuffer low, ffi::AnyBuffer labels, ffi::AnyBuffer t,
-                               ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out,
-                               std::int64_t axis, std::int64_t given, std::int64_t before,
-                               std::int64_t after) {
+ffi::Error HandleLogSoftmaxVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer hi, ffi::AnyBuffer lo,
+                               ffi::AnyBuffer labels, ffi::AnyBuffer t, ffi::RemainingArgs operands,
+                               ffi::Result<ffi::AnyBuffer> out, std::int64_t axis, std::int64_t given,
+                               std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_log_softmax_vjp_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, t, *out}, axis);
   if (layout.has_error()) return layout.error();
   if (ElementCount(labels) != 0) {
     return ffi::Error::InvalidArgument(std::string(kName) + ": there must be no labels");
   }
-  const ffi::Error error = CheckLogSums(kName, x, *layout, high, low, labels);
+  const ffi::Error error = CheckLogSums(kName, x, *layout, hi, lo, labels);
   if (error.failure()) return error;
   return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
                     [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
                       using E = decltype(zero);
-                      LogSoftmaxVjp(kernels, executor, std::move(logits), ReadLogSums<E>(high, low, labels),
+                      LogSoftmaxVjp(kernels, executor, std::move(logits), ReadLogSums<E>(hi, lo, labels),
                                     Data<const E>(t), Data<E>(*out));
                     });
 }

@@ -9,7 +9,7 @@
 //   That holds for every float with |n| <= Reduction<V>::kMaxExponent, NaN gives NaN, and sums of others are
 //   marked: `tests/selftest/run` checks it for all 2^32 patterns. Found there: 0.432 for AVX-512, 0.370 for
 //   AVX2, 0.407 for portable. For float64 the tests bound what follows from it.
-// * n is handed on as the ready power of two 2^(n - reference), read out of the low bits of the sum that
+// * n is handed on as the ready power of two 2^(n - reference), read out of the lo bits of the sum that
 //   rounds x·log2 e. The reference is an even integer just below the largest n, so the power never overflows.
 // * x is clamped from below, where 2^(n - reference) is zero: -inf, finfo.min and the usual masks would
 //   otherwise become -inf + inf. NaN passes the clamp and poisons s.
@@ -21,8 +21,8 @@
 namespace jax_softmax2p {
 
 // Rows whose largest element has |n| beyond Reduction<V>::kMaxExponent are left to a max-subtracting
-// kernel. Within it, n·kLn2High is exact, and so is x - n·kLn2High: its bits lie between 2^-1 and the last
-// bit of kLn2High. kLn2Low then brings the sum of both to more digits than n·ln 2 - x can show.
+// kernel. Within it, n·kLn2Hi is exact, and so is x - n·kLn2Hi: its bits lie between 2^-1 and the last
+// bit of kLn2Hi. kLn2Lo then brings the sum of both to more digits than n·ln 2 - x can show.
 template <typename T, bool fused>
 struct Reduction;
 
@@ -32,7 +32,7 @@ struct Format;
 template <>
 struct Format<float> {
   static constexpr int kBias = 127;
-  static constexpr float kRounder = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
+  static constexpr float kRounder = 0x1.8p23f;  // adding it rounds to an integer, held in the lo bits
   static constexpr float kLog2E = 0x1.715476p0f;
   static constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 };
@@ -75,31 +75,31 @@ struct Polynomial<double, 0> {
 template <>
 struct Reduction<float, true> {
   static constexpr int kMaxExponent = 1 << 17;
-  static constexpr float kLn2High = 0x1.62e430p-1f;
-  static constexpr float kLn2Low = -0x1.05c610p-29f;
+  static constexpr float kLn2Hi = 0x1.62e430p-1f;
+  static constexpr float kLn2Lo = -0x1.05c610p-29f;
 };
 
 template <>
 struct Reduction<double, true> {
   static constexpr int kMaxExponent = 1 << 17;
-  static constexpr double kLn2High = 0x1.62e42fefa39efp-1;
-  static constexpr double kLn2Low = 0x1.abc9e3b39803fp-56;
+  static constexpr double kLn2Hi = 0x1.62e42fefa39efp-1;
+  static constexpr double kLn2Lo = 0x1.abc9e3b39803fp-56;
 };
 
-// Without a fused multiply-add the product n·kLn2High must fit the format by itself, which leaves
-// kLn2High 13 of 24 bits, or 40 of 53.
+// Without a fused multiply-add the product n·kLn2Hi must fit the format by itself, which leaves
+// kLn2Hi 13 of 24 bits, or 40 of 53.
 template <>
 struct Reduction<float, false> {
   static constexpr int kMaxExponent = 1 << 10;
-  static constexpr float kLn2High = 0x1.62ep-1f;
-  static constexpr float kLn2Low = 0x1.0bfbe8p-15f;
+  static constexpr float kLn2Hi = 0x1.62ep-1f;
+  static constexpr float kLn2Lo = 0x1.0bfbe8p-15f;
 };
 
 template <>
 struct Reduction<double, false> {
   static constexpr int kMaxExponent = 1 << 12;
-  static constexpr double kLn2High = 0x1.62e42fefa2p-1;
-  static constexpr double kLn2Low = 0x1.9ef35793c7673p-41;
+  static constexpr double kLn2Hi = 0x1.62e42fefa2p-1;
+  static constexpr double kLn2Lo = 0x1.9ef35793c7673p-41;
 };
 
 template <typename V>
@@ -171,8 +171,8 @@ class ExtExpKernel {
       e.pow2[k] = Fma(t[k], V::Broadcast(F::kLog2E * kSteps), rounder_);
     }
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.pow2[k] - rounder_;
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2High / kSteps), t[k]);
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2Low / kSteps), t[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2Hi / kSteps), t[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2Lo / kSteps), t[k]);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) q[k] = V::Broadcast(P::kCoefficients[kTerms - 1]);
     for (int i = kTerms - 2; i >= 0; --i) {
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) q[k] = Fma(q[k], t[k], V::Broadcast(P::kCoefficients[i]));

@@ -1,4 +1,4 @@
-// Sums of e^x whose exponent lies outside the floating-point format: (high + low)·2^exponent.
+// Sums of e^x whose exponent lies outside the floating-point format: (hi + lo)·2^exponent.
 #pragma once
 
 #include <cstdint>
@@ -16,18 +16,18 @@ SOFTMAX2P_INLINE double PowerOfTwo(int k) {
 }
 
 // A double with twice the digits: float64 rows need them, float32 rows do not mind.
-struct DoubleSum {
+struct CompensatedSum {
   double hi = 0;
   double lo = 0;
 
   SOFTMAX2P_INLINE void Add(double x) {
-    const DoubleDouble<double> sum = TwoSum(high, x);
-    high = sum.hi;
-    low += sum.lo;
+    const DoubleDouble<double> sum = TwoSum(hi, x);
+    hi = sum.hi;
+    lo += sum.lo;
   }
-  SOFTMAX2P_INLINE void Add(const DoubleSum& other) {
-    Add(other.high);
-    low += other.low;
+  SOFTMAX2P_INLINE void Add(const CompensatedSum& other) {
+    Add(other.hi);
+    lo += other.lo;
   }
   // The lanes of a vector. A double has digits to spare for a few floats, and pairs add up faster than a
   // chain.
@@ -42,8 +42,8 @@ struct DoubleSum {
     }
   }
   SOFTMAX2P_INLINE void Scale(double power_of_two) {
-    high *= power_of_two;
-    low *= power_of_two;
+    hi *= power_of_two;
+    lo *= power_of_two;
   }
 };
 
@@ -52,7 +52,7 @@ struct DoubleSum {
 struct ExtendedSum {
   static constexpr int kLowestExponent = -(1 << 30);
 
-  DoubleSum mantissa;
+  CompensatedSum mantissa;
   int exponent = kLowestExponent;
 
   SOFTMAX2P_INLINE void Combine(ExtendedSum other) {

@@ -16,7 +16,7 @@ namespace jax_softmax2p {
 template <typename V, typename E>
 class JacobianRow {
   using T = typename V::Scalar;
-  // Elements that are summed in T before they go into a DoubleSum.
+  // Elements that are summed in T before they go into a CompensatedSum.
   static constexpr int kBlock = 1024;
 
  public:
@@ -24,12 +24,12 @@ class JacobianRow {
   // dot product", SIAM J. Sci. Comput. 26(6), 2005, Algorithm 5.3): t - <y, t> cancels where t is nearly
   // constant.
   template <typename In>
-  static DoubleSum Dot(const In* y, const E* t, std::int64_t n) {
+  static CompensatedSum Dot(const In* y, const E* t, std::int64_t n) {
     return SumBlocks(Products<In>{y, t}, n);
   }
 
   // <1, t> likewise.
-  static DoubleSum Total(const E* t, std::int64_t n) { return SumBlocks(Terms{t}, n); }
+  static CompensatedSum Total(const E* t, std::int64_t n) { return SumBlocks(Terms{t}, n); }
 
   static void Less(const E* t, const T* p, E* out, std::int64_t n) {
     std::int64_t i = 0;
@@ -41,8 +41,8 @@ class JacobianRow {
 
   // `stream` writes past the caches.
   static void Write(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot, bool stream) {
-    const V high = V::Broadcast(dot.hi), low = V::Broadcast(dot.lo);
-    const auto jacobian = [&](V y_i, V t_i) { return y_i * ((t_i - high) - low); };
+    const V hi = V::Broadcast(dot.hi), lo = V::Broadcast(dot.lo);
+    const auto jacobian = [&](V y_i, V t_i) { return y_i * ((t_i - hi) - lo); };
     const auto part = [&](std::int64_t i, std::int64_t size) {
       const int count = static_cast<int>(size);
       jacobian(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0)).StorePartial(out + i, count);
@@ -85,15 +85,15 @@ class JacobianRow {
   };
 
   template <typename Source>
-  static SOFTMAX2P_INLINE DoubleSum SumBlocks(const Source& source, std::int64_t n) {
-    DoubleSum total;
+  static SOFTMAX2P_INLINE CompensatedSum SumBlocks(const Source& source, std::int64_t n) {
+    CompensatedSum total;
     for (std::int64_t i = 0; i < n; i += kBlock) SumBlock(source, i, n - i < kBlock ? n : i + kBlock, total);
     return total;
   }
 
   template <typename Source>
   static SOFTMAX2P_INLINE void SumBlock(const Source& source, std::int64_t i, std::int64_t n,
-                                        DoubleSum& total) {
+                                        CompensatedSum& total) {
     Accumulator even, odd;
     for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
       even.Add(source.At(i));
@@ -117,11 +117,11 @@ class JacobianRow {
       rest = rest + (larger.lo + next.lo);
       sum = larger.hi;
     }
-    SOFTMAX2P_INLINE void AddTo(DoubleSum& total) const {
+    SOFTMAX2P_INLINE void AddTo(CompensatedSum& total) const {
       total.AddLanes(sum);
-      DoubleSum errors;
+      CompensatedSum errors;
       errors.AddLanes(rest);
-      total.low += errors.high;
+      total.lo += errors.hi;
     }
   };
 };

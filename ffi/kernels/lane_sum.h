@@ -10,20 +10,20 @@
 
 namespace jax_softmax2p {
 
-// (high + low)·2^exponent in every lane, in twice the working precision. Exponents are integers held as
+// (hi + lo)·2^exponent in every lane, in twice the working precision. Exponents are integers held as
 // floating-point numbers; one beyond Reduction<V>::kMaxExponent either way marks a sum that is not to be
 // trusted. A monoid under Merge, with the lowest exponent and zeros as its neutral element.
 template <typename V>
 struct LaneTotal {
-  V high, low, exponent;
+  V hi, lo, exponent;
 
   SOFTMAX2P_INLINE void Merge(const LaneTotal& other) {
     const V highest = Max(exponent, other.exponent);
     const V own = PowerOfTwo<V>(exponent - highest), others = PowerOfTwo<V>(other.exponent - highest);
-    const DoubleDouble<V> sum = TwoSum(high * own, other.high * others);
-    const DoubleDouble<V> total = FastTwoSum(sum.hi, sum.lo + (low * own + other.low * others));
-    high = total.hi;
-    low = total.lo;
+    const DoubleDouble<V> sum = TwoSum(hi * own, other.hi * others);
+    const DoubleDouble<V> total = FastTwoSum(sum.hi, sum.lo + (lo * own + other.lo * others));
+    hi = total.hi;
+    lo = total.lo;
     exponent = highest;
   }
 
@@ -34,19 +34,19 @@ struct LaneTotal {
     const V power = PowerOfTwo<V>(exponent - V::Broadcast(highest));
     ExtendedSum total;
     total.exponent = highest > kMax ? kMax + 2 : static_cast<int>(highest);
-    total.mantissa.AddLanes(high * power);
-    total.mantissa.AddLanes(low * power);
+    total.mantissa.AddLanes(hi * power);
+    total.mantissa.AddLanes(lo * power);
     return total;
   }
 
-  // 1/(high + low) as a sum of two, for `Scaler`.
+  // 1/(hi + lo) as a sum of two, for `Scaler`.
   SOFTMAX2P_INLINE void Invert() {
     const V one = V::Broadcast(1);
-    const V inverse = one / high;
-    const DoubleDouble<V> product = TwoProd(inverse, high);
-    const V error = ((one - product.hi) - product.lo) - inverse * low;
-    high = inverse;
-    low = inverse * error;
+    const V inverse = one / hi;
+    const DoubleDouble<V> product = TwoProd(inverse, hi);
+    const V error = ((one - product.hi) - product.lo) - inverse * lo;
+    hi = inverse;
+    lo = inverse * error;
   }
 };
 

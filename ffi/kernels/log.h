@@ -11,7 +11,7 @@ namespace jax_softmax2p {
 
 // log(1 + t) for t from 0 on as hi + lo, to 2^-52 of itself or 2^-54, whichever is more. With 1 + t =
 // 2^k·(1 + f), 1 + f from sqrt(1/2) on, and s = f/(2 + f), it is k·ln 2 + 2·artanh(s), |s| < 0.172, where the
-// series needs 11 terms. f comes from t, and so keeps its digits where t is small. kLn2High has 32 digits:
+// series needs 11 terms. f comes from t, and so keeps its digits where t is small. kLn2Hi has 32 digits:
 // its product with k is exact.
 SOFTMAX2P_INLINE DoubleDouble<double> LogOfOnePlus(double t) {
   constexpr std::uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kMagic = 0x4330000000000000,
@@ -25,14 +25,14 @@ SOFTMAX2P_INLINE DoubleDouble<double> LogOfOnePlus(double t) {
                                2. / 11, 2. / 9,  2. / 7,  2. / 5,  2. / 3};
   double series = kTerms[0];
   SOFTMAX2P_UNROLL for (int i = 1; i < 10; ++i) series = series * square + kTerms[i];
-  constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
-  return FastTwoSum(exponent * kLn2High, s * square * series + (2 * s + exponent * kLn2Low));
+  constexpr double kLn2Hi = 0x1.62e42feep-1, kLn2Lo = 0x1.a39ef35793c76p-33;
+  return FastTwoSum(exponent * kLn2Hi, s * square * series + (2 * s + exponent * kLn2Lo));
 }
 
-// The log of a sum over its largest term, for a sum high + low and a largest term (1 + s)·power of it: never
+// The log of a sum over its largest term, for a sum hi + lo and a largest term (1 + s)·power of it: never
 // below 0, and exactly 0 where the others vanish, since the errors of the term are in the sum, too.
-SOFTMAX2P_INLINE DoubleDouble<double> LogOfSumOverLargest(double high, double low, double power, double s) {
-  const double others = ((high - power) + (low - s * power)) / (power + s * power);
+SOFTMAX2P_INLINE DoubleDouble<double> LogOfSumOverLargest(double hi, double lo, double power, double s) {
+  const double others = ((hi - power) + (lo - s * power)) / (power + s * power);
   return LogOfOnePlus(others < 0 ? 0 : others);
 }
 

@@ -81,7 +81,7 @@ class SoftmaxKernels {
   static void RowWrite(const In* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
                        bool stream) {
     const V exponent = V::Broadcast(static_cast<T>(scale.exponent));
-    const Scaler scaler{V::Broadcast(scale.high), V::Broadcast(scale.low)};
+    const Scaler scaler{V::Broadcast(scale.hi), V::Broadcast(scale.lo)};
     if (scale.subtract) {
       const LessBoth less{V::Broadcast(scale.maximum), V::Broadcast(scale.rest)};
       WriteRow(Recompute<LessBoth>(exponent, less), x, Nothing{}, y, n, scaler, stream);
@@ -140,8 +140,8 @@ class SoftmaxKernels {
       T powers[V::kLanes], s[V::kLanes];
       double logs[V::kLanes], log_rests[V::kLanes];
       largest[0].Store(maxima);
-      total.high.Store(sums);
-      total.low.Store(rests);
+      total.hi.Store(sums);
+      total.lo.Store(rests);
       total.exponent.Store(exponents);
       of_largest.pow2[0].Store(powers);
       of_largest.expm1[0].Store(s);
@@ -160,10 +160,10 @@ class SoftmaxKernels {
     }
   }
 
-  // y = factor·e^((x - high) - low), or, where factor is null, y = (x - high) - low, of such rows, with one
+  // y = factor·e^((x - hi) - lo), or, where factor is null, y = (x - hi) - lo, of such rows, with one
   // of each a row.
   template <typename In>
-  static void ShortLess(const In* x, E* y, std::int64_t outer, int n, const T* high, const T* low,
+  static void ShortLess(const In* x, E* y, std::int64_t outer, int n, const T* hi, const T* lo,
                         const T* factor) {
     T tile[kShort * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {
@@ -171,7 +171,7 @@ class SoftmaxKernels {
       const Leading some{count};
       const auto load = [&](const T* p) { return count == V::kLanes ? V::Load(p) : some.Load(p, 0); };
       LoadTile(x + first * n, count, n, tile);
-      const LessBoth less{load(high + first), load(low + first)};
+      const LessBoth less{load(hi + first), load(lo + first)};
       if (factor == nullptr) {
         for (int i = 0; i < n; ++i) less(V::Load(tile + i * V::kLanes)).Store(tile + i * V::kLanes);
       } else {
@@ -519,25 +519,25 @@ class SoftmaxKernels {
 
   template <typename Access>
   static SOFTMAX2P_INLINE LaneTotal<V> LoadTotal(const Access& access, const PanelTotals<T>& totals, int at) {
-    return {access.Load(totals.high + at), access.Load(totals.low + at), access.Load(totals.exponent + at)};
+    return {access.Load(totals.hi + at), access.Load(totals.lo + at), access.Load(totals.exponent + at)};
   }
   template <typename Access>
   static SOFTMAX2P_INLINE void StoreTotal(const Access& access, const LaneTotal<V>& total,
                                           const PanelTotals<T>& totals, int at) {
-    access.Store(total.high, totals.high + at);
-    access.Store(total.low, totals.low + at);
+    access.Store(total.hi, totals.hi + at);
+    access.Store(total.lo, totals.lo + at);
     access.Store(total.exponent, totals.exponent + at);
   }
 
-  // (high + low)·e^x, where low·s is too small to matter and the 1 was never added to s: one rounding to
+  // (hi + lo)·e^x, where lo·s is too small to matter and the 1 was never added to s: one rounding to
   // the result. The power comes last, lest a scale that underflows spoil a result that does not.
   struct Scaler {
-    V high, low;
+    V hi, lo;
 
     template <int K>
     SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = Fma(high, e.expm1[k], low);
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = (high + y[k]) * e.pow2[k];
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = Fma(hi, e.expm1[k], lo);
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = (hi + y[k]) * e.pow2[k];
     }
   };
 
@@ -619,7 +619,7 @@ class SoftmaxKernels {
       const std::int64_t i = row * panel.stride + at;
       const LaneTotal<V> scale = LoadTotal(access, scales, at);
       Write(access, access, lanes.Source(access, at, scale.exponent), x + i, kept + i, y + i, panel.stride,
-            BlockRows(panel), rows, Scaler{scale.high, scale.low});
+            BlockRows(panel), rows, Scaler{scale.hi, scale.lo});
     };
     const std::int64_t block = BlockRows(panel);
     for (std::int64_t row = 0; row < panel.rows; row += block) {
@@ -667,7 +667,7 @@ class SoftmaxKernels {
   static SOFTMAX2P_INLINE void WriteShort(const ShortSum& sum, T* x, const T* kept, int n, int stride) {
     if (!sum.exact) return ShortColumnLessMaximum(x, n, stride);
     Write(Whole{}, Whole{}, Reload(sum.scale.exponent), x, kept, x, stride, Ahead<0>{}, n,
-          Scaler{sum.scale.high, sum.scale.low});
+          Scaler{sum.scale.hi, sum.scale.lo});
   }
 
   // The guard's way, in the lanes that need it: a maximum of 0 changes nothing in the others.
@@ -686,13 +686,13 @@ class SoftmaxKernels {
     Add(Whole{}, x, Nothing{}, stride, Ahead<0>{}, n, Less{V::Load(lanes)}, sum);
     LaneTotal<V> scale = sum.Total();
     scale.Invert();
-    T high[V::kLanes];
-    scale.high.Store(high);
+    T hi[V::kLanes];
+    scale.hi.Store(hi);
     for (int l = 0; l < V::kLanes; ++l) {
-      if (infinite[l]) high[l] = kInfinity - kInfinity;
+      if (infinite[l]) hi[l] = kInfinity - kInfinity;
     }
     Write(Whole{}, Whole{}, Recompute<Less>(scale.exponent, Less{V::Load(lanes)}), x, Nothing{}, x, stride,
-          Ahead<0>{}, n, Scaler{V::Load(high), scale.low});
+          Ahead<0>{}, n, Scaler{V::Load(hi), scale.lo});
   }
 
   // tile[i * kLanes + l] = x[l * m + i], for l < count.

@@ -30,11 +30,11 @@ struct KnownMaximum {
   T value = 0;
 };
 
-// y = (high + low)·2^-exponent·e^x, with x less `maximum` and then `rest` first where `subtract`.
+// y = (hi + lo)·2^-exponent·e^x, with x less `maximum` and then `rest` first where `subtract`.
 template <typename T>
 struct RowScale {
-  T high;
-  T low;
+  T hi;
+  T lo;
   int exponent;
   bool subtract;
   T maximum;
@@ -50,11 +50,11 @@ struct Panel {
   int tail;
 };
 
-// A sum, or its inverse, for every column of a panel: (high + low)·2^exponent.
+// A sum, or its inverse, for every column of a panel: (hi + lo)·2^exponent.
 template <typename T>
 struct PanelTotals {
-  T* high;
-  T* low;
+  T* hi;
+  T* lo;
   T* exponent;
 };
 
@@ -134,11 +134,10 @@ struct KernelTable {
   void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool stream);
 
   // Rows of n <= kShort, of which E or T: their log-sums, maximum + log + rest, log NaN where the guard must
-  // help; and factor·e^((x - high) - low), or, with null for factor, (x - high) - low.
+  // help; and factor·e^((x - hi) - lo), or, with null for factor, (x - hi) - lo.
   void (*short_log_sums)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
-  void (*short_less)(const E* x, E* y, std::int64_t rows, int n, const T* high, const T* low,
-                     const T* factor);
-  void (*fused_short_less)(const T* z, E* y, std::int64_t rows, int n, const T* high, const T* low,
+  void (*short_less)(const E* x, E* y, std::int64_t rows, int n, const T* hi, const T* lo, const T* factor);
+  void (*fused_short_less)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
                            const T* factor);
 
   // Whole columns of n <= kShort elements, `width` of them side by side.
@@ -149,9 +148,9 @@ struct KernelTable {
   void (*scatter_columns)(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns);
 
   // Derivatives, over contiguous rows. <y, t>, the same for y as T, and <1, t>:
-  DoubleSum (*dot)(const E* y, const E* t, std::int64_t n);
-  DoubleSum (*fused_dot)(const T* y, const E* t, std::int64_t n);
-  DoubleSum (*total)(const E* t, std::int64_t n);
+  CompensatedSum (*dot)(const E* y, const E* t, std::int64_t n);
+  CompensatedSum (*fused_dot)(const T* y, const E* t, std::int64_t n);
+  CompensatedSum (*total)(const E* t, std::int64_t n);
   // out = t - p.
   void (*less)(const E* t, const T* p, E* out, std::int64_t n);
   // The Jacobian of softmax. `stream` writes past the caches.

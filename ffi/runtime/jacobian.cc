@@ -10,10 +10,10 @@
 namespace jax_softmax2p {
 namespace {
 
-// An infinite or NaN product leaves nothing sensible in the low part, and must not spoil the high one.
+// An infinite or NaN product leaves nothing sensible in the lo part, and must not spoil the hi one.
 template <typename T>
-DoubleDouble<T> SplitDot(const DoubleSum& dot) {
-  DoubleDouble<T> split = ToDoubleDouble<T>(dot.high, dot.low);
+DoubleDouble<T> SplitDot(const CompensatedSum& dot) {
+  DoubleDouble<T> split = ToDoubleDouble<T>(dot.hi, dot.lo);
   if (!std::isfinite(split.lo)) split.lo = 0;
   return split;
 }
@@ -25,11 +25,11 @@ void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y,
     const Segments segments(for_segments, n);
     for (std::int64_t r = first; r < end; ++r) {
       const E *y_row = y + r * n, *t_row = t + r * n;
-      const auto dot = SplitDot<ComputeOf<E>>(segments.Reduce<DoubleSum>(
+      const auto dot = SplitDot<ComputeOf<E>>(segments.Reduce<CompensatedSum>(
           [&](std::int64_t begin, std::int64_t size) {
             return kernels.dot(y_row + begin, t_row + begin, size);
           },
-          [](DoubleSum& a, const DoubleSum& b) { a.Add(b); }));
+          [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); }));
       segments.ForEach(Order::kForward, [&](std::int64_t begin, std::int64_t size) {
         kernels.jacobian_write(y_row + begin, t_row + begin, out + r * n + begin, size, dot, stream);
         if (stream && n > kSegment) FinishStreaming();

@@ -24,26 +24,26 @@ LogTotal<ComputeOf<E>> LogTotalOf(const KernelTable<E>& kernels, const LogitsRow
                                   const Segments& segments) {
   using T = ComputeOf<E>;
   const RowTotal<T> total = TotalOf(row, segments, kernels.max_exponent, nullptr, false);
-  const DoubleSum& mantissa = total.sum.mantissa;
-  if (std::isnan(mantissa.high)) return {total.maximum, std::numeric_limits<T>::quiet_NaN(), 0};
+  const CompensatedSum& mantissa = total.sum.mantissa;
+  if (std::isnan(mantissa.hi)) return {total.maximum, std::numeric_limits<T>::quiet_NaN(), 0};
   T s = 0, power = 1;
   if (!total.subtract) kernels.exponential(total.maximum, total.sum.exponent, &s, &power);
-  const DoubleDouble<double> exact = LogOfSumOverLargest(mantissa.high, mantissa.low, power, s);
+  const DoubleDouble<double> exact = LogOfSumOverLargest(mantissa.hi, mantissa.lo, power, s);
   const DoubleDouble<T> log = ToDoubleDouble<T>(exact.hi, exact.lo);
   return {total.maximum, log.hi, log.lo};
 }
 
 // As logsumexp has it: an infinite maximum is that itself, but for NaNs, which a maximum passes over.
 template <typename E>
-void WriteLogSum(const LogTotal<ComputeOf<E>>& total, const LogitsRow<E>& row, ComputeOf<E>* high,
-                 ComputeOf<E>* low) {
+void WriteLogSum(const LogTotal<ComputeOf<E>>& total, const LogitsRow<E>& row, ComputeOf<E>* hi,
+                 ComputeOf<E>* lo) {
   using T = ComputeOf<E>;
   const DoubleDouble<double> sum = TwoSum<double>(total.maximum, total.log);
-  *high = static_cast<T>(sum.hi + (sum.lo + static_cast<double>(total.rest)));
-  *low = static_cast<T>(((sum.hi - static_cast<double>(*high)) + sum.lo) + static_cast<double>(total.rest));
-  if (std::isfinite(*high)) return;
-  *low = 0;
-  if (std::isnan(*high) && std::isinf(total.maximum) && !row.HasNan()) *high = total.maximum;
+  *hi = static_cast<T>(sum.hi + (sum.lo + static_cast<double>(total.rest)));
+  *lo = static_cast<T>(((sum.hi - static_cast<double>(*hi)) + sum.lo) + static_cast<double>(total.rest));
+  if (std::isfinite(*hi)) return;
+  *lo = 0;
+  if (std::isnan(*hi) && std::isinf(total.maximum) && !row.HasNan()) *hi = total.maximum;
 }
 
 // Of rows of up to kShort elements, as ForShortRows hands them over. Those that the guard wants to go another
@@ -75,14 +75,14 @@ class ShortLogTotals {
 
   LogitsRow<E> Row(std::int64_t i) const { return LogitsRow<E>(kernels_, logits_, first_ + i, nullptr); }
 
-  void Write(T* high, T* low) const {
+  void Write(T* hi, T* lo) const {
     for (std::int64_t i = 0; i < count_; ++i) {
       const DoubleDouble<T> sum = TwoSum(maximum[i], log[i]);
       if (std::isfinite(sum.hi)) {
-        high[first_ + i] = sum.hi;
-        low[first_ + i] = sum.lo + rest[i];
+        hi[first_ + i] = sum.hi;
+        lo[first_ + i] = sum.lo + rest[i];
       } else {
-        WriteLogSum<E>({maximum[i], log[i], rest[i]}, Row(i), high + first_ + i, low + first_ + i);
+        WriteLogSum<E>({maximum[i], log[i], rest[i]}, Row(i), hi + first_ + i, lo + first_ + i);
       }
     }
   }
@@ -98,10 +98,10 @@ class ShortLogTotals {
 
 template <typename E>
 void ShortLogSoftmax(const Kernels& kernels, Executor& executor, const Logits<E>& logits, E* y,
-                     ComputeOf<E>* high, ComputeOf<E>* low, E masked) {
+                     ComputeOf<E>* hi, ComputeOf<E>* lo, E masked) {
   ForShortRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const ComputeOf<E>* z) {
     const ShortLogTotals<E> totals(kernels, logits, first, count, z);
-    totals.Write(high, low);
+    totals.Write(hi, lo);
     ShortLess<E>(kernels, logits, first, count, z, y + first * logits.n, totals.maximum, totals.log, nullptr);
     for (std::int64_t i = 0; logits.Masked() && i < count; ++i) {
       if (!std::isnan(totals.log[i])) continue;
@@ -113,48 +113,48 @@ void ShortLogSoftmax(const Kernels& kernels, Executor& executor, const Logits<E>
 }  // namespace
 
 template <typename E>
-void LogSum(const Kernels& kernels, Executor& executor, Logits<E> logits, ComputeOf<E>* high,
-            ComputeOf<E>* low) {
+void LogSum(const Kernels& kernels, Executor& executor, Logits<E> logits, ComputeOf<E>* hi,
+            ComputeOf<E>* lo) {
   using T = ComputeOf<E>;
   Simplify(logits);
   if (logits.inner > 1 && logits.n > 0) {
     const auto some = [&](const Logits<E>& rows, E*, Executor& own) {
-      LogSum(kernels, own, rows, high + rows.first_row, low + rows.first_row);
+      LogSum(kernels, own, rows, hi + rows.first_row, lo + rows.first_row);
     };
     return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
   }
   if (IsShort(logits)) {
     ForShortRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
-      ShortLogTotals<E>(kernels, logits, first, count, z).Write(high, low);
+      ShortLogTotals<E>(kernels, logits, first, count, z).Write(hi, lo);
     });
     return;
   }
   ForLogits(kernels, executor, logits,
             [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-              WriteLogSum(LogTotalOf(kernels.Of<E>(), row, segments), row, high + r, low + r);
+              WriteLogSum(LogTotalOf(kernels.Of<E>(), row, segments), row, hi + r, lo + r);
             });
 }
 
 template <typename E>
-void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, ComputeOf<E>* high,
-                ComputeOf<E>* low) {
+void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, ComputeOf<E>* hi,
+                ComputeOf<E>* lo) {
   using T = ComputeOf<E>;
-  if (logits.rows * logits.n == 0) return LogSum(kernels, executor, std::move(logits), high, low);
+  if (logits.rows * logits.n == 0) return LogSum(kernels, executor, std::move(logits), hi, lo);
   Simplify(logits);
   AdviseHugePagesFor(logits, y);
   if (logits.inner > 1) {
     const auto some = [&](const Logits<E>& rows, E* y_rows, Executor& own) {
-      LogSoftmax(kernels, own, rows, y_rows, high + rows.first_row, low + rows.first_row);
+      LogSoftmax(kernels, own, rows, y_rows, hi + rows.first_row, lo + rows.first_row);
     };
     return ForColumnLogits(kernels, executor, logits, y, some);
   }
   const bool stream = IsFar(logits);
   const E masked = FromDouble<E>(-std::numeric_limits<double>::infinity());
-  if (IsShort(logits)) return ShortLogSoftmax(kernels, executor, logits, y, high, low, masked);
+  if (IsShort(logits)) return ShortLogSoftmax(kernels, executor, logits, y, hi, lo, masked);
   ForLogits(kernels, executor, logits,
             [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
               const LogTotal<T> total = LogTotalOf(kernels.Of<E>(), row, segments);
-              WriteLogSum(total, row, high + r, low + r);
+              WriteLogSum(total, row, hi + r, lo + r);
               E* const results = y + r * logits.n + row.begin();
               segments.ForEach(stream ? Order::kForward : Order::kBackward,
                                [&](std::int64_t at, std::int64_t size) {

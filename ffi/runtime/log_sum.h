@@ -1,6 +1,6 @@
 // The log of the sum of e^z of rows, and what follows from it, on whole arrays, shared out among threads.
 //
-// Log-sums come as high + low, high their rounding: e^(z - high - low) is then as exact as a softmax.
+// Log-sums come as hi + lo, hi their rounding: e^(z - hi - lo) is then as exact as a softmax.
 #pragma once
 
 #include <cstdint>
@@ -13,20 +13,19 @@ namespace jax_softmax2p {
 
 // The log-sum of every row.
 template <typename E>
-void LogSum(const Kernels& kernels, Executor& executor, Logits<E> logits, ComputeOf<E>* high,
-            ComputeOf<E>* low);
+void LogSum(const Kernels& kernels, Executor& executor, Logits<E> logits, ComputeOf<E>* hi, ComputeOf<E>* lo);
 
 // y = z - log-sum, and the log-sum of every row. Positions that are masked give -inf. y may be x.
 template <typename E>
-void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, ComputeOf<E>* high,
-                ComputeOf<E>* low);
+void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, ComputeOf<E>* hi,
+                ComputeOf<E>* lo);
 
 // What the derivatives below are of: log-sums less, where `labels` are given, each row's logit there. A label
 // below 0 counts from the end; one out of range is nowhere.
 template <typename E>
 struct LogSums {
-  const ComputeOf<E>* high;
-  const ComputeOf<E>* low;
+  const ComputeOf<E>* hi;
+  const ComputeOf<E>* lo;
   const std::int32_t* labels;
 };
 

@@ -10,27 +10,27 @@
 namespace jax_softmax2p {
 namespace {
 
-// factor·e^-(high + low), times e^z as every row's kernel has it: no rounding of z - high, which would cost
+// factor·e^-(hi + lo), times e^z as every row's kernel has it: no rounding of z - hi, which would cost
 // an exponential as many ULP as that is large. Beyond the kernels' exact range, and for what is no number,
-// high is subtracted: there z - high is exact wherever e^(z - high) does not vanish.
+// hi is subtracted: there z - hi is exact wherever e^(z - hi) does not vanish.
 template <typename T>
-RowScale<T> ScaleOf(T high, T low, double factor, int max_exponent) {
+RowScale<T> ScaleOf(T hi, T lo, double factor, int max_exponent) {
   constexpr double kLog2E = 0x1.71547652b82fep0;
-  constexpr double kLn2High = 0x1.62e42fefa39efp-1, kLn2Low = 0x1.abc9e3b39803fp-56;
+  constexpr double kLn2Hi = 0x1.62e42fefa39efp-1, kLn2Lo = 0x1.abc9e3b39803fp-56;
   RowScale<T> scale{};
-  const double exponent = 2 * std::floor(static_cast<double>(high) * (kLog2E / 2));
+  const double exponent = 2 * std::floor(static_cast<double>(hi) * (kLog2E / 2));
   if (std::abs(exponent) < max_exponent - 2 && std::isfinite(factor)) {
-    const double rest = std::fma(-exponent, kLn2High, static_cast<double>(high));
+    const double rest = std::fma(-exponent, kLn2Hi, static_cast<double>(hi));
     const double value = factor * std::exp(-rest);
-    const double missing = value * (exponent * kLn2Low - static_cast<double>(low));
-    scale.high = static_cast<T>(value + missing);
-    scale.low = static_cast<T>((value - static_cast<double>(scale.high)) + missing);
+    const double missing = value * (exponent * kLn2Lo - static_cast<double>(lo));
+    scale.hi = static_cast<T>(value + missing);
+    scale.lo = static_cast<T>((value - static_cast<double>(scale.hi)) + missing);
     scale.exponent = static_cast<int>(exponent);
   } else {
-    scale.high = static_cast<T>(factor);
+    scale.hi = static_cast<T>(factor);
     scale.subtract = true;
-    scale.maximum = high;
-    scale.rest = low;
+    scale.maximum = hi;
+    scale.rest = lo;
   }
   return scale;
 }
@@ -54,12 +54,12 @@ class Label {
     return place < n ? std::max<std::int64_t>(place, -1) : -1;
   }
 
-  // y = factor·(e^(z - high - low) - 1), where y is factor·e^(z - high - low). Where e^... is near 1, the
+  // y = factor·(e^(z - hi - lo) - 1), where y is factor·e^(z - hi - lo). Where e^... is near 1, the
   // difference cannot be had from its rounding.
-  void Write(E* row_y, T high, T low, T factor) const {
+  void Write(E* row_y, T hi, T lo, T factor) const {
     if (place_ < 0) return;
     E& y = row_y[place_];
-    const double less = (static_cast<double>(z_) - static_cast<double>(high)) - static_cast<double>(low);
+    const double less = (static_cast<double>(z_) - static_cast<double>(hi)) - static_cast<double>(lo);
     if constexpr (std::is_same_v<E, T>) {
       if (takes_part_ && less < -0.7) {
         y -= factor;
@@ -82,7 +82,7 @@ const std::int32_t* LabelOf(const LogSums<E>& sums, std::int64_t row) {
 
 template <typename E>
 LogSums<E> From(const LogSums<E>& sums, std::int64_t row) {
-  return {sums.high + row, sums.low + row, LabelOf(sums, row)};
+  return {sums.hi + row, sums.lo + row, LabelOf(sums, row)};
 }
 
 template <typename E>
@@ -96,23 +96,23 @@ void ShortLogSumVjp(const Kernels& kernels, Executor& executor, const Logits<E>&
     for (std::int64_t r = first; sums.labels != nullptr && r < first + count; ++r) {
       labels.emplace_back(LogitsRow<E>(kernels, logits, r, nullptr), n, sums.labels + r);
     }
-    ShortLess(kernels, logits, first, count, z, y + first * n, sums.high + first, sums.low + first,
+    ShortLess(kernels, logits, first, count, z, y + first * n, sums.hi + first, sums.lo + first,
               factor + first);
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t r = first + i;
-      if (logits.Masked() && !(std::isfinite(sums.high[r]) && std::isfinite(factor[r]))) {
+      if (logits.Masked() && !(std::isfinite(sums.hi[r]) && std::isfinite(factor[r]))) {
         LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});
       }
       if (labels.empty()) continue;
-      labels[static_cast<std::size_t>(i)].Write(y + r * n, sums.high[r], sums.low[r], factor[r]);
+      labels[static_cast<std::size_t>(i)].Write(y + r * n, sums.hi[r], sums.lo[r], factor[r]);
     }
   });
 }
 
 // <p, t> - t[label] of one row, for `dot` the first of these.
 template <typename E>
-ComputeOf<E> LessLabel(const DoubleSum& dot, const std::int32_t* label, const E* t, std::int64_t n) {
-  double sum = dot.high + dot.low;
+ComputeOf<E> LessLabel(const CompensatedSum& dot, const std::int32_t* label, const E* t, std::int64_t n) {
+  double sum = dot.hi + dot.lo;
   const std::int64_t place = label == nullptr ? -1 : Label<E>::PlaceOf(*label, n);
   if (place >= 0) sum -= Widen(t[place]);
   return static_cast<ComputeOf<E>>(sum);
@@ -126,7 +126,7 @@ void ForShortProbabilities(const Kernels& kernels, Executor& executor, const Log
   const auto some = [&](std::int64_t first, std::int64_t count, const T* z) {
     T p[kFusedBlock], ones[kFusedBlock];
     std::fill(ones, ones + count, T{1});
-    ShortLess<E, T>(kernels, logits, first, count, z, p, sums.high + first, sums.low + first, ones);
+    ShortLess<E, T>(kernels, logits, first, count, z, p, sums.hi + first, sums.lo + first, ones);
     for (std::int64_t i = 0; i < count; ++i) body(first + i, p + i * logits.n);
   };
   ForShortRows(kernels, executor, logits, some, true);
@@ -136,8 +136,8 @@ void ForShortProbabilities(const Kernels& kernels, Executor& executor, const Log
 template <typename E>
 double ShortTotal(const KernelTable<E>& kernels, const E* t, std::int64_t n) {
   if constexpr (std::is_same_v<E, double>) {
-    const DoubleSum total = kernels.total(t, n);
-    return total.high + total.low;
+    const CompensatedSum total = kernels.total(t, n);
+    return total.hi + total.lo;
   } else {
     double total = 0;
     for (std::int64_t i = 0; i < n; ++i) total += Widen(t[i]);
@@ -150,11 +150,11 @@ template <typename E>
 void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, const Segments& segments,
                         const LogSums<E>& sums, std::int64_t r, const E* t, E* out) {
   using T = ComputeOf<E>;
-  const DoubleSum total = segments.Reduce<DoubleSum>(
+  const CompensatedSum total = segments.Reduce<CompensatedSum>(
       [&](std::int64_t at, std::int64_t size) { return kernels.total(t + at, size); },
-      [](DoubleSum& a, const DoubleSum& b) { a.Add(b); });
-  const double factor = total.high + total.low;
-  const RowScale<T> scale = ScaleOf(sums.high[r], sums.low[r], factor, kernels.max_exponent);
+      [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
+  const double factor = total.hi + total.lo;
+  const RowScale<T> scale = ScaleOf(sums.hi[r], sums.lo[r], factor, kernels.max_exponent);
   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
     row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
       kernels.less(t + at + i, p, out + at + i, count);
@@ -187,24 +187,24 @@ void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
   if (IsShort(logits)) {
     return ForShortProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, const T* p) {
       const E* const row_t = t + r * n;
-      const bool masked_throughout = logits.Masked() && !std::isfinite(sums.high[r]);
-      const DoubleSum dot = masked_throughout ? DoubleSum{} : own.fused_dot(p, row_t, n);
+      const bool masked_throughout = logits.Masked() && !std::isfinite(sums.hi[r]);
+      const CompensatedSum dot = masked_throughout ? CompensatedSum{} : own.fused_dot(p, row_t, n);
       out[r] = LessLabel(dot, LabelOf(sums, r), row_t, n);
     });
   }
   ForLogits(kernels, executor, logits,
             [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-              const RowScale<T> scale = ScaleOf(sums.high[r], sums.low[r], 1, own.max_exponent);
+              const RowScale<T> scale = ScaleOf(sums.hi[r], sums.lo[r], 1, own.max_exponent);
               const E* const row_t = t + r * n;
-              const DoubleSum dot = segments.Reduce<DoubleSum>(
+              const CompensatedSum dot = segments.Reduce<CompensatedSum>(
                   [&](std::int64_t at, std::int64_t size) {
-                    DoubleSum sum;
+                    CompensatedSum sum;
                     row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
                       sum.Add(own.fused_dot(p, row_t + row.begin() + at + i, count));
                     });
                     return sum;
                   },
-                  [](DoubleSum& a, const DoubleSum& b) { a.Add(b); });
+                  [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
               out[r] = LessLabel(dot, LabelOf(sums, r), row_t, n);
             });
 }
@@ -227,8 +227,8 @@ void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
   const int max_exponent = kernels.Of<E>().max_exponent;
   ForLogits(kernels, executor, logits,
             [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-              const T high = sums.high[r], low = sums.low[r];
-              const RowScale<T> scale = ScaleOf(high, low, factor[r], max_exponent);
+              const T hi = sums.hi[r], lo = sums.lo[r];
+              const RowScale<T> scale = ScaleOf(hi, lo, factor[r], max_exponent);
               E* const row_y = y + r * logits.n;
               const Label<E> label(row, logits.n, LabelOf(sums, r));
               segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
@@ -236,13 +236,13 @@ void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
                 if (stream) FinishStreaming();
               });
               if (logits.Masked()) {
-                if (std::isfinite(high) && std::isfinite(factor[r])) {
+                if (std::isfinite(hi) && std::isfinite(factor[r])) {
                   row.FillOutside(row_y, E{});
                 } else {
                   row.FillMasked(row_y, E{});
                 }
               }
-              label.Write(row_y, high, low, factor[r]);
+              label.Write(row_y, hi, lo, factor[r]);
             });
 }
 
@@ -266,7 +266,7 @@ void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits,
   }
   const auto fill_masked = [&](const LogitsRow<E>& row, std::int64_t r) {
     if (!logits.Masked()) return;
-    std::isfinite(sums.high[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});
+    std::isfinite(sums.hi[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});
   };
   if (IsShort(logits)) {
     return ForShortProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, T* p) {

@@ -45,13 +45,12 @@ bool IsShort(const Logits<E>& logits) {
 // Kernel `short_less` for rows as ForShortRows hands them over, into rows of type Out, E or T.
 template <typename E, typename Out>
 void ShortLess(const Kernels& kernels, const Logits<E>& logits, std::int64_t first, std::int64_t count,
-               const ComputeOf<E>* z, Out* y, const ComputeOf<E>* high, const ComputeOf<E>* low,
+               const ComputeOf<E>* z, Out* y, const ComputeOf<E>* hi, const ComputeOf<E>* lo,
                const ComputeOf<E>* factor) {
   const KernelTable<Out>& table = kernels.Of<Out>();
   const int n = static_cast<int>(logits.n);
-  if (z != nullptr) return table.fused_short_less(z, y, count, n, high, low, factor);
-  if constexpr (std::is_same_v<E, Out>)
-    table.short_less(logits.x + first * n, y, count, n, high, low, factor);
+  if (z != nullptr) return table.fused_short_less(z, y, count, n, hi, lo, factor);
+  if constexpr (std::is_same_v<E, Out>) table.short_less(logits.x + first * n, y, count, n, hi, lo, factor);
 }
 
 }  // namespace jax_softmax2p

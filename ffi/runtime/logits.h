@@ -305,7 +305,7 @@ RowTotal<ComputeOf<E>> TotalOf(const LogitsRow<E>& row, const Segments& segments
   if (std::abs(total.sum.exponent) < max_exponent) return total;
   total.subtract = true;
   if (std::isinf(total.maximum)) {
-    total.sum.mantissa.high = std::numeric_limits<double>::quiet_NaN();
+    total.sum.mantissa.hi = std::numeric_limits<double>::quiet_NaN();
   } else {
     total.sum = SumOf(row, segments, nullptr, {KnownMaximum<T>::kSubtract, total.maximum}).sum;
   }

@@ -11,12 +11,12 @@
 namespace jax_softmax2p {
 namespace {
 
-double ValueOf(const RowSum<float>& total) { return std::ldexp(total.sum.mantissa.high, total.sum.exponent); }
+double ValueOf(const RowSum<float>& total) { return std::ldexp(total.sum.mantissa.hi, total.sum.exponent); }
 
 void WriteResult(const LogitsRow<float>& row, const Segments& segments, const float* kept, float* y,
                  float maximum, bool stream) {
   RowScale<float> scale{};
-  scale.high = 1;
+  scale.hi = 1;
   scale.exponent = static_cast<int>(std::floor(maximum * 1.44269504F));
   WriteOf(row, segments, kept, y, scale, stream);
 }

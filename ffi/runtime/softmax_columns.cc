@@ -94,7 +94,7 @@ class ColumnPanel {
     for (std::int64_t i = 1; i < segments_; ++i) kernels_.panel_merge(total, Totals(i), width_);
     for (int i = 1; i < folding_.fold; ++i) {
       const std::int64_t at = i * inner_;
-      kernels_.panel_merge(total, {total.high + at, total.low + at, total.exponent + at}, Columns());
+      kernels_.panel_merge(total, {total.hi + at, total.lo + at, total.exponent + at}, Columns());
     }
   }
 
@@ -134,10 +134,10 @@ class ColumnPanel {
     kernels_.panel_invert(scale, columns);
     if (!exact) {
       for (int c = 0; c < columns; ++c) {
-        if (std::isinf(maximum_[c])) scale.high[c] = std::numeric_limits<T>::quiet_NaN();
+        if (std::isinf(maximum_[c])) scale.hi[c] = std::numeric_limits<T>::quiet_NaN();
       }
     }
-    for (T* const repeated : {scale.high, scale.low, scale.exponent}) {
+    for (T* const repeated : {scale.hi, scale.lo, scale.exponent}) {
       for (int c = columns; c < width_; ++c) repeated[c] = repeated[c - columns];
     }
   }

@@ -20,13 +20,13 @@ constexpr std::int64_t kInterleavedRow = 1 << 11;
 // 1/sum as a T and what that T leaves out.
 template <typename T>
 RowScale<T> ScaleFor(const RowTotal<T>& total) {
-  const DoubleSum& mantissa = total.sum.mantissa;
-  const double high = 1 / mantissa.high;
-  const double error = (std::fma(-high, mantissa.high, 1.0) - high * mantissa.low) * high;
+  const CompensatedSum& mantissa = total.sum.mantissa;
+  const double hi = 1 / mantissa.hi;
+  const double error = (std::fma(-hi, mantissa.hi, 1.0) - hi * mantissa.lo) * hi;
   RowScale<T> scale{};
-  const DoubleDouble<T> rounded = ToDoubleDouble<T>(high, error);
-  scale.high = rounded.hi;
-  scale.low = rounded.lo;
+  const DoubleDouble<T> rounded = ToDoubleDouble<T>(hi, error);
+  scale.hi = rounded.hi;
+  scale.lo = rounded.lo;
   scale.exponent = total.sum.exponent;
   scale.subtract = total.subtract;
   if (total.subtract) scale.maximum = total.maximum;
@@ -99,7 +99,7 @@ class Rows {
   void Write(const LogitsRow<E>& row, const T* kept, E* y, const RowScale<T>& scale) const {
     WriteOf(row, Segments(executor_, row.size()), kept, y + row.begin(), scale, plan_.stream);
     if (!logits_.Masked()) return;
-    if (std::isnan(scale.high)) {
+    if (std::isnan(scale.hi)) {
       row.FillMasked(y, E{});
     } else {
       row.FillOutside(y, E{});

@@ -141,8 +141,8 @@ class FamilyCheck {
         in_(family),
         report_(report),
         rows_(static_cast<std::int64_t>(family.log_sum.size())),
-        high_(family.log_sum.size()),
-        low_(family.log_sum.size()) {}
+        hi_(family.log_sum.size()),
+        lo_(family.log_sum.size()) {}
 
   void Check() {
     x_ = array_.Prepare(in_.x, static_cast<int>(in_.layout.n % 5), GuardedArray<E>::kPoison);
@@ -158,7 +158,7 @@ class FamilyCheck {
  private:
   Logits<E> LogitsOfX() const { return in_.LogitsOf(x_); }
   LogSums<E> Sums(bool labelled) const {
-    return {high_.data(), low_.data(), labelled ? in_.labels.data() : nullptr};
+    return {hi_.data(), lo_.data(), labelled ? in_.labels.data() : nullptr};
   }
   E* Out() {
     return out_.Prepare(static_cast<std::int64_t>(in_.x.size()), static_cast<int>(in_.layout.n % 3),
@@ -170,10 +170,10 @@ class FamilyCheck {
   static long double Least() { return sizeof(T) == sizeof(float) ? 0x1p-24L : 0x1p-50L; }
 
   void CheckLogSum() {
-    LogSum(kernels_, executor_, LogitsOfX(), high_.data(), low_.data());
+    LogSum(kernels_, executor_, LogitsOfX(), hi_.data(), lo_.data());
     for (std::int64_t r = 0; r < rows_; ++r) {
       const std::size_t at = static_cast<std::size_t>(r);
-      const long double sum = static_cast<long double>(high_[at]) + low_[at], exact = in_.log_sum[at];
+      const long double sum = static_cast<long double>(hi_[at]) + lo_[at], exact = in_.log_sum[at];
       Compare("log-sum", r, sum, exact, 2 * Least());
     }
   }
@@ -189,8 +189,8 @@ class FamilyCheck {
 
   void CheckLogSoftmax() {
     E* const y = Out();
-    std::vector<T> high(high_.size()), low(low_.size());
-    LogSoftmax(kernels_, executor_, LogitsOfX(), y, high.data(), low.data());
+    std::vector<T> hi(hi_.size()), lo(lo_.size());
+    LogSoftmax(kernels_, executor_, LogitsOfX(), y, hi.data(), lo.data());
     ForElements([&](std::int64_t r, std::int64_t i, std::int64_t at) {
       const std::size_t row = static_cast<std::size_t>(r);
       const long double exact =
@@ -198,7 +198,7 @@ class FamilyCheck {
       Compare("log_softmax", at, Decode(y[at]), exact,
               Rounding(exact) + std::max({2 * Unit(exact), Unit(in_.maximum[row]), Least()}));
     });
-    if (high != high_ || low != low_) Fail("log_softmax's log-sum", 0, 0, 0);
+    if (hi != hi_ || lo != lo_) Fail("log_softmax's log-sum", 0, 0, 0);
   }
 
   void CheckLogSumVjp() {
@@ -213,7 +213,7 @@ class FamilyCheck {
   }
 
   void CheckLogSumJvp() {
-    std::vector<T> out(high_.size());
+    std::vector<T> out(hi_.size());
     LogSumJvp(kernels_, executor_, LogitsOfX(), Sums(true), in_.t.data(), out.data());
     for (std::int64_t r = 0; r < rows_; ++r) {
       const std::size_t row = static_cast<std::size_t>(r);
@@ -235,7 +235,7 @@ class FamilyCheck {
     for (std::int64_t r = 0; r < rows_; ++r) {
       Sum<long double> total;
       for (std::int64_t i = 0; i < in_.layout.n; ++i) total.Add(Decode(in_.t[in_.At(r, i)]));
-      const long double sum = total.high() + total.low();
+      const long double sum = total.hi() + total.lo();
       for (std::int64_t i = 0; i < in_.layout.n; ++i) {
         const std::int64_t at = in_.At(r, i);
         const long double t = Decode(in_.t[at]), exact = t - in_.p[at] * sum;
@@ -282,7 +282,7 @@ class FamilyCheck {
   const Family<E>& in_;
   Report& report_;
   std::int64_t rows_;
-  std::vector<T> high_, low_;
+  std::vector<T> hi_, lo_;
   GuardedArray<E> array_, out_;
   E* x_ = nullptr;
 };

@@ -101,15 +101,15 @@ class ValuesCheck {
   void Check(const Kernels& kernels) {
     InThisThread alone;
     std::vector<E> y(x_.size()), logs(x_.size());
-    std::vector<float> high(static_cast<std::size_t>(rows_)), low(high.size());
+    std::vector<float> hi(static_cast<std::size_t>(rows_)), lo(hi.size());
     Softmax(kernels, alone, Algorithm::kAuto, x_.data(), y.data(), {rows_, n_, 1});
     Logits<E> logits;
     logits.x = x_.data();
     logits.dims = {rows_};
     logits.rows = rows_;
     logits.n = n_;
-    LogSoftmax(kernels, alone, logits, logs.data(), high.data(), low.data());
-    for (std::int64_t r = 0; r < rows_; ++r) CheckRow(kernels, r, y, logs, high, low);
+    LogSoftmax(kernels, alone, logits, logs.data(), hi.data(), lo.data());
+    for (std::int64_t r = 0; r < rows_; ++r) CheckRow(kernels, r, y, logs, hi, lo);
     report_.Of(kernels).checks += 2 * rows_ * n_ + rows_;
   }
 
@@ -134,14 +134,14 @@ class ValuesCheck {
     maximum_.push_back(maximum);
     log_sum_.push_back(nan                   ? kNan
                        : std::isinf(maximum) ? maximum
-                                             : maximum + std::log1p(rest.high() + rest.low()));
+                                             : maximum + std::log1p(rest.hi() + rest.lo()));
   }
 
   void CheckRow(const Kernels& kernels, std::int64_t r, const std::vector<E>& y, const std::vector<E>& logs,
-                const std::vector<float>& high, const std::vector<float>& low) {
+                const std::vector<float>& hi, const std::vector<float>& lo) {
     const std::size_t row = static_cast<std::size_t>(r);
     const double exact = log_sum_[row];
-    Compare(kernels, "log-sum", r, 0, double{high[row]} + double{low[row]}, exact, 0x1p-23);
+    Compare(kernels, "log-sum", r, 0, double{hi[row]} + double{lo[row]}, exact, 0x1p-23);
     for (std::int64_t i = 0; i < n_; ++i) {
       const std::size_t at = static_cast<std::size_t>(r * n_ + i);
       double ulp;

@@ -65,9 +65,9 @@ class MemoryCheck {
                      }});
     }
     all.push_back({"log_sum", kApart,
-                   [](MemoryCheck& c) { LogSum(*c.kernels_, c.Threads(), c.logits_, c.high_, c.low_); }});
+                   [](MemoryCheck& c) { LogSum(*c.kernels_, c.Threads(), c.logits_, c.hi_, c.lo_); }});
     all.push_back({"log_softmax", kOverX, [](MemoryCheck& c) {
-                     LogSoftmax(*c.kernels_, c.Threads(), c.logits_, c.y_, c.high_, c.low_);
+                     LogSoftmax(*c.kernels_, c.Threads(), c.logits_, c.y_, c.hi_, c.lo_);
                    }});
     all.push_back({"log_sum_jvp", kApart, [](MemoryCheck& c) {
                      LogSumJvp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.t_, c.out_);
@@ -116,7 +116,7 @@ class MemoryCheck {
 
   std::int64_t Size() const { return static_cast<std::int64_t>(in_->x.size()); }
   Executor& Threads() { return Size() < kWorthSharing ? static_cast<Executor&>(alone_) : helpers_; }
-  LogSums<E> Sums(bool labelled) const { return {high_, low_, labelled ? labels_ : nullptr}; }
+  LogSums<E> Sums(bool labelled) const { return {hi_, lo_, labelled ? labels_ : nullptr}; }
 
   void Run(const Operation& operation, Place place, Where where) {
     const FamilyCase& given = in_->given;
@@ -139,8 +139,8 @@ class MemoryCheck {
     if (where == kApart && Size() != 0) std::memset(y_, 0xa5, in_->x.size() * sizeof(E));
     const std::vector<T> zeros(in_->scale.size());
     factor_ = arrays_.factor.Prepare(in_->factor, place);
-    high_ = arrays_.high.Prepare(in_->factor, place);
-    low_ = arrays_.low.Prepare(zeros, place);
+    hi_ = arrays_.hi.Prepare(in_->factor, place);
+    lo_ = arrays_.lo.Prepare(zeros, place);
     out_ = arrays_.out.Prepare(zeros, place);
     labels_ = arrays_.labels.Prepare(in_->labels, place);
     logits_ = in_->LogitsOf(x);
@@ -152,7 +152,7 @@ class MemoryCheck {
   // All that the operation may have written.
   std::string Results() const {
     std::string bytes(reinterpret_cast<const char*>(y_), in_->x.size() * sizeof(E));
-    for (const T* const row : {high_, low_, out_}) {
+    for (const T* const row : {hi_, lo_, out_}) {
       bytes.append(reinterpret_cast<const char*>(row), in_->scale.size() * sizeof(T));
     }
     return bytes;
@@ -165,13 +165,13 @@ class MemoryCheck {
   const Kernels* kernels_ = nullptr;
   struct {
     PagedArray<E> x, y, t, bias;
-    PagedArray<T> scale, factor, high, low, out;
+    PagedArray<T> scale, factor, hi, lo, out;
     PagedArray<std::int32_t> labels;
     PagedArray<std::uint8_t> where;
   } arrays_;
   Logits<E> logits_;
   E *y_ = nullptr, *t_ = nullptr;
-  T *factor_ = nullptr, *high_ = nullptr, *low_ = nullptr, *out_ = nullptr;
+  T *factor_ = nullptr, *hi_ = nullptr, *lo_ = nullptr, *out_ = nullptr;
   std::int32_t* labels_ = nullptr;
   std::string expected_;
 };

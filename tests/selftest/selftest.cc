@@ -293,7 +293,7 @@ void Solve(std::int64_t rows, std::int64_t n, JacobianInput<E>& input) {
       largest_t = std::max(largest_t, std::fabs(b));
     }
     for (std::int64_t i = first; i < first + n; ++i) {
-      input.exact[i] = Decode(input.y[i]) * ((Decode(input.t[i]) - dot.high()) - dot.low());
+      input.exact[i] = Decode(input.y[i]) * ((Decode(input.t[i]) - dot.hi()) - dot.lo());
       largest = std::max(largest, static_cast<double>(std::fabs(input.exact[i])));
     }
     const double epsilon = std::numeric_limits<T>::epsilon();
@@ -436,9 +436,9 @@ constexpr double kLn2 = 0x1.62e42fefa39efp-1, kLog2E = 0x1.71547652b82fep0;
 // Without branches, for compilers to make vectors of.
 inline double MantissaError(double x, double s) {
   constexpr double kRounder = 0x1.8p52, kLowest = 0.70, kHighest = 1.52;
-  constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
+  constexpr double kLn2Hi = 0x1.62e42feep-1, kLn2Lo = 0x1.a39ef35793c76p-33;
   const double n = (x * kLog2E + kRounder) - kRounder;
-  const double r = (x - n * kLn2High) - n * kLn2Low;
+  const double r = (x - n * kLn2Hi) - n * kLn2Lo;
   double e = 1.0 / 6227020800;
   constexpr double kInverseFactorials[] = {
       1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
@@ -525,7 +525,7 @@ class EveryFloat {
     constexpr double kMargin = 4;
     const double nearest = std::min(std::fabs(x[0]), std::fabs(x[kChunk - 1]));
     const double furthest = std::max(std::fabs(x[0]), std::fabs(x[kChunk - 1]));
-    const bool trusted = std::abs(sum.exponent) < table_.max_exponent && !std::isnan(sum.mantissa.high);
+    const bool trusted = std::abs(sum.exponent) < table_.max_exponent && !std::isnan(sum.mantissa.hi);
     if (trusted && !(nearest <= limit_ + kMargin)) Fail("a sum beyond the exact range is not marked", x[0]);
     if (!trusted && furthest <= limit_ - kMargin) Fail("a sum is marked as beyond the exact range", x[0]);
   }

@@ -291,8 +291,8 @@ class Sum {
     rest_ += std::fabs(sum_) >= std::fabs(x) ? (sum_ - sum) + x : (x - sum) + sum_;
     sum_ = sum;
   }
-  T high() const { return sum_; }
-  T low() const { return rest_; }
+  T hi() const { return sum_; }
+  T lo() const { return rest_; }
 
  private:
   T sum_ = 0, rest_ = 0;
@@ -323,7 +323,7 @@ void ExactSoftmax(const E* x, ExactOf<E>* y, std::int64_t n, std::int64_t stride
   for (std::int64_t i = 0; i < n && !undefined; ++i) {
     sum.Add(y[i * stride] = ExpOfDifference<T>(Decode(x[i * stride]), maximum));
   }
-  const T total = sum.high() + sum.low();
+  const T total = sum.hi() + sum.lo();
   for (std::int64_t i = 0; i < n; ++i) {
     y[i * stride] = undefined ? std::numeric_limits<T>::quiet_NaN() : y[i * stride] / total;
   }
