@@ -39,8 +39,9 @@ class JacobianRow {
     (V::LoadPartial(t + i, rest, 0) - V::LoadPartial(p + i, rest, 0)).StorePartial(out + i, rest);
   }
 
-  // `stream` writes past the caches.
-  static void Write(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot, bool stream) {
+  // `non_temporal` writes past the caches.
+  static void Write(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot,
+                    bool non_temporal) {
     const V hi = V::Broadcast(dot.hi), lo = V::Broadcast(dot.lo);
     const auto jacobian = [&](V y_i, V t_i) { return y_i * ((t_i - hi) - lo); };
     const auto part = [&](std::int64_t i, std::int64_t size) {
@@ -48,7 +49,7 @@ class JacobianRow {
       jacobian(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0)).StorePartial(out + i, count);
     };
     std::int64_t i = 0;
-    if (stream) {
+    if (non_temporal) {
       i = ElementsToAlignment<V::kLanes>(out);
       if (i > n) i = n;
       if (i > 0) part(0, i);

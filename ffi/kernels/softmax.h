@@ -54,59 +54,59 @@ class SoftmaxKernels {
   static void Exponential(T x, int exponent, T* s, T* power) {
     const V v[1] = {V::Broadcast(x)};
     const ExtExp<V, 1> e = ExtExpKernel<V>(V::Broadcast(static_cast<T>(exponent)))(v);
-    const Leading first{1};
+    const Tail first{1};
     first.Store(e.expm1[0], s);
     first.Store(e.pow2[0], power);
   }
 
   static T RowMaximum(const E* x, std::int64_t n) {
     const std::int64_t vectors = n / V::kLanes;
-    V maximum = Maximum(Whole{}, x, kAdjacent, vectors);
-    const Leading rest{static_cast<int>(n % V::kLanes)};
+    V maximum = Maximum(FullVector{}, x, kAdjacent, vectors);
+    const Tail rest{static_cast<int>(n % V::kLanes)};
     if (rest.count != 0) maximum = Max(rest.Load(x + vectors * V::kLanes), maximum);
     return maximum.ReduceMax();
   }
 
   static RowSum<T> Sum(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum) {
     if (maximum.use == KnownMaximum<T>::kSubtract) {
-      return SumRow(x, Nothing{}, n, Less{V::Broadcast(maximum.value)}, &kZero);
+      return SumRow(x, Discard{}, n, Less{V::Broadcast(maximum.value)}, &kZero);
     }
     const T* const known = maximum.use == KnownMaximum<T>::kReference ? &maximum.value : nullptr;
     if (kept != nullptr) return SumRow(x, kept, n, Plain{}, known);
-    return SumRow(x, Nothing{}, n, Plain{}, known);
+    return SumRow(x, Discard{}, n, Plain{}, known);
   }
 
   // x of type In, E or T.
   template <typename In>
   static void RowWrite(const In* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
-                       bool stream) {
+                       bool non_temporal) {
     const V exponent = V::Broadcast(static_cast<T>(scale.exponent));
     const Scaler scaler{V::Broadcast(scale.hi), V::Broadcast(scale.lo)};
     if (scale.subtract) {
       const LessBoth less{V::Broadcast(scale.maximum), V::Broadcast(scale.rest)};
-      WriteRow(Recompute<LessBoth>(exponent, less), x, Nothing{}, y, n, scaler, stream);
+      WriteRow(Recompute<LessBoth>(exponent, less), x, Discard{}, y, n, scaler, non_temporal);
     } else if (kept != nullptr) {
-      WriteRow(Reload(exponent), x, kept, y, n, scaler, stream);
+      WriteRow(Reload(exponent), x, kept, y, n, scaler, non_temporal);
     } else {
-      WriteRow(Recompute<Plain>(exponent, Plain{}), x, Nothing{}, y, n, scaler, stream);
+      WriteRow(Recompute<Plain>(exponent, Plain{}), x, Discard{}, y, n, scaler, non_temporal);
     }
   }
 
   template <typename In>
-  static void RowWriteLog(const In* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream) {
+  static void RowWriteLog(const In* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool non_temporal) {
     const LessLogSum less{V::Broadcast(sum.maximum), V::Broadcast(sum.log)};
-    WriteRow(less, x, Nothing{}, y, n, Itself{}, stream);
+    WriteRow(less, x, Discard{}, y, n, Identity{}, non_temporal);
   }
 
-  // Whole softmaxes of `outer` small matrices of n·inner <= kShort elements along their first axis, kLanes
-  // matrices at a time, one a lane: they are transposed into a tile, and back.
+  // FullVector softmaxes of `outer` small matrices of n·inner <= kShort elements along their first axis,
+  // kLanes matrices at a time, one a lane: they are transposed into a tile, and back.
   template <typename In>
-  static void ShortMatrices(const In* x, E* y, std::int64_t outer, int n, int inner, bool stream) {
+  static void ShortMatrices(const In* x, E* y, std::int64_t outer, int n, int inner, bool non_temporal) {
     const int m = n * inner;
     // A column of a tile is a chain of dependent operations from its first element to its last result. As
     // many tiles as fit are worked on together, so that the CPU has several chains to choose from.
     const int together = kShort / m < kMostTiles ? kShort / m : kMostTiles;
-    const bool past_caches = stream && ElementsToAlignment<V::kLanes>(y) == 0;
+    const bool non_temporal = non_temporal && ElementsToAlignment<V::kLanes>(y) == 0;
     T tiles[kShort * V::kLanes], kept[kShort * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += together * V::kLanes) {
       const std::int64_t rest = outer - first, most = together * V::kLanes;
@@ -116,7 +116,7 @@ class SoftmaxKernels {
       }
       ShortTiles(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, inner);
       for (int o = 0; o < count; o += V::kLanes) {
-        StoreTile(tiles + o * m, TileCount(count - o), m, y + (first + o) * m, past_caches);
+        StoreTile(tiles + o * m, TileCount(count - o), m, y + (first + o) * m, non_temporal);
       }
     }
   }
@@ -130,9 +130,9 @@ class SoftmaxKernels {
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {
       const int count = TileCount(outer - first);
       LoadTile(x + first * n, count, n, tile);
-      const V largest[1] = {InTile::Maximum(Whole{}, tile, kAdjacent, n)};
+      const V largest[1] = {InTile::Maximum(FullVector{}, tile, kAdjacent, n)};
       LaneSum<V> sum(largest[0]);
-      InTile::Add(Whole{}, tile, typename InTile::Nothing{}, kAdjacent, Ahead<0>{}, n,
+      InTile::Add(FullVector{}, tile, typename InTile::Discard{}, kAdjacent, Ahead<0>{}, n,
                   typename InTile::Plain{}, sum);
       const LaneTotal<V> total = sum.Total();
       const ExtExp<V, 1> of_largest = ExtExpKernel<V>(sum.reference())(largest);
@@ -168,7 +168,7 @@ class SoftmaxKernels {
     T tile[kShort * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {
       const int count = TileCount(outer - first);
-      const Leading some{count};
+      const Tail some{count};
       const auto load = [&](const T* p) { return count == V::kLanes ? V::Load(p) : some.Load(p, 0); };
       LoadTile(x + first * n, count, n, tile);
       const LessBoth less{load(hi + first), load(lo + first)};
@@ -176,16 +176,16 @@ class SoftmaxKernels {
         for (int i = 0; i < n; ++i) less(V::Load(tile + i * V::kLanes)).Store(tile + i * V::kLanes);
       } else {
         using InTile = SoftmaxKernels<V, T>;
-        InTile::Write(Whole{}, Whole{}, typename InTile::RecomputeLess(less.maximum, less.rest), tile,
-                      typename InTile::Nothing{}, tile, kAdjacent, Ahead<0>{}, n,
+        InTile::Write(FullVector{}, FullVector{}, typename InTile::RecomputeLess(less.maximum, less.rest),
+                      tile, typename InTile::Discard{}, tile, kAdjacent, Ahead<0>{}, n,
                       typename InTile::Scaler{load(factor + first), V::Broadcast(0)});
       }
       StoreTile(tile, count, n, y + first * n, false);
     }
   }
 
-  // Whole softmaxes of `width` columns of n <= kShort elements, `stride` apart: without ends to merge and
-  // totals to keep, which are what takes the time there.
+  // FullVector softmaxes of `width` columns of n <= kShort elements, `stride` apart: without ends to merge
+  // and totals to keep, which are what takes the time there.
   static void ShortColumns(const E* x, E* y, std::int64_t stride, int n, int width) {
     const int together = kShort / n < kMostTiles ? kShort / n : kMostTiles;
     T tiles[kShort * V::kLanes], kept[kShort * V::kLanes];
@@ -217,11 +217,11 @@ class SoftmaxKernels {
   static void PanelSum(const E* x, T* kept, const Panel& panel, const T* maximum, const T* subtract,
                        const PanelTotals<T>& totals) {
     if (subtract != nullptr) {
-      SumPanel(x, Nothing{}, panel, maximum, LessLanes{subtract}, totals);
+      SumPanel(x, Discard{}, panel, maximum, LessLanes{subtract}, totals);
     } else if (kept != nullptr) {
       SumPanel(x, kept, panel, maximum, PlainLanes{}, totals);
     } else {
-      SumPanel(x, Nothing{}, panel, maximum, PlainLanes{}, totals);
+      SumPanel(x, Discard{}, panel, maximum, PlainLanes{}, totals);
     }
   }
 
@@ -244,11 +244,11 @@ class SoftmaxKernels {
   static void PanelWrite(const E* x, const T* kept, E* y, const Panel& panel, const PanelTotals<T>& scales,
                          const T* subtract) {
     if (subtract != nullptr) {
-      WritePanel(LessLanes{subtract}, x, Nothing{}, y, panel, scales);
+      WritePanel(LessLanes{subtract}, x, Discard{}, y, panel, scales);
     } else if (kept != nullptr) {
       WritePanel(ReloadLanes{}, x, kept, y, panel, scales);
     } else {
-      WritePanel(PlainLanes{}, x, Nothing{}, y, panel, scales);
+      WritePanel(PlainLanes{}, x, Discard{}, y, panel, scales);
     }
   }
 
@@ -260,12 +260,12 @@ class SoftmaxKernels {
   static constexpr T kZero = 0;
 
   // Where s is kept, if nowhere.
-  struct Nothing {
-    friend SOFTMAX2P_INLINE Nothing operator+(Nothing, std::int64_t) { return {}; }
+  struct Discard {
+    friend SOFTMAX2P_INLINE Discard operator+(Discard, std::int64_t) { return {}; }
   };
 
   // How a vector is loaded and stored.
-  struct Whole {
+  struct FullVector {
     template <typename P>
     SOFTMAX2P_INLINE V Load(const P* p, T = -kInfinity) const {
       return V::Load(p);
@@ -275,7 +275,7 @@ class SoftmaxKernels {
       v.Store(p);
     }
   };
-  struct Leading {
+  struct Tail {
     int count;
     template <typename P>
     SOFTMAX2P_INLINE V Load(const P* p, T fill = -kInfinity) const {
@@ -286,7 +286,7 @@ class SoftmaxKernels {
       v.StorePartial(p, count);
     }
   };
-  struct PastCaches : Whole {
+  struct NonTemporal : FullVector {
     template <typename P>
     SOFTMAX2P_INLINE void Store(V v, P* p) const {
       v.Stream(p);
@@ -297,8 +297,8 @@ class SoftmaxKernels {
   template <typename Body>
   static SOFTMAX2P_INLINE void ForVectors(int width, const Body& body) {
     int v = 0;
-    for (; (v + 1) * V::kLanes <= width; ++v) body(v, v * V::kLanes, Whole{});
-    const Leading rest{width - v * V::kLanes};
+    for (; (v + 1) * V::kLanes <= width; ++v) body(v, v * V::kLanes, FullVector{});
+    const Tail rest{width - v * V::kLanes};
     if (rest.count > 0) body(v, v * V::kLanes, rest);
   }
 
@@ -434,7 +434,7 @@ class SoftmaxKernels {
                                        const Recompute<Read>& source, LaneSum<V>& sum) {
     Prefetch<K>(x, stride, ahead);
     const auto e = source.template At<K>(access, x, kept, stride);
-    if constexpr (!std::is_same_v<Kept, Nothing>) {
+    if constexpr (!std::is_same_v<Kept, Discard>) {
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) access.Store(e.expm1[k], kept + k * stride);
     }
     sum.Add(e);
@@ -469,7 +469,7 @@ class SoftmaxKernels {
   static SOFTMAX2P_INLINE RowSum<T> SumFold(const E* x, Kept kept, std::int64_t n, const Read& read,
                                             const T* maximum) {
     const std::int64_t vectors = n / V::kLanes, end = vectors * V::kLanes;
-    const Leading rest{static_cast<int>(n - end)};
+    const Tail rest{static_cast<int>(n - end)};
     LaneSum<V> sum;
     V highest = V::Broadcast(maximum != nullptr ? *maximum : -kInfinity);
     if (maximum != nullptr) sum.Rescale(highest);
@@ -478,12 +478,12 @@ class SoftmaxKernels {
       const std::int64_t size = vectors - v < kRowBlock ? vectors - v : kRowBlock;
       const std::int64_t i = v * V::kLanes;
       if (maximum == nullptr) {
-        V block = Maximum(Whole{}, x + i, kAdjacent, size);
+        V block = Maximum(FullVector{}, x + i, kAdjacent, size);
         if (v + size == vectors && rest.count != 0) block = Max(rest.Load(x + end), block);
         highest = Max(block, highest);
         sum.Rescale(read(block));
       }
-      Add(Whole{}, x + i, kept + i, kAdjacent, SumAhead{}, size, read, sum);
+      Add(FullVector{}, x + i, kept + i, kAdjacent, SumAhead{}, size, read, sum);
       v += size;
     } while (v < vectors);
     if (rest.count != 0) Add(rest, x + end, kept + end, kAdjacent, Ahead<0>{}, 1, read, sum);
@@ -549,13 +549,13 @@ class SoftmaxKernels {
       V v[K];
     };
     template <int K, typename Access, typename In, typename Stride>
-    SOFTMAX2P_INLINE Results<K> At(const Access& access, const In* x, Nothing, Stride stride) const {
+    SOFTMAX2P_INLINE Results<K> At(const Access& access, const In* x, Discard, Stride stride) const {
       Results<K> r;
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) { r.v[k] = (access.Load(x + k * stride) - maximum) - log; }
       return r;
     }
   };
-  struct Itself {
+  struct Identity {
     template <typename Results, int K>
     SOFTMAX2P_INLINE void operator()(const Results& r, V (&y)[K]) const {
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = r.v[k];
@@ -591,22 +591,24 @@ class SoftmaxKernels {
 
   template <typename Source, typename In, typename Kept, typename Scaling>
   static SOFTMAX2P_INLINE void WriteRow(const Source& source, const In* x, Kept kept, E* y, std::int64_t n,
-                                        const Scaling& scaler, bool stream) {
+                                        const Scaling& scaler, bool non_temporal) {
     const auto part = [&](std::int64_t i, int count) {
-      const Leading some{count};
+      const Tail some{count};
       WriteSome<1>(some, some, source, x + i, kept + i, y + i, kAdjacent, Ahead<0>{}, scaler);
     };
     std::int64_t i = 0;
-    if (stream) {
+    if (non_temporal) {
       const std::int64_t head = ElementsToAlignment<V::kLanes>(y) < n ? ElementsToAlignment<V::kLanes>(y) : n;
       if (head != 0) part(0, static_cast<int>(head));
       i = head;
     }
     const std::int64_t vectors = (n - i) / V::kLanes;
-    if (stream) {
-      Write(Whole{}, PastCaches{}, source, x + i, kept + i, y + i, kAdjacent, WriteAhead{}, vectors, scaler);
+    if (non_temporal) {
+      Write(FullVector{}, NonTemporal{}, source, x + i, kept + i, y + i, kAdjacent, WriteAhead{}, vectors,
+            scaler);
     } else {
-      Write(Whole{}, Whole{}, source, x + i, kept + i, y + i, kAdjacent, WriteAhead{}, vectors, scaler);
+      Write(FullVector{}, FullVector{}, source, x + i, kept + i, y + i, kAdjacent, WriteAhead{}, vectors,
+            scaler);
     }
     i += vectors * V::kLanes;
     if (i < n) part(i, static_cast<int>(n - i));
@@ -656,8 +658,8 @@ class SoftmaxKernels {
   };
 
   static SOFTMAX2P_INLINE ShortSum SumShort(const T* x, T* kept, int n, int stride) {
-    LaneSum<V> sum(Maximum(Whole{}, x, stride, n));
-    Add(Whole{}, x, kept, stride, Ahead<0>{}, n, Plain{}, sum);
+    LaneSum<V> sum(Maximum(FullVector{}, x, stride, n));
+    Add(FullVector{}, x, kept, stride, Ahead<0>{}, n, Plain{}, sum);
     const V limit = V::Broadcast(ReductionFor<V>::kMaxExponent - 1), reference = sum.reference();
     LaneTotal<V> scale = sum.Total();
     scale.Invert();
@@ -666,13 +668,13 @@ class SoftmaxKernels {
 
   static SOFTMAX2P_INLINE void WriteShort(const ShortSum& sum, T* x, const T* kept, int n, int stride) {
     if (!sum.exact) return ShortColumnLessMaximum(x, n, stride);
-    Write(Whole{}, Whole{}, Reload(sum.scale.exponent), x, kept, x, stride, Ahead<0>{}, n,
+    Write(FullVector{}, FullVector{}, Reload(sum.scale.exponent), x, kept, x, stride, Ahead<0>{}, n,
           Scaler{sum.scale.hi, sum.scale.lo});
   }
 
   // The guard's way, in the lanes that need it: a maximum of 0 changes nothing in the others.
   static void ShortColumnLessMaximum(T* x, int n, int stride) {
-    const V maximum = Maximum(Whole{}, x, stride, n);
+    const V maximum = Maximum(FullVector{}, x, stride, n);
     T lanes[V::kLanes], references[V::kLanes];
     maximum.Store(lanes);
     LaneSum<V>(maximum).reference().Store(references);
@@ -683,7 +685,7 @@ class SoftmaxKernels {
       if (infinite[l] || size < ReductionFor<V>::kMaxExponent) lanes[l] = 0;
     }
     LaneSum<V> sum(maximum - V::Load(lanes));
-    Add(Whole{}, x, Nothing{}, stride, Ahead<0>{}, n, Less{V::Load(lanes)}, sum);
+    Add(FullVector{}, x, Discard{}, stride, Ahead<0>{}, n, Less{V::Load(lanes)}, sum);
     LaneTotal<V> scale = sum.Total();
     scale.Invert();
     T hi[V::kLanes];
@@ -691,8 +693,8 @@ class SoftmaxKernels {
     for (int l = 0; l < V::kLanes; ++l) {
       if (infinite[l]) hi[l] = kInfinity - kInfinity;
     }
-    Write(Whole{}, Whole{}, Recompute<Less>(scale.exponent, Less{V::Load(lanes)}), x, Nothing{}, x, stride,
-          Ahead<0>{}, n, Scaler{V::Load(hi), scale.lo});
+    Write(FullVector{}, FullVector{}, Recompute<Less>(scale.exponent, Less{V::Load(lanes)}), x, Discard{}, x,
+          stride, Ahead<0>{}, n, Scaler{V::Load(hi), scale.lo});
   }
 
   // tile[i * kLanes + l] = x[l * m + i], for l < count.
@@ -708,13 +710,13 @@ class SoftmaxKernels {
     Transpose(rows, m, tile);
   }
 
-  static SOFTMAX2P_INLINE void StoreTile(const T* tile, int count, int m, E* y, bool past_caches) {
+  static SOFTMAX2P_INLINE void StoreTile(const T* tile, int count, int m, E* y, bool non_temporal) {
     if constexpr (std::is_same_v<E, T>) {
-      if (count == V::kLanes && !past_caches) return TransposeBack(tile, m, y);
+      if (count == V::kLanes && !non_temporal) return TransposeBack(tile, m, y);
     }
     T rows[kShort * V::kLanes];
     TransposeBack(tile, m, rows);
-    if (count == V::kLanes && past_caches) {
+    if (count == V::kLanes && non_temporal) {
       for (int i = 0; i < m * V::kLanes; i += V::kLanes) V::Load(rows + i).Stream(y + i);
     } else {
       ForVectors(count * m,

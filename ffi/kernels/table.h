@@ -107,18 +107,19 @@ struct KernelTable {
   // Where `kept` is not null, s of every e^x = (1 + s)·2^n is written there, for row_write; ignored where the
   // maximum is subtracted. It may be y.
   RowSum<T> (*row_sum)(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum);
-  // `stream` writes past the caches.
-  void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale, bool stream);
+  // `non_temporal` writes past the caches.
+  void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
+                    bool non_temporal);
   // y = (x - maximum) - log.
-  void (*row_write_log)(const E* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream);
+  void (*row_write_log)(const E* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool non_temporal);
 
   // Rows that a scale, a bias or a mask were applied to, as T: kernels.Of<T>() has the rest. Returns the
   // largest.
   T (*fuse)(const FuseRun<E>& run, T* z, std::int64_t n);
   void (*fused_row_write)(const T* z, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
-                          bool stream);
-  void (*fused_row_write_log)(const T* z, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream);
-  void (*fused_short_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool stream);
+                          bool non_temporal);
+  void (*fused_row_write_log)(const T* z, E* y, std::int64_t n, const RowLogSum<T>& sum, bool non_temporal);
+  void (*fused_short_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
 
   // Panels, of kMaxPanelRows at most. `maximum` and `subtract` are null, or have an element a column; both
   // mean what KnownMaximum says.
@@ -130,8 +131,8 @@ struct KernelTable {
   void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelTotals<T>& scales,
                       const T* subtract);
 
-  // Whole matrices [outer, n, inner] of n·inner <= kShort.
-  void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool stream);
+  // FullVector matrices [outer, n, inner] of n·inner <= kShort.
+  void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
 
   // Rows of n <= kShort, of which E or T: their log-sums, maximum + log + rest, log NaN where the guard must
   // help; and factor·e^((x - hi) - lo), or, with null for factor, (x - hi) - lo.
@@ -140,7 +141,7 @@ struct KernelTable {
   void (*fused_short_less)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
                            const T* factor);
 
-  // Whole columns of n <= kShort elements, `width` of them side by side.
+  // FullVector columns of n <= kShort elements, `width` of them side by side.
   void (*short_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
 
   // Columns, `stride` apart from element to element, as contiguous rows and back.
@@ -153,9 +154,9 @@ struct KernelTable {
   CompensatedSum (*total)(const E* t, std::int64_t n);
   // out = t - p.
   void (*less)(const E* t, const T* p, E* out, std::int64_t n);
-  // The Jacobian of softmax. `stream` writes past the caches.
+  // The Jacobian of softmax. `non_temporal` writes past the caches.
   void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot,
-                         bool stream);
+                         bool non_temporal);
 };
 
 // More rows would cost a sum its accuracy: see LaneSum.

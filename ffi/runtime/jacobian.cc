@@ -20,7 +20,7 @@ DoubleDouble<T> SplitDot(const CompensatedSum& dot) {
 
 template <typename E>
 void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
-                  std::int64_t rows, std::int64_t n, bool stream) {
+                  std::int64_t rows, std::int64_t n, bool non_temporal) {
   ForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
     const Segments segments(for_segments, n);
     for (std::int64_t r = first; r < end; ++r) {
@@ -31,11 +31,11 @@ void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y,
           },
           [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); }));
       segments.ForEach(Order::kForward, [&](std::int64_t begin, std::int64_t size) {
-        kernels.jacobian_write(y_row + begin, t_row + begin, out + r * n + begin, size, dot, stream);
-        if (stream && n > kSegment) FinishStreaming();
+        kernels.jacobian_write(y_row + begin, t_row + begin, out + r * n + begin, size, dot, non_temporal);
+        if (non_temporal && n > kSegment) FenceNonTemporalStores();
       });
     }
-    if (stream) FinishStreaming();
+    if (non_temporal) FenceNonTemporalStores();
   });
 }
 

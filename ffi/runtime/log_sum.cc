@@ -148,7 +148,7 @@ void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E*
     };
     return ForColumnLogits(kernels, executor, logits, y, some);
   }
-  const bool stream = IsFar(logits);
+  const bool non_temporal = IsFar(logits);
   const E masked = FromDouble<E>(-std::numeric_limits<double>::infinity());
   if (IsShort(logits)) return ShortLogSoftmax(kernels, executor, logits, y, hi, lo, masked);
   ForLogits(kernels, executor, logits,
@@ -156,11 +156,11 @@ void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E*
               const LogTotal<T> total = LogTotalOf(kernels.Of<E>(), row, segments);
               WriteLogSum(total, row, hi + r, lo + r);
               E* const results = y + r * logits.n + row.begin();
-              segments.ForEach(stream ? Order::kForward : Order::kBackward,
-                               [&](std::int64_t at, std::int64_t size) {
-                                 row.WriteLog(at, size, results + at, {total.maximum, total.log}, stream);
-                                 if (stream) FinishStreaming();
-                               });
+              segments.ForEach(
+                  non_temporal ? Order::kForward : Order::kBackward, [&](std::int64_t at, std::int64_t size) {
+                    row.WriteLog(at, size, results + at, {total.maximum, total.log}, non_temporal);
+                    if (non_temporal) FenceNonTemporalStores();
+                  });
               if (!logits.Masked()) return;
               if (std::isnan(total.log)) {
                 row.FillMasked(y + r * logits.n, masked);

@@ -223,7 +223,7 @@ void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
     return ForColumnLogits(kernels, executor, logits, y, some);
   }
   if (IsShort(logits)) return ShortLogSumVjp(kernels, executor, logits, sums, factor, y);
-  const bool stream = IsFar(logits);
+  const bool non_temporal = IsFar(logits);
   const int max_exponent = kernels.Of<E>().max_exponent;
   ForLogits(kernels, executor, logits,
             [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
@@ -232,8 +232,8 @@ void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
               E* const row_y = y + r * logits.n;
               const Label<E> label(row, logits.n, LabelOf(sums, r));
               segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
-                row.Write(at, size, nullptr, row_y + row.begin() + at, scale, stream);
-                if (stream) FinishStreaming();
+                row.Write(at, size, nullptr, row_y + row.begin() + at, scale, non_temporal);
+                if (non_temporal) FenceNonTemporalStores();
               });
               if (logits.Masked()) {
                 if (std::isfinite(hi) && std::isfinite(factor[r])) {

@@ -110,19 +110,19 @@ class LogitsRow {
 
   // y is where the first of these elements' results go.
   void Write(std::int64_t at, std::int64_t size, const T* kept, E* y, const RowScale<T>& scale,
-             bool stream) const {
+             bool non_temporal) const {
     const KernelTable<E>& own = kernels_->Of<E>();
-    if (plain_) return own.row_write(run_.x + at, kept, y, size, scale, stream);
+    if (plain_) return own.row_write(run_.x + at, kept, y, size, scale, non_temporal);
     ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T) {
-      own.fused_row_write(z, kept == nullptr ? nullptr : kept + i, y + i, count, scale, stream);
+      own.fused_row_write(z, kept == nullptr ? nullptr : kept + i, y + i, count, scale, non_temporal);
     });
   }
 
-  void WriteLog(std::int64_t at, std::int64_t size, E* y, const RowLogSum<T>& sum, bool stream) const {
+  void WriteLog(std::int64_t at, std::int64_t size, E* y, const RowLogSum<T>& sum, bool non_temporal) const {
     const KernelTable<E>& own = kernels_->Of<E>();
-    if (plain_) return own.row_write_log(run_.x + at, y, size, sum, stream);
+    if (plain_) return own.row_write_log(run_.x + at, y, size, sum, non_temporal);
     ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T) {
-      own.fused_row_write_log(z, y + i, count, sum, stream);
+      own.fused_row_write_log(z, y + i, count, sum, non_temporal);
     });
   }
 
@@ -283,13 +283,14 @@ RowSum<ComputeOf<E>> SumOf(const LogitsRow<E>& row, const Segments& segments, Co
 // y is where the first element's result goes.
 template <typename E>
 void WriteOf(const LogitsRow<E>& row, const Segments& segments, const ComputeOf<E>* kept, E* y,
-             const RowScale<ComputeOf<E>>& scale, bool stream) {
+             const RowScale<ComputeOf<E>>& scale, bool non_temporal) {
   // In the caches, what pass 1 did last is nearest: 2^20 float32 on two threads took 0.098 ns an element so,
   // and 0.110 forward. From memory, forward is faster: 0.26 against 0.29, at 2^24 on one (Zen 5).
-  segments.ForEach(stream ? Order::kForward : Order::kBackward, [&](std::int64_t at, std::int64_t size) {
-    row.Write(at, size, kept == nullptr ? nullptr : kept + at, y + at, scale, stream);
-    if (stream && row.size() > kSegment) FinishStreaming();
-  });
+  segments.ForEach(non_temporal ? Order::kForward : Order::kBackward,
+                   [&](std::int64_t at, std::int64_t size) {
+                     row.Write(at, size, kept == nullptr ? nullptr : kept + at, y + at, scale, non_temporal);
+                     if (non_temporal && row.size() > kSegment) FenceNonTemporalStores();
+                   });
 }
 
 // Pass 1, and the guard: where the row's largest element takes the sum out of the range in which kernels are

@@ -14,11 +14,11 @@ namespace {
 double ValueOf(const RowSum<float>& total) { return std::ldexp(total.sum.mantissa.hi, total.sum.exponent); }
 
 void WriteResult(const LogitsRow<float>& row, const Segments& segments, const float* kept, float* y,
-                 float maximum, bool stream) {
+                 float maximum, bool non_temporal) {
   RowScale<float> scale{};
   scale.hi = 1;
   scale.exponent = static_cast<int>(std::floor(maximum * 1.44269504F));
-  WriteOf(row, segments, kept, y, scale, stream);
+  WriteOf(row, segments, kept, y, scale, non_temporal);
 }
 
 }  // namespace
@@ -33,7 +33,7 @@ std::optional<double> RunPass(const Kernels& kernels, Executor& executor, Pass p
   const LogitsRow<float> row(kernels, logits, 0, nullptr);
   const Segments segments(executor, n);
   const auto streams = [&](Algorithm algorithm) {
-    return PlanSoftmax<float>(algorithm, {1, n, 1}, kernels.f32.lanes).stream;
+    return PlanSoftmax<float>(algorithm, {1, n, 1}, kernels.f32.lanes).non_temporal;
   };
   const KnownMaximum<float> known{KnownMaximum<float>::kReference, maximum};
   switch (pass) {

@@ -34,7 +34,7 @@ SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes) {
       plan.maximum_first = plan.reload = true;
       break;
   }
-  plan.stream = far && (near_row || !plan.reload);
+  plan.non_temporal = far && (near_row || !plan.reload);
   return plan;
 }
 
@@ -46,13 +46,13 @@ void ShortRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& pl
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
   ForShortRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
-    kernels.Of<E>().fused_short_matrices(z, y + first * n, count, static_cast<int>(n), 1, plan.stream);
+    kernels.Of<E>().fused_short_matrices(z, y + first * n, count, static_cast<int>(n), 1, plan.non_temporal);
     for (std::int64_t r = first; logits.Masked() && r < first + count; ++r) {
       if (std::isnan(Widen(y[r * n]))) {
         LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});
       }
     }
-    if (plan.stream) FinishStreaming();
+    if (plan.non_temporal) FenceNonTemporalStores();
   });
 }
 
@@ -69,8 +69,8 @@ void Softmax(const Kernels& all, Executor& executor, Algorithm algorithm, const 
   if (matrix <= kShort) {
     ForWholeRows(executor, layout.outer, matrix, [&](std::int64_t first, std::int64_t end) {
       kernels.short_matrices(x + first * matrix, y + first * matrix, end - first, static_cast<int>(layout.n),
-                             static_cast<int>(layout.inner), plan.stream);
-      if (plan.stream) FinishStreaming();
+                             static_cast<int>(layout.inner), plan.non_temporal);
+      if (plan.non_temporal) FenceNonTemporalStores();
     });
   } else if (layout.inner == 1) {
     Logits<E> logits;
@@ -100,7 +100,7 @@ void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algor
   }
   SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout, kernels.Of<E>().lanes);
   // Lines that are half result and half zeros would go to memory twice.
-  if (logits.Banded()) plan.stream = false;
+  if (logits.Banded()) plan.non_temporal = false;
   if (logits.n <= kShort) {
     ShortRows(kernels, executor, plan, logits, y);
   } else {

@@ -15,7 +15,7 @@ namespace jax_softmax2p {
 struct SoftmaxPlan {
   bool maximum_first;  // three passes
   bool reload;         // what pass 1 computes of every exponential is kept, and loaded for the result
-  bool stream;         // y is written past the caches
+  bool non_temporal;   // y is written past the caches
 };
 
 // `lanes` is KernelTable::lanes.

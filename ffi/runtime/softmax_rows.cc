@@ -51,7 +51,7 @@ class Rows {
     // y will do for what pass 1 keeps, unless x is still needed there, or it has no room for a T, or must not
     // come into the caches. Without memory for scratch the row is recomputed instead.
     const bool reload = plan_.reload && whole;
-    const bool in_y = std::is_same_v<E, T> && logits_.x != y && !plan_.stream;
+    const bool in_y = std::is_same_v<E, T> && logits_.x != y && !plan_.non_temporal;
     const std::int64_t for_kept = reload && !in_y ? turns * n : 0, for_fused = fused && whole ? turns * n : 0;
     const std::unique_ptr<T[]> scratch(
         for_kept + for_fused == 0 ? nullptr : new (std::nothrow) T[for_kept + for_fused]);
@@ -86,7 +86,7 @@ class Rows {
         Write(one, kept(r, one), y + r * n, scale);
       }
     }
-    if (plan_.stream) FinishStreaming();
+    if (plan_.non_temporal) FenceNonTemporalStores();
   }
 
  private:
@@ -97,7 +97,7 @@ class Rows {
 
   // Pass 2.
   void Write(const LogitsRow<E>& row, const T* kept, E* y, const RowScale<T>& scale) const {
-    WriteOf(row, Segments(executor_, row.size()), kept, y + row.begin(), scale, plan_.stream);
+    WriteOf(row, Segments(executor_, row.size()), kept, y + row.begin(), scale, plan_.non_temporal);
     if (!logits_.Masked()) return;
     if (std::isnan(scale.hi)) {
       row.FillMasked(y, E{});

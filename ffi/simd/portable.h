@@ -9,7 +9,8 @@
 //   LoadPartial          the first `count` elements (0 <= count < kLanes), the rest `fill`; touches no others
 //   StorePartial         likewise
 //   Stream               a Store past the caches, to an address aligned to what a vector takes there; the
-//                        caller ends with FinishStreaming() of runtime/memory.h. A Store where there is none
+//                        caller ends with FenceNonTemporalStores() of runtime/memory.h. A Store where there
+//                        is none
 //   LoadTransposed            kTransposeRows adjacent elements (16 bytes) from each of kLanes rows `stride`
 //   apart, as kTransposeRows
 //                        vectors: lane l of columns[c] is p[l * stride + c]. StoreTransposed is its inverse
