@@ -38,8 +38,8 @@ class SoftmaxKernels {
   static constexpr int kRowBlock = 128;
   // The same for each of the columns of a panel, which take turns: 16 KiB of float32 in all.
   static constexpr int kPanelBlock = 4096;
-  // See ShortMatrices.
-  static constexpr int kMostTiles = 4;
+  // See SmallMatrices.
+  static constexpr int kMaxTiles = 4;
   static constexpr int kPanelVectors = kPanelWidth / V::kLanes;
   // How many vectors ahead the passes fetch from memory what they will read, by the time that finding a
   // block's maximum needs it. Zen 5, 2^26 float32, ns an element, AVX-512: Sum .239 without, .152 at 128,
@@ -98,35 +98,35 @@ class SoftmaxKernels {
     WriteRow(less, x, Discard{}, y, n, Identity{}, non_temporal);
   }
 
-  // FullVector softmaxes of `outer` small matrices of n·inner <= kShort elements along their first axis,
+  // FullVector softmaxes of `outer` small matrices of n·inner <= kMaxSmall elements along their first axis,
   // kLanes matrices at a time, one a lane: they are transposed into a tile, and back.
   template <typename In>
-  static void ShortMatrices(const In* x, E* y, std::int64_t outer, int n, int inner, bool non_temporal) {
+  static void SmallMatrices(const In* x, E* y, std::int64_t outer, int n, int inner, bool non_temporal) {
     const int m = n * inner;
     // A column of a tile is a chain of dependent operations from its first element to its last result. As
     // many tiles as fit are worked on together, so that the CPU has several chains to choose from.
-    const int together = kShort / m < kMostTiles ? kShort / m : kMostTiles;
+    const int together = kMaxSmall / m < kMaxTiles ? kMaxSmall / m : kMaxTiles;
     const bool non_temporal = non_temporal && ElementsToAlignment<V::kLanes>(y) == 0;
-    T tiles[kShort * V::kLanes], kept[kShort * V::kLanes];
+    T tiles[kMaxSmall * V::kLanes], kept[kMaxSmall * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += together * V::kLanes) {
       const std::int64_t rest = outer - first, most = together * V::kLanes;
       const int count = static_cast<int>(rest < most ? rest : most);
       for (int o = 0; o < count; o += V::kLanes) {
         LoadTile(x + (first + o) * m, TileCount(count - o), m, tiles + o * m);
       }
-      ShortTiles(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, inner);
+      SmallTiles(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, inner);
       for (int o = 0; o < count; o += V::kLanes) {
         StoreTile(tiles + o * m, TileCount(count - o), m, y + (first + o) * m, non_temporal);
       }
     }
   }
 
-  // The logs of the sums of e^x of `outer` rows of n <= kShort elements, as maximum + log + rest, kLanes rows
-  // at a time; the log is NaN where the guard wants the row to take another way.
+  // The logs of the sums of e^x of `outer` rows of n <= kMaxSmall elements, as maximum + log + rest, kLanes
+  // rows at a time; the log is NaN where the guard wants the row to take another way.
   template <typename In>
-  static void ShortLogSums(const In* x, std::int64_t outer, int n, T* maximum, T* log, T* rest) {
+  static void SmallLogSums(const In* x, std::int64_t outer, int n, T* maximum, T* log, T* rest) {
     using InTile = SoftmaxKernels<V, T>;
-    T tile[kShort * V::kLanes];
+    T tile[kMaxSmall * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {
       const int count = TileCount(outer - first);
       LoadTile(x + first * n, count, n, tile);
@@ -163,9 +163,9 @@ class SoftmaxKernels {
   // y = factor·e^((x - hi) - lo), or, where factor is null, y = (x - hi) - lo, of such rows, with one
   // of each a row.
   template <typename In>
-  static void ShortLess(const In* x, E* y, std::int64_t outer, int n, const T* hi, const T* lo,
+  static void SmallLess(const In* x, E* y, std::int64_t outer, int n, const T* hi, const T* lo,
                         const T* factor) {
-    T tile[kShort * V::kLanes];
+    T tile[kMaxSmall * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {
       const int count = TileCount(outer - first);
       const Tail some{count};
@@ -184,11 +184,11 @@ class SoftmaxKernels {
     }
   }
 
-  // FullVector softmaxes of `width` columns of n <= kShort elements, `stride` apart: without ends to merge
+  // FullVector softmaxes of `width` columns of n <= kMaxSmall elements, `stride` apart: without ends to merge
   // and totals to keep, which are what takes the time there.
-  static void ShortColumns(const E* x, E* y, std::int64_t stride, int n, int width) {
-    const int together = kShort / n < kMostTiles ? kShort / n : kMostTiles;
-    T tiles[kShort * V::kLanes], kept[kShort * V::kLanes];
+  static void SmallColumns(const E* x, E* y, std::int64_t stride, int n, int width) {
+    const int together = kMaxSmall / n < kMaxTiles ? kMaxSmall / n : kMaxTiles;
+    T tiles[kMaxSmall * V::kLanes], kept[kMaxSmall * V::kLanes];
     for (int first = 0; first < width; first += together * V::kLanes) {
       const int rest = width - first, most = together * V::kLanes;
       const int count = rest < most ? rest : most;
@@ -196,7 +196,7 @@ class SoftmaxKernels {
         T* const tile = tiles + v * n * V::kLanes;
         for (int i = 0; i < n; ++i) access.Load(x + i * stride + first + at, 0).Store(tile + i * V::kLanes);
       });
-      ShortTiles(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, 1);
+      SmallTiles(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, 1);
       ForVectors(count, [&](int v, int at, const auto& access) {
         const T* const tile = tiles + v * n * V::kLanes;
         for (int i = 0; i < n; ++i) access.Store(V::Load(tile + i * V::kLanes), y + i * stride + first + at);
@@ -634,30 +634,30 @@ class SoftmaxKernels {
   static SOFTMAX2P_INLINE int TileCount(int rest) { return rest < V::kLanes ? rest : V::kLanes; }
 
   // In place, in tiles one after the other.
-  static SOFTMAX2P_INLINE void ShortTiles(T* tiles, T* kept, int count, int n, int inner) {
+  static SOFTMAX2P_INLINE void SmallTiles(T* tiles, T* kept, int count, int n, int inner) {
     using InTile = SoftmaxKernels<V, T>;
     const int stride = inner * V::kLanes, columns = count * inner;
     const auto at = [&](int column) { return column / inner * n * stride + column % inner * V::kLanes; };
-    for (int first = 0; first < columns; first += kMostTiles) {
-      const int some = columns - first < kMostTiles ? columns - first : kMostTiles;
-      typename InTile::ShortSum sums[kMostTiles];
+    for (int first = 0; first < columns; first += kMaxTiles) {
+      const int some = columns - first < kMaxTiles ? columns - first : kMaxTiles;
+      typename InTile::SmallSum sums[kMaxTiles];
       for (int c = 0; c < some; ++c) {
         const int i = at(first + c);
-        sums[c] = InTile::SumShort(tiles + i, kept + i, n, stride);
+        sums[c] = InTile::SumSmall(tiles + i, kept + i, n, stride);
       }
       for (int c = 0; c < some; ++c) {
         const int i = at(first + c);
-        InTile::WriteShort(sums[c], tiles + i, kept + i, n, stride);
+        InTile::WriteSmall(sums[c], tiles + i, kept + i, n, stride);
       }
     }
   }
 
-  struct ShortSum {
+  struct SmallSum {
     LaneTotal<V> scale;
     bool exact;
   };
 
-  static SOFTMAX2P_INLINE ShortSum SumShort(const T* x, T* kept, int n, int stride) {
+  static SOFTMAX2P_INLINE SmallSum SumSmall(const T* x, T* kept, int n, int stride) {
     LaneSum<V> sum(Maximum(FullVector{}, x, stride, n));
     Add(FullVector{}, x, kept, stride, Ahead<0>{}, n, Plain{}, sum);
     const V limit = V::Broadcast(ReductionFor<V>::kMaxExponent - 1), reference = sum.reference();
@@ -666,14 +666,14 @@ class SoftmaxKernels {
     return {scale, !AnyGreater(reference, limit) && !AnyGreater(V::Broadcast(0) - limit, reference)};
   }
 
-  static SOFTMAX2P_INLINE void WriteShort(const ShortSum& sum, T* x, const T* kept, int n, int stride) {
-    if (!sum.exact) return ShortColumnLessMaximum(x, n, stride);
+  static SOFTMAX2P_INLINE void WriteSmall(const SmallSum& sum, T* x, const T* kept, int n, int stride) {
+    if (!sum.exact) return SmallColumnLessMaximum(x, n, stride);
     Write(FullVector{}, FullVector{}, Reload(sum.scale.exponent), x, kept, x, stride, Ahead<0>{}, n,
           Scaler{sum.scale.hi, sum.scale.lo});
   }
 
   // The guard's way, in the lanes that need it: a maximum of 0 changes nothing in the others.
-  static void ShortColumnLessMaximum(T* x, int n, int stride) {
+  static void SmallColumnLessMaximum(T* x, int n, int stride) {
     const V maximum = Maximum(FullVector{}, x, stride, n);
     T lanes[V::kLanes], references[V::kLanes];
     maximum.Store(lanes);
@@ -703,7 +703,7 @@ class SoftmaxKernels {
     if constexpr (std::is_same_v<In, T>) {
       if (count == V::kLanes) return Transpose(x, m, tile);
     }
-    T rows[kShort * V::kLanes];
+    T rows[kMaxSmall * V::kLanes];
     const int elements = count * m;
     ForVectors(elements, [&](int, int at, const auto& access) { access.Load(x + at).Store(rows + at); });
     for (int i = (elements + V::kLanes - 1) / V::kLanes * V::kLanes; i < m * V::kLanes; ++i) rows[i] = 0;
@@ -714,7 +714,7 @@ class SoftmaxKernels {
     if constexpr (std::is_same_v<E, T>) {
       if (count == V::kLanes && !non_temporal) return TransposeBack(tile, m, y);
     }
-    T rows[kShort * V::kLanes];
+    T rows[kMaxSmall * V::kLanes];
     TransposeBack(tile, m, rows);
     if (count == V::kLanes && non_temporal) {
       for (int i = 0; i < m * V::kLanes; i += V::kLanes) V::Load(rows + i).Stream(y + i);

@@ -11,10 +11,10 @@
 
 namespace jax_softmax2p {
 
-// The longest matrices, in elements, for KernelTable::short_matrices. Rows of 96 take 0.30 ns an element in
+// The longest matrices, in elements, for KernelTable::small_matrices. Rows of 96 take 0.30 ns an element in
 // it and 0.55 by themselves, rows of 128 0.29 and 0.44 (Zen 5, float32, AVX-512; AVX2: 0.46 and 0.65, 0.62
 // and 0.59).
-inline constexpr int kShort = 128;
+inline constexpr int kMaxSmall = 128;
 // The most columns that a Panel has.
 inline constexpr int kPanelWidth = 256;
 
@@ -119,7 +119,7 @@ struct KernelTable {
   void (*fused_row_write)(const T* z, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
                           bool non_temporal);
   void (*fused_row_write_log)(const T* z, E* y, std::int64_t n, const RowLogSum<T>& sum, bool non_temporal);
-  void (*fused_short_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
+  void (*fused_small_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
 
   // Panels, of kMaxPanelRows at most. `maximum` and `subtract` are null, or have an element a column; both
   // mean what KnownMaximum says.
@@ -131,18 +131,18 @@ struct KernelTable {
   void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelTotals<T>& scales,
                       const T* subtract);
 
-  // FullVector matrices [outer, n, inner] of n·inner <= kShort.
-  void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
+  // FullVector matrices [outer, n, inner] of n·inner <= kMaxSmall.
+  void (*small_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
 
-  // Rows of n <= kShort, of which E or T: their log-sums, maximum + log + rest, log NaN where the guard must
-  // help; and factor·e^((x - hi) - lo), or, with null for factor, (x - hi) - lo.
-  void (*short_log_sums)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
-  void (*short_less)(const E* x, E* y, std::int64_t rows, int n, const T* hi, const T* lo, const T* factor);
-  void (*fused_short_less)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
+  // Rows of n <= kMaxSmall, of which E or T: their log-sums, maximum + log + rest, log NaN where the guard
+  // must help; and factor·e^((x - hi) - lo), or, with null for factor, (x - hi) - lo.
+  void (*small_log_sums)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
+  void (*small_less)(const E* x, E* y, std::int64_t rows, int n, const T* hi, const T* lo, const T* factor);
+  void (*fused_small_less)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
                            const T* factor);
 
-  // FullVector columns of n <= kShort elements, `width` of them side by side.
-  void (*short_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
+  // FullVector columns of n <= kMaxSmall elements, `width` of them side by side.
+  void (*small_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
 
   // Columns, `stride` apart from element to element, as contiguous rows and back.
   void (*gather_columns)(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows);

@@ -46,21 +46,21 @@ void WriteLogSum(const LogTotal<ComputeOf<E>>& total, const LogitsRow<E>& row, C
   if (std::isnan(*hi) && std::isinf(total.maximum) && !row.HasNan()) *hi = total.maximum;
 }
 
-// Of rows of up to kShort elements, as ForShortRows hands them over. Those that the guard wants to go another
-// way do so.
+// Of rows of up to kMaxSmall elements, as ForSmallRows hands them over. Those that the guard wants to go
+// another way do so.
 template <typename E>
-class ShortLogTotals {
+class SmallLogTotals {
   using T = ComputeOf<E>;
 
  public:
-  ShortLogTotals(const Kernels& kernels, const Logits<E>& logits, std::int64_t first, std::int64_t count,
+  SmallLogTotals(const Kernels& kernels, const Logits<E>& logits, std::int64_t first, std::int64_t count,
                  const T* z)
       : kernels_(kernels), logits_(logits), first_(first), count_(count) {
     const int n = static_cast<int>(logits.n);
     if (z == nullptr) {
-      kernels.Of<E>().short_log_sums(logits.x + first * n, count, n, maximum, log, rest);
+      kernels.Of<E>().small_log_sums(logits.x + first * n, count, n, maximum, log, rest);
     } else {
-      kernels.Of<T>().short_log_sums(z, count, n, maximum, log, rest);
+      kernels.Of<T>().small_log_sums(z, count, n, maximum, log, rest);
     }
     InThisThread alone;
     for (std::int64_t i = 0; i < count; ++i) {
@@ -97,12 +97,12 @@ class ShortLogTotals {
 };
 
 template <typename E>
-void ShortLogSoftmax(const Kernels& kernels, Executor& executor, const Logits<E>& logits, E* y,
+void SmallLogSoftmax(const Kernels& kernels, Executor& executor, const Logits<E>& logits, E* y,
                      ComputeOf<E>* hi, ComputeOf<E>* lo, E masked) {
-  ForShortRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const ComputeOf<E>* z) {
-    const ShortLogTotals<E> totals(kernels, logits, first, count, z);
+  ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const ComputeOf<E>* z) {
+    const SmallLogTotals<E> totals(kernels, logits, first, count, z);
     totals.Write(hi, lo);
-    ShortLess<E>(kernels, logits, first, count, z, y + first * logits.n, totals.maximum, totals.log, nullptr);
+    SmallLess<E>(kernels, logits, first, count, z, y + first * logits.n, totals.maximum, totals.log, nullptr);
     for (std::int64_t i = 0; logits.Masked() && i < count; ++i) {
       if (!std::isnan(totals.log[i])) continue;
       totals.Row(i).FillMasked(y + (first + i) * logits.n, masked);
@@ -123,9 +123,9 @@ void LogSum(const Kernels& kernels, Executor& executor, Logits<E> logits, Comput
     };
     return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
   }
-  if (IsShort(logits)) {
-    ForShortRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
-      ShortLogTotals<E>(kernels, logits, first, count, z).Write(hi, lo);
+  if (IsSmall(logits)) {
+    ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
+      SmallLogTotals<E>(kernels, logits, first, count, z).Write(hi, lo);
     });
     return;
   }
@@ -150,7 +150,7 @@ void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E*
   }
   const bool non_temporal = IsFar(logits);
   const E masked = FromDouble<E>(-std::numeric_limits<double>::infinity());
-  if (IsShort(logits)) return ShortLogSoftmax(kernels, executor, logits, y, hi, lo, masked);
+  if (IsSmall(logits)) return SmallLogSoftmax(kernels, executor, logits, y, hi, lo, masked);
   ForLogits(kernels, executor, logits,
             [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
               const LogTotal<T> total = LogTotalOf(kernels.Of<E>(), row, segments);

@@ -86,17 +86,17 @@ LogSums<E> From(const LogSums<E>& sums, std::int64_t row) {
 }
 
 template <typename E>
-void ShortLogSumVjp(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+void SmallLogSumVjp(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
                     const LogSums<E>& sums, const ComputeOf<E>* factor, E* y) {
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
-  ForShortRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
+  ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
     std::vector<Label<E>> labels;
     if (sums.labels != nullptr) labels.reserve(static_cast<std::size_t>(count));
     for (std::int64_t r = first; sums.labels != nullptr && r < first + count; ++r) {
       labels.emplace_back(LogitsRow<E>(kernels, logits, r, nullptr), n, sums.labels + r);
     }
-    ShortLess(kernels, logits, first, count, z, y + first * n, sums.hi + first, sums.lo + first,
+    SmallLess(kernels, logits, first, count, z, y + first * n, sums.hi + first, sums.lo + first,
               factor + first);
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t r = first + i;
@@ -118,23 +118,23 @@ ComputeOf<E> LessLabel(const CompensatedSum& dot, const std::int32_t* label, con
   return static_cast<ComputeOf<E>>(sum);
 }
 
-// Calls body(row number, p of the row, without the factor) for rows of up to kShort elements.
+// Calls body(row number, p of the row, without the factor) for rows of up to kMaxSmall elements.
 template <typename E, typename Body>
-void ForShortProbabilities(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+void ForSmallProbabilities(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
                            const LogSums<E>& sums, const Body& body) {
   using T = ComputeOf<E>;
   const auto some = [&](std::int64_t first, std::int64_t count, const T* z) {
     T p[kFusedBlock], ones[kFusedBlock];
     std::fill(ones, ones + count, T{1});
-    ShortLess<E, T>(kernels, logits, first, count, z, p, sums.hi + first, sums.lo + first, ones);
+    SmallLess<E, T>(kernels, logits, first, count, z, p, sums.hi + first, sums.lo + first, ones);
     for (std::int64_t i = 0; i < count; ++i) body(first + i, p + i * logits.n);
   };
-  ForShortRows(kernels, executor, logits, some, true);
+  ForSmallRows(kernels, executor, logits, some, true);
 }
 
-// <1, t> of up to kShort elements: in double floats need no more, and no vectors.
+// <1, t> of up to kMaxSmall elements: in double floats need no more, and no vectors.
 template <typename E>
-double ShortTotal(const KernelTable<E>& kernels, const E* t, std::int64_t n) {
+double SmallTotal(const KernelTable<E>& kernels, const E* t, std::int64_t n) {
   if constexpr (std::is_same_v<E, double>) {
     const CompensatedSum total = kernels.total(t, n);
     return total.hi + total.lo;
@@ -184,8 +184,8 @@ void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
     };
     return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
   }
-  if (IsShort(logits)) {
-    return ForShortProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, const T* p) {
+  if (IsSmall(logits)) {
+    return ForSmallProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, const T* p) {
       const E* const row_t = t + r * n;
       const bool masked_throughout = logits.Masked() && !std::isfinite(sums.hi[r]);
       const CompensatedSum dot = masked_throughout ? CompensatedSum{} : own.fused_dot(p, row_t, n);
@@ -222,7 +222,7 @@ void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
     };
     return ForColumnLogits(kernels, executor, logits, y, some);
   }
-  if (IsShort(logits)) return ShortLogSumVjp(kernels, executor, logits, sums, factor, y);
+  if (IsSmall(logits)) return SmallLogSumVjp(kernels, executor, logits, sums, factor, y);
   const bool non_temporal = IsFar(logits);
   const int max_exponent = kernels.Of<E>().max_exponent;
   ForLogits(kernels, executor, logits,
@@ -268,9 +268,9 @@ void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits,
     if (!logits.Masked()) return;
     std::isfinite(sums.hi[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});
   };
-  if (IsShort(logits)) {
-    return ForShortProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, T* p) {
-      const T factor = static_cast<T>(ShortTotal(own, t + r * n, n));
+  if (IsSmall(logits)) {
+    return ForSmallProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, T* p) {
+      const T factor = static_cast<T>(SmallTotal(own, t + r * n, n));
       for (std::int64_t i = 0; i < n; ++i) p[i] *= factor;
       own.less(t + r * n, p, out + r * n, n);
       if (logits.Masked()) fill_masked(LogitsRow<E>(kernels, logits, r, nullptr), r);

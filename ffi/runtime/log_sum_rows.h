@@ -38,19 +38,19 @@ void AdviseHugePagesFor(const Logits<E>& logits, E* y) {
 }
 
 template <typename E>
-bool IsShort(const Logits<E>& logits) {
-  return logits.n > 0 && logits.n <= kShort;
+bool IsSmall(const Logits<E>& logits) {
+  return logits.n > 0 && logits.n <= kMaxSmall;
 }
 
-// Kernel `short_less` for rows as ForShortRows hands them over, into rows of type Out, E or T.
+// Kernel `small_less` for rows as ForSmallRows hands them over, into rows of type Out, E or T.
 template <typename E, typename Out>
-void ShortLess(const Kernels& kernels, const Logits<E>& logits, std::int64_t first, std::int64_t count,
+void SmallLess(const Kernels& kernels, const Logits<E>& logits, std::int64_t first, std::int64_t count,
                const ComputeOf<E>* z, Out* y, const ComputeOf<E>* hi, const ComputeOf<E>* lo,
                const ComputeOf<E>* factor) {
   const KernelTable<Out>& table = kernels.Of<Out>();
   const int n = static_cast<int>(logits.n);
-  if (z != nullptr) return table.fused_short_less(z, y, count, n, hi, lo, factor);
-  if constexpr (std::is_same_v<E, Out>) table.short_less(logits.x + first * n, y, count, n, hi, lo, factor);
+  if (z != nullptr) return table.fused_small_less(z, y, count, n, hi, lo, factor);
+  if constexpr (std::is_same_v<E, Out>) table.small_less(logits.x + first * n, y, count, n, hi, lo, factor);
 }
 
 }  // namespace jax_softmax2p

@@ -313,10 +313,10 @@ RowTotal<ComputeOf<E>> TotalOf(const LogitsRow<E>& row, const Segments& segments
   return total;
 }
 
-// Calls body(first row, number of rows, z) for a few rows of up to kShort elements at a time, with their
+// Calls body(first row, number of rows, z) for a few rows of up to kMaxSmall elements at a time, with their
 // logits as T; z is null where no operand is to be applied, unless `always`.
 template <typename E, typename Body>
-void ForShortRows(const Kernels& kernels, Executor& executor, const Logits<E>& logits, const Body& body,
+void ForSmallRows(const Kernels& kernels, Executor& executor, const Logits<E>& logits, const Body& body,
                   bool always = false) {
   using T = ComputeOf<E>;
   const bool fused = !logits.Plain();

@@ -41,12 +41,12 @@ SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes) {
 namespace {
 
 template <typename E>
-void ShortRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
+void SmallRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
                E* y) {
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
-  ForShortRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
-    kernels.Of<E>().fused_short_matrices(z, y + first * n, count, static_cast<int>(n), 1, plan.non_temporal);
+  ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
+    kernels.Of<E>().fused_small_matrices(z, y + first * n, count, static_cast<int>(n), 1, plan.non_temporal);
     for (std::int64_t r = first; logits.Masked() && r < first + count; ++r) {
       if (std::isnan(Widen(y[r * n]))) {
         LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});
@@ -66,9 +66,9 @@ void Softmax(const Kernels& all, Executor& executor, Algorithm algorithm, const 
   if (size == 0) return;
   AdviseHugePages(y, static_cast<std::size_t>(size) * sizeof(E));
   const SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout, kernels.lanes);
-  if (matrix <= kShort) {
+  if (matrix <= kMaxSmall) {
     ForWholeRows(executor, layout.outer, matrix, [&](std::int64_t first, std::int64_t end) {
-      kernels.short_matrices(x + first * matrix, y + first * matrix, end - first, static_cast<int>(layout.n),
+      kernels.small_matrices(x + first * matrix, y + first * matrix, end - first, static_cast<int>(layout.n),
                              static_cast<int>(layout.inner), plan.non_temporal);
       if (plan.non_temporal) FenceNonTemporalStores();
     });
@@ -101,8 +101,8 @@ void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algor
   SoftmaxPlan plan = PlanSoftmax<E>(algorithm, layout, kernels.Of<E>().lanes);
   // Lines that are half result and half zeros would go to memory twice.
   if (logits.Banded()) plan.non_temporal = false;
-  if (logits.n <= kShort) {
-    ShortRows(kernels, executor, plan, logits, y);
+  if (logits.n <= kMaxSmall) {
+    SmallRows(kernels, executor, plan, logits, y);
   } else {
     SoftmaxRows(kernels, executor, plan, logits, y);
   }

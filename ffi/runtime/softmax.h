@@ -32,7 +32,7 @@ void Softmax(const Kernels& kernels, Executor& executor, Algorithm algorithm, co
 template <typename E>
 void SoftmaxOfLogits(const Kernels& kernels, Executor& executor, Algorithm algorithm, Logits<E> logits, E* y);
 
-// What these call for rows too long for KernelTable::short_matrices, and for columns.
+// What these call for rows too long for KernelTable::small_matrices, and for columns.
 template <typename E>
 void SoftmaxRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
                  E* y);

@@ -155,17 +155,17 @@ class ColumnPanel {
 };
 
 // Columns of so few elements are taken whole, many at a time: a panel's totals cost more than the columns do.
-constexpr std::int64_t kShortColumn = 32;
+constexpr std::int64_t kMaxSmallColumn = 32;
 
 template <typename E>
-void ShortColumns(const KernelTable<E>& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
+void SmallColumns(const KernelTable<E>& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
   const std::int64_t matrix = layout.n * layout.inner;
   const std::int64_t width = std::min<std::int64_t>(kPanelWidth, layout.inner);
   const std::int64_t abreast = CeilDiv(layout.inner, width);
   ForWholeRows(executor, layout.outer * abreast, matrix / abreast, [&](std::int64_t first, std::int64_t end) {
     for (std::int64_t p = first; p < end; ++p) {
       const std::int64_t column = p % abreast * width, at = p / abreast * matrix + column;
-      kernels.short_columns(x + at, y + at, layout.inner, static_cast<int>(layout.n),
+      kernels.small_columns(x + at, y + at, layout.inner, static_cast<int>(layout.n),
                             static_cast<int>(std::min(width, layout.inner - column)));
     }
   });
@@ -176,8 +176,8 @@ void ShortColumns(const KernelTable<E>& kernels, Executor& executor, const E* x,
 template <typename E>
 void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x,
                     E* y, const Layout& layout) {
-  if (layout.n <= kShortColumn && layout.inner >= kernels.lanes) {
-    return ShortColumns(kernels, executor, x, y, layout);
+  if (layout.n <= kMaxSmallColumn && layout.inner >= kernels.lanes) {
+    return SmallColumns(kernels, executor, x, y, layout);
   }
   const Folding folding(layout, kernels.lanes);
   // Wide, also where a panel then leaves the second-level cache between the passes: every row of a narrow one

@@ -99,8 +99,8 @@ class MemoryCheck {
                      const ScopedFloatMode mode;
                      const KernelTable<E>& own = c.kernels_->Of<E>();
                      const std::int64_t n = c.in_->layout.n, rows = c.in_->layout.outer;
-                     if (n <= kShort) {
-                       own.short_matrices(c.logits_.x, c.y_, rows, static_cast<int>(n), 1, true);
+                     if (n <= kMaxSmall) {
+                       own.small_matrices(c.logits_.x, c.y_, rows, static_cast<int>(n), 1, true);
                      } else {
                        own.row_write_log(c.logits_.x, c.y_, n * rows, {T{1}, T{2}}, true);
                      }

@@ -83,10 +83,10 @@ Way<E> ByAlgorithm(const NamedAlgorithm& named) {
 
 // Past the caches, which Softmax does for large arrays alone.
 template <typename E>
-Way<E> Streaming(bool maximum_first, bool reload, bool is_short) {
+Way<E> Streaming(bool maximum_first, bool reload, bool is_small) {
   const SoftmaxPlan plan{maximum_first, reload, true};
   return {std::string("streaming") + (maximum_first ? ", three passes" : "") + (reload ? ", reload" : ""),
-          is_short        ? kOwn
+          is_small        ? kOwn
           : maximum_first ? kThreePassBits
                           : kTwoPassBits,
           [plan](const Kernels& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
@@ -103,10 +103,10 @@ std::vector<Way<E>> WaysFor(const Layout& layout) {
   std::vector<Way<E>> ways;
   for (const NamedAlgorithm& named : kAlgorithms) ways.push_back(ByAlgorithm<E>(named));
   if (layout.inner != 1) return ways;
-  const bool is_short = layout.n <= kShort;
+  const bool is_small = layout.n <= kMaxSmall;
   for (const bool maximum_first : {false, true}) {
     for (const bool reload : {false, true}) {
-      ways.push_back(Streaming<E>(maximum_first, reload, is_short));
+      ways.push_back(Streaming<E>(maximum_first, reload, is_small));
     }
   }
   return ways;
@@ -263,7 +263,7 @@ void CheckSoftmax(const std::vector<const Kernels*>& all, bool quick, Report& re
     const std::vector<DataClass> classes = ClassesOf(extreme);
     for (const Layout& layout : layouts) {
       // Rows longer than these are computed one by one: extreme ones do not change what becomes of others.
-      if (extreme || layout.inner != 1 || layout.n <= kShort) check.Check(layout, classes);
+      if (extreme || layout.inner != 1 || layout.n <= kMaxSmall) check.Check(layout, classes);
     }
   }
 }
