@@ -11,7 +11,7 @@ namespace jax_softmax2p {
 
 // For elements E, computed in V.
 template <typename V, typename E>
-class FuseKernel {
+class ScaleBiasMaskKernel {
   using T = typename V::Scalar;
   // How far ahead to fetch what the passes will read: see softmax.h.
   static constexpr std::int64_t kAhead = 256 * V::kLanes;
@@ -19,31 +19,32 @@ class FuseKernel {
  public:
   // z = scale·x + bias, rounded once where V's Fma is, and `fill` where the mask is 0. Returns the largest,
   // NaNs passed over.
-  static T Fuse(const FuseRun<E>& run, T* z, std::int64_t n) {
-    return run.where == nullptr ? FuseWith<false>(run, z, n) : FuseWith<true>(run, z, n);
+  static T ApplyScaleBiasMask(const ScaleBiasMaskArgs<E>& args, T* z, std::int64_t n) {
+    return args.where == nullptr ? ApplyWith<false>(args, z, n) : ApplyWith<true>(args, z, n);
   }
 
  private:
   template <bool masked>
-  static SOFTMAX2P_INLINE T FuseWith(const FuseRun<E>& run, T* z, std::int64_t n) {
-    const V scale = V::Broadcast(run.scale), shift = V::Broadcast(run.shift), fill = V::Broadcast(run.fill);
+  static SOFTMAX2P_INLINE T ApplyWith(const ScaleBiasMaskArgs<E>& args, T* z, std::int64_t n) {
+    const V scale = V::Broadcast(args.scale), shift = V::Broadcast(args.shift),
+            fill = V::Broadcast(args.fill);
     V maximum = V::Broadcast(static_cast<T>(-__builtin_huge_val()));
     std::int64_t i = 0;
     for (; i + V::kLanes <= n; i += V::kLanes) {
-      __builtin_prefetch(run.x + i + kAhead);
-      V v = V::Load(run.x + i);
-      v = Fma(v, scale, run.bias != nullptr ? V::Load(run.bias + i) : shift);
-      if constexpr (masked) v = V::Where(run.where + i, v, fill);
+      __builtin_prefetch(args.x + i + kAhead);
+      V v = V::Load(args.x + i);
+      v = Fma(v, scale, args.bias != nullptr ? V::Load(args.bias + i) : shift);
+      if constexpr (masked) v = V::Where(args.where + i, v, fill);
       v.Store(z + i);
       maximum = Max(v, maximum);
     }
     const int rest = static_cast<int>(n - i);
     if (rest == 0) return maximum.ReduceMax();
-    V v = V::LoadPartial(run.x + i, rest, 0);
-    v = Fma(v, scale, run.bias != nullptr ? V::LoadPartial(run.bias + i, rest, 0) : shift);
+    V v = V::LoadPartial(args.x + i, rest, 0);
+    v = Fma(v, scale, args.bias != nullptr ? V::LoadPartial(args.bias + i, rest, 0) : shift);
     if constexpr (masked) {
       std::uint8_t where[V::kLanes] = {};
-      std::memcpy(where, run.where + i, static_cast<std::size_t>(rest));
+      std::memcpy(where, args.where + i, static_cast<std::size_t>(rest));
       v = V::Where(where, v, fill);
     }
     v.StorePartial(z + i, rest);

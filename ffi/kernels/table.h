@@ -61,7 +61,7 @@ struct PanelTotals {
 // A stretch of a row, and what is applied to it: `where` and `bias` have an element for each of x's, or are
 // null: nothing is masked, or `shift` is the bias.
 template <typename E>
-struct FuseRun {
+struct ScaleBiasMaskArgs {
   const E* x;
   const E* bias;
   const std::uint8_t* where;
@@ -115,11 +115,11 @@ struct KernelTable {
 
   // Rows that a scale, a bias or a mask were applied to, as T: kernels.Of<T>() has the rest. Returns the
   // largest.
-  T (*fuse)(const FuseRun<E>& run, T* z, std::int64_t n);
-  void (*fused_row_write)(const T* z, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
-                          bool non_temporal);
-  void (*fused_row_write_log)(const T* z, E* y, std::int64_t n, const RowLogSum<T>& sum, bool non_temporal);
-  void (*fused_small_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
+  T (*apply_scale_bias_mask)(const ScaleBiasMaskArgs<E>& args, T* z, std::int64_t n);
+  void (*logits_row_write)(const T* z, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
+                           bool non_temporal);
+  void (*logits_row_write_log)(const T* z, E* y, std::int64_t n, const RowLogSum<T>& sum, bool non_temporal);
+  void (*logits_small_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
 
   // Panels, of kMaxPanelRows at most. `maximum` and `subtract` are null, or have an element a column; both
   // mean what KnownMaximum says.
@@ -138,8 +138,8 @@ struct KernelTable {
   // must help; and factor·e^((x - hi) - lo), or, with null for factor, (x - hi) - lo.
   void (*small_log_sums)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
   void (*small_less)(const E* x, E* y, std::int64_t rows, int n, const T* hi, const T* lo, const T* factor);
-  void (*fused_small_less)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
-                           const T* factor);
+  void (*logits_small_less)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
+                            const T* factor);
 
   // FullVector columns of n <= kMaxSmall elements, `width` of them side by side.
   void (*small_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
@@ -150,7 +150,7 @@ struct KernelTable {
 
   // Derivatives, over contiguous rows. <y, t>, the same for y as T, and <1, t>:
   CompensatedSum (*dot)(const E* y, const E* t, std::int64_t n);
-  CompensatedSum (*fused_dot)(const T* y, const E* t, std::int64_t n);
+  CompensatedSum (*logits_dot)(const T* y, const E* t, std::int64_t n);
   CompensatedSum (*total)(const E* t, std::int64_t n);
   // out = t - p.
   void (*less)(const E* t, const T* p, E* out, std::int64_t n);

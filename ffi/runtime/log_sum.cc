@@ -87,7 +87,7 @@ class SmallLogTotals {
     }
   }
 
-  T maximum[kFusedBlock], log[kFusedBlock], rest[kFusedBlock];
+  T maximum[kLogitsBlock], log[kLogitsBlock], rest[kLogitsBlock];
 
  private:
   const Kernels& kernels_;

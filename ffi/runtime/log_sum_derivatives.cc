@@ -45,7 +45,7 @@ class Label {
     if (label == nullptr) return;
     place_ = PlaceOf(*label, n);
     takes_part_ = place_ >= 0 && !row.Masked(place_);
-    if (takes_part_) row.Fuse(place_ - row.begin(), 1, &z_);
+    if (takes_part_) row.ApplyScaleBiasMask(place_ - row.begin(), 1, &z_);
   }
 
   // -1 where it is nowhere.
@@ -124,7 +124,7 @@ void ForSmallProbabilities(const Kernels& kernels, Executor& executor, const Log
                            const LogSums<E>& sums, const Body& body) {
   using T = ComputeOf<E>;
   const auto some = [&](std::int64_t first, std::int64_t count, const T* z) {
-    T p[kFusedBlock], ones[kFusedBlock];
+    T p[kLogitsBlock], ones[kLogitsBlock];
     std::fill(ones, ones + count, T{1});
     SmallLess<E, T>(kernels, logits, first, count, z, p, sums.hi + first, sums.lo + first, ones);
     for (std::int64_t i = 0; i < count; ++i) body(first + i, p + i * logits.n);
@@ -188,7 +188,7 @@ void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
     return ForSmallProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, const T* p) {
       const E* const row_t = t + r * n;
       const bool masked_throughout = logits.Masked() && !std::isfinite(sums.hi[r]);
-      const CompensatedSum dot = masked_throughout ? CompensatedSum{} : own.fused_dot(p, row_t, n);
+      const CompensatedSum dot = masked_throughout ? CompensatedSum{} : own.logits_dot(p, row_t, n);
       out[r] = LessLabel(dot, LabelOf(sums, r), row_t, n);
     });
   }
@@ -200,7 +200,7 @@ void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
                   [&](std::int64_t at, std::int64_t size) {
                     CompensatedSum sum;
                     row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
-                      sum.Add(own.fused_dot(p, row_t + row.begin() + at + i, count));
+                      sum.Add(own.logits_dot(p, row_t + row.begin() + at + i, count));
                     });
                     return sum;
                   },

@@ -17,8 +17,8 @@ void ForLogits(const Kernels& kernels, Executor& executor, const Logits<E>& logi
   using T = ComputeOf<E>;
   ForRows(executor, logits.rows, std::max<std::int64_t>(1, logits.n),
           [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
-            const bool whole = !logits.Plain() && logits.n <= kFusedBlock;
-            const std::unique_ptr<T[]> buffer(whole ? new (std::nothrow) T[kFusedBlock] : nullptr);
+            const bool whole = !logits.Plain() && logits.n <= kLogitsBlock;
+            const std::unique_ptr<T[]> buffer(whole ? new (std::nothrow) T[kLogitsBlock] : nullptr);
             for (std::int64_t r = first; r < end; ++r) {
               const LogitsRow<E> row(kernels, logits, r, buffer.get());
               body(r, row, Segments(for_segments, row.size()));
@@ -49,7 +49,7 @@ void SmallLess(const Kernels& kernels, const Logits<E>& logits, std::int64_t fir
                const ComputeOf<E>* factor) {
   const KernelTable<Out>& table = kernels.Of<Out>();
   const int n = static_cast<int>(logits.n);
-  if (z != nullptr) return table.fused_small_less(z, y, count, n, hi, lo, factor);
+  if (z != nullptr) return table.logits_small_less(z, y, count, n, hi, lo, factor);
   if constexpr (std::is_same_v<E, Out>) table.small_less(logits.x + first * n, y, count, n, hi, lo, factor);
 }
 

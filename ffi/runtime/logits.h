@@ -52,7 +52,7 @@ struct Logits {
 };
 
 // Elements to which the operands are applied at a time, where a row has more: 16 KiB of float32.
-inline constexpr std::int64_t kFusedBlock = 1 << 12;
+inline constexpr std::int64_t kLogitsBlock = 1 << 12;
 
 // A row, of logits of inner 1, as the kernels are to see it: as it is, or with the operands applied, to all
 // of it in a buffer, or to one block after the other.
@@ -61,7 +61,7 @@ class LogitsRow {
   using T = ComputeOf<E>;
 
  public:
-  // `buffer` has room for kFusedBlock elements, or is null: then blocks are used. It is the row's until the
+  // `buffer` has room for kLogitsBlock elements, or is null: then blocks are used. It is the row's until the
   // next one's construction.
   LogitsRow(const Kernels& kernels, const Logits<E>& logits, std::int64_t row, T* buffer)
       : kernels_(&kernels),
@@ -75,8 +75,8 @@ class LogitsRow {
     plain_ = logits.Plain();
     if (plain_) return;
     Place(logits, logits.first_row + row);
-    if (buffer != nullptr && size() <= kFusedBlock) {
-      maximum_ = Fuse(0, size(), buffer);
+    if (buffer != nullptr && size() <= kLogitsBlock) {
+      maximum_ = ApplyScaleBiasMask(0, size(), buffer);
       fused_ = buffer;
     }
   }
@@ -114,7 +114,7 @@ class LogitsRow {
     const KernelTable<E>& own = kernels_->Of<E>();
     if (plain_) return own.row_write(run_.x + at, kept, y, size, scale, non_temporal);
     ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T) {
-      own.fused_row_write(z, kept == nullptr ? nullptr : kept + i, y + i, count, scale, non_temporal);
+      own.logits_row_write(z, kept == nullptr ? nullptr : kept + i, y + i, count, scale, non_temporal);
     });
   }
 
@@ -122,16 +122,16 @@ class LogitsRow {
     const KernelTable<E>& own = kernels_->Of<E>();
     if (plain_) return own.row_write_log(run_.x + at, y, size, sum, non_temporal);
     ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T) {
-      own.fused_row_write_log(z, y + i, count, sum, non_temporal);
+      own.logits_row_write_log(z, y + i, count, sum, non_temporal);
     });
   }
 
   // Calls body(place among the `size` from `at`, scale·e^z as T, their number) for one block after the other.
   template <typename Body>
   void ForScaled(std::int64_t at, std::int64_t size, const RowScale<T>& scale, const Body& body) const {
-    T y[kFusedBlock];
-    for (std::int64_t i = 0; i < size; i += kFusedBlock) {
-      const std::int64_t count = std::min(kFusedBlock, size - i);
+    T y[kLogitsBlock];
+    for (std::int64_t i = 0; i < size; i += kLogitsBlock) {
+      const std::int64_t count = std::min(kLogitsBlock, size - i);
       if constexpr (std::is_same_v<E, T>) {
         if (plain_) {
           kernels_->Of<T>().row_write(run_.x + at + i, nullptr, y, count, scale, false);
@@ -139,7 +139,7 @@ class LogitsRow {
           continue;
         }
       }
-      Fuse(at + i, count, y);
+      ApplyScaleBiasMask(at + i, count, y);
       kernels_->Of<T>().row_write(y, nullptr, y, count, scale, false);
       body(i, y, count);
     }
@@ -150,10 +150,10 @@ class LogitsRow {
   }
 
   bool HasNan() const {
-    T z[kFusedBlock];
-    for (std::int64_t i = 0; i < size(); i += kFusedBlock) {
-      const std::int64_t count = std::min(kFusedBlock, size() - i);
-      Fuse(i, count, z);
+    T z[kLogitsBlock];
+    for (std::int64_t i = 0; i < size(); i += kLogitsBlock) {
+      const std::int64_t count = std::min(kLogitsBlock, size() - i);
+      ApplyScaleBiasMask(i, count, z);
       if (std::any_of(z, z + count, [](T value) { return std::isnan(value); })) return true;
     }
     return false;
@@ -173,15 +173,15 @@ class LogitsRow {
     std::fill(y + end_, y + full_, value);
   }
 
-  // Of up to kFusedBlock elements, as T, with the operands applied. Returns the largest, NaNs passed over.
-  T Fuse(std::int64_t at, std::int64_t count, T* z) const {
-    FuseRun<E> run = run_;
-    run.x += at;
-    E bias[kFusedBlock];
-    std::uint8_t where[kFusedBlock];
-    run.bias = Contiguous(run.bias, at, count, bias_step_, bias);
-    run.where = Contiguous(run.where, at, count, where_step_, where);
-    return kernels_->Of<E>().fuse(run, z, count);
+  // Of up to kLogitsBlock elements, as T, with the operands applied. Returns the largest, NaNs passed over.
+  T ApplyScaleBiasMask(std::int64_t at, std::int64_t count, T* z) const {
+    ScaleBiasMaskArgs<E> args = run_;
+    args.x += at;
+    E bias[kLogitsBlock];
+    std::uint8_t where[kLogitsBlock];
+    args.bias = Contiguous(args.bias, at, count, bias_step_, bias);
+    args.where = Contiguous(args.where, at, count, where_step_, where);
+    return kernels_->Of<E>().apply_scale_bias_mask(args, z, count);
   }
 
  private:
@@ -235,16 +235,16 @@ class LogitsRow {
   template <typename Body>
   void ForBlocks(std::int64_t at, std::int64_t size, const Body& body) const {
     if (fused_ != nullptr) return body(0, fused_ + at, size, maximum_);
-    T z[kFusedBlock];
-    for (std::int64_t i = 0; i < size; i += kFusedBlock) {
-      const std::int64_t count = std::min(kFusedBlock, size - i);
-      const T of_block = Fuse(at + i, count, z);
+    T z[kLogitsBlock];
+    for (std::int64_t i = 0; i < size; i += kLogitsBlock) {
+      const std::int64_t count = std::min(kLogitsBlock, size - i);
+      const T of_block = ApplyScaleBiasMask(at + i, count, z);
       body(i, z, count, of_block);
     }
   }
 
   const Kernels* kernels_;
-  FuseRun<E> run_;
+  ScaleBiasMaskArgs<E> run_;
   const std::uint8_t* where_;
   std::int64_t bias_step_;
   std::int64_t where_step_;
@@ -320,19 +320,20 @@ void ForSmallRows(const Kernels& kernels, Executor& executor, const Logits<E>& l
                   bool always = false) {
   using T = ComputeOf<E>;
   const bool fused = !logits.Plain();
-  const std::int64_t n = logits.n, most = kFusedBlock / n;
+  const std::int64_t n = logits.n, most = kLogitsBlock / n;
   ForWholeRows(executor, logits.rows, n, [&](std::int64_t first, std::int64_t end) {
-    T z[kFusedBlock];
+    T z[kLogitsBlock];
     for (std::int64_t r = first; r < end; r += most) {
       const std::int64_t count = std::min(most, end - r);
       for (std::int64_t i = 0; i < count && fused; ++i) {
         const LogitsRow<E> row(kernels, logits, r + i, nullptr);
         if (row.size() < n) std::fill(z + i * n, z + (i + 1) * n, -std::numeric_limits<T>::infinity());
-        row.Fuse(0, row.size(), z + i * n + row.begin());
+        row.ApplyScaleBiasMask(0, row.size(), z + i * n + row.begin());
       }
       if (always && !fused) {
         const T no_mask = -std::numeric_limits<T>::infinity();
-        kernels.Of<E>().fuse({logits.x + r * n, nullptr, nullptr, 1, 0, no_mask}, z, count * n);
+        kernels.Of<E>().apply_scale_bias_mask({logits.x + r * n, nullptr, nullptr, 1, 0, no_mask}, z,
+                                              count * n);
       }
       body(r, count, fused || always ? z : nullptr);
     }

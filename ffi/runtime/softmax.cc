@@ -46,7 +46,7 @@ void SmallRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& pl
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
   ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
-    kernels.Of<E>().fused_small_matrices(z, y + first * n, count, static_cast<int>(n), 1, plan.non_temporal);
+    kernels.Of<E>().logits_small_matrices(z, y + first * n, count, static_cast<int>(n), 1, plan.non_temporal);
     for (std::int64_t r = first; logits.Masked() && r < first + count; ++r) {
       if (std::isnan(Widen(y[r * n]))) {
         LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});

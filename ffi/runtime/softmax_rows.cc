@@ -47,7 +47,7 @@ class Rows {
     const bool interleaved = n <= kInterleavedRow;
     const std::int64_t turns = interleaved ? 2 : 1;
     // Where operands are applied block by block, what pass 1 computes is computed again.
-    const bool fused = !logits_.Plain(), whole = !fused || n <= kFusedBlock;
+    const bool fused = !logits_.Plain(), whole = !fused || n <= kLogitsBlock;
     // y will do for what pass 1 keeps, unless x is still needed there, or it has no room for a T, or must not
     // come into the caches. Without memory for scratch the row is recomputed instead.
     const bool reload = plan_.reload && whole;

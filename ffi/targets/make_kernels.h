@@ -1,8 +1,8 @@
 // Fills an instruction set's table from the kernel templates. Included by one source per instruction set.
 #pragma once
 
+#include "ffi/kernels/apply_scale_bias_mask.h"
 #include "ffi/kernels/columns.h"
-#include "ffi/kernels/fuse.h"
 #include "ffi/kernels/jacobian.h"
 #include "ffi/kernels/softmax.h"
 #include "ffi/kernels/table.h"
@@ -20,10 +20,10 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.row_sum = Softmax::Sum;
   table.row_write = Softmax::template RowWrite<E>;
   table.row_write_log = Softmax::template RowWriteLog<E>;
-  table.fuse = FuseKernel<V, E>::Fuse;
-  table.fused_row_write = Softmax::template RowWrite<typename V::Scalar>;
-  table.fused_row_write_log = Softmax::template RowWriteLog<typename V::Scalar>;
-  table.fused_small_matrices = Softmax::template SmallMatrices<typename V::Scalar>;
+  table.apply_scale_bias_mask = ScaleBiasMaskKernel<V, E>::ApplyScaleBiasMask;
+  table.logits_row_write = Softmax::template RowWrite<typename V::Scalar>;
+  table.logits_row_write_log = Softmax::template RowWriteLog<typename V::Scalar>;
+  table.logits_small_matrices = Softmax::template SmallMatrices<typename V::Scalar>;
   table.panel_max = Softmax::PanelMaximum;
   table.panel_sum = Softmax::PanelSum;
   table.panel_merge = Softmax::PanelMerge;
@@ -32,12 +32,12 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.small_matrices = Softmax::template SmallMatrices<E>;
   table.small_log_sums = Softmax::template SmallLogSums<E>;
   table.small_less = Softmax::template SmallLess<E>;
-  table.fused_small_less = Softmax::template SmallLess<typename V::Scalar>;
+  table.logits_small_less = Softmax::template SmallLess<typename V::Scalar>;
   table.small_columns = Softmax::SmallColumns;
   table.gather_columns = ColumnKernels<V, E>::Gather;
   table.scatter_columns = ColumnKernels<V, E>::Scatter;
   table.dot = JacobianRow<V, E>::template Dot<E>;
-  table.fused_dot = JacobianRow<V, E>::template Dot<typename V::Scalar>;
+  table.logits_dot = JacobianRow<V, E>::template Dot<typename V::Scalar>;
   table.total = JacobianRow<V, E>::Total;
   table.less = JacobianRow<V, E>::Less;
   table.jacobian_write = JacobianRow<V, E>::Write;

@@ -62,8 +62,8 @@ void CheckRounding(const std::vector<const Kernels*>& all, Report& report) {
   for (const Kernels* kernels : all) {
     {
       const ScopedFloatMode mode;
-      kernels->Of<E>().fused_row_write_log(z.data(), y.data(), static_cast<std::int64_t>(z.size()), {0, 0},
-                                           false);
+      kernels->Of<E>().logits_row_write_log(z.data(), y.data(), static_cast<std::int64_t>(z.size()), {0, 0},
+                                            false);
     }
     report.Of(*kernels).checks += static_cast<std::int64_t>(z.size());
     for (std::size_t i = 0; i < z.size(); ++i) {
