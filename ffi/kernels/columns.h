@@ -11,10 +11,10 @@ namespace jax_softmax2p {
 
 // For elements E, computed in V.
 template <typename V, typename E>
-class ColumnKernels {
+class PackKernels {
  public:
   // rows[c * n + i] = x[i * stride + c] for i < n and c < columns.
-  static void Gather(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows) {
+  static void Pack(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows) {
     ForBlocks(
         n, columns,
         [&](std::int64_t i, std::int64_t c, auto& block) {
@@ -25,7 +25,7 @@ class ColumnKernels {
   }
 
   // x[i * stride + c] = rows[c * n + i].
-  static void Scatter(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns) {
+  static void Unpack(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns) {
     ForBlocks(
         n, columns,
         [&](std::int64_t i, std::int64_t c, auto& block) {

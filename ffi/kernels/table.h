@@ -145,8 +145,8 @@ struct KernelTable {
   void (*small_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
 
   // Columns, `stride` apart from element to element, as contiguous rows and back.
-  void (*gather_columns)(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows);
-  void (*scatter_columns)(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns);
+  void (*pack_columns)(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows);
+  void (*unpack_columns)(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns);
 
   // Derivatives, over contiguous rows. <y, t>, the same for y as T, and <1, t>:
   CompensatedSum (*dot)(const E* y, const E* t, std::int64_t n);

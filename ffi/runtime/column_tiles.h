@@ -24,14 +24,14 @@ class ColumnTile {
 
   E* rows() { return rows_.data(); }
 
-  void Gather(const E* x, std::int64_t first, std::int64_t count) {
+  void Pack(const E* x, std::int64_t first, std::int64_t count) {
     ForMatrices(first, count, [&](std::int64_t at, std::int64_t columns, E* rows) {
-      kernels_.gather_columns(x + at, inner_, n_, columns, rows);
+      kernels_.pack_columns(x + at, inner_, n_, columns, rows);
     });
   }
-  void Scatter(E* y, std::int64_t first, std::int64_t count) {
+  void Unpack(E* y, std::int64_t first, std::int64_t count) {
     ForMatrices(first, count, [&](std::int64_t at, std::int64_t columns, const E* rows) {
-      kernels_.scatter_columns(rows, y + at, inner_, n_, columns);
+      kernels_.unpack_columns(rows, y + at, inner_, n_, columns);
     });
   }
 

@@ -56,10 +56,10 @@ void Jacobian(const KernelTable<E>& kernels, Executor& executor, const E* y, con
     ColumnTile<E> of_y(kernels, n, inner, width), of_t(kernels, n, inner, width);
     for (; first < end; first += width) {
       const std::int64_t count = std::min(width, end - first);
-      of_y.Gather(y, first, count);
-      of_t.Gather(t, first, count);
+      of_y.Pack(y, first, count);
+      of_t.Pack(t, first, count);
       JacobianRows(kernels, for_rows, of_y.rows(), of_t.rows(), of_t.rows(), count, n, false);
-      of_t.Scatter(out, first, count);
+      of_t.Unpack(out, first, count);
     }
   };
   ForColumns(executor, columns, n, some);

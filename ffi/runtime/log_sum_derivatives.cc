@@ -179,7 +179,7 @@ void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
     // A tile for t beside that of the logits.
     const auto some = [&](const Logits<E>& rows, E*, Executor& for_rows) {
       ColumnTile<E> of_t(own, n, logits.inner, rows.rows);
-      of_t.Gather(t, rows.first_row, rows.rows);
+      of_t.Pack(t, rows.first_row, rows.rows);
       LogSumJvp(kernels, for_rows, rows, From(sums, rows.first_row), of_t.rows(), out + rows.first_row);
     };
     return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
@@ -258,9 +258,9 @@ void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits,
   if (logits.inner > 1) {
     const auto some = [&](const Logits<E>& rows, E*, Executor& for_rows) {
       ColumnTile<E> of_t(own, n, logits.inner, rows.rows);
-      of_t.Gather(t, rows.first_row, rows.rows);
+      of_t.Pack(t, rows.first_row, rows.rows);
       LogSoftmaxVjp(kernels, for_rows, rows, From(sums, rows.first_row), of_t.rows(), of_t.rows());
-      of_t.Scatter(out, rows.first_row, rows.rows);
+      of_t.Unpack(out, rows.first_row, rows.rows);
     };
     return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
   }

@@ -380,9 +380,9 @@ void ForColumnLogits(const Kernels& kernels, Executor& executor, const Logits<E>
     rows.inner = 1;
     for (rows.first_row = first; rows.first_row < end; rows.first_row += width) {
       rows.rows = std::min(width, end - rows.first_row);
-      tile.Gather(logits.x, rows.first_row, rows.rows);
+      tile.Pack(logits.x, rows.first_row, rows.rows);
       body(rows, tile.rows(), for_rows);
-      if (y != nullptr) tile.Scatter(y, rows.first_row, rows.rows);
+      if (y != nullptr) tile.Unpack(y, rows.first_row, rows.rows);
     }
   };
   ForColumns(executor, logits.rows, logits.n, some);

@@ -34,8 +34,8 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.small_less = Softmax::template SmallLess<E>;
   table.logits_small_less = Softmax::template SmallLess<typename V::Scalar>;
   table.small_columns = Softmax::SmallColumns;
-  table.gather_columns = ColumnKernels<V, E>::Gather;
-  table.scatter_columns = ColumnKernels<V, E>::Scatter;
+  table.pack_columns = PackKernels<V, E>::Pack;
+  table.unpack_columns = PackKernels<V, E>::Unpack;
   table.dot = JacobianRow<V, E>::template Dot<E>;
   table.logits_dot = JacobianRow<V, E>::template Dot<typename V::Scalar>;
   table.total = JacobianRow<V, E>::Total;
