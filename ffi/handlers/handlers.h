@@ -21,7 +21,7 @@ extern "C" XLA_FFI_Error* jax_softmax2p_log_softmax_v1(XLA_FFI_CallFrame* call_f
 // hi + lo alone.
 extern "C" XLA_FFI_Error* jax_softmax2p_log_sum_v1(XLA_FFI_CallFrame* call_frame);
 
-// Derivatives of these: see runtime/log_sum.h. Operands x, hi, lo, labels (int32; empty for none), and t
+// Derivatives of these: see runtime/logsumexp.h. Operands x, hi, lo, labels (int32; empty for none), and t
 // or, for log_sum_vjp, factor.
 extern "C" XLA_FFI_Error* jax_softmax2p_log_sum_jvp_v1(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* jax_softmax2p_log_sum_vjp_v1(XLA_FFI_CallFrame* call_frame);

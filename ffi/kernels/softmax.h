@@ -93,7 +93,7 @@ class SoftmaxKernels {
   }
 
   template <typename In>
-  static void RowWriteLog(const In* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool non_temporal) {
+  static void RowWriteLog(const In* x, E* y, std::int64_t n, const LseTerms<T>& sum, bool non_temporal) {
     const LessLogSum less{V::Broadcast(sum.maximum), V::Broadcast(sum.log)};
     WriteRow(less, x, Discard{}, y, n, Identity{}, non_temporal);
   }
@@ -106,7 +106,7 @@ class SoftmaxKernels {
     // A column of a tile is a chain of dependent operations from its first element to its last result. As
     // many tiles as fit are worked on together, so that the CPU has several chains to choose from.
     const int together = kMaxSmall / m < kMaxTiles ? kMaxSmall / m : kMaxTiles;
-    const bool non_temporal = non_temporal && ElementsToAlignment<V::kLanes>(y) == 0;
+    const bool aligned_non_temporal = non_temporal && ElementsToAlignment<V::kLanes>(y) == 0;
     T tiles[kMaxSmall * V::kLanes], kept[kMaxSmall * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += together * V::kLanes) {
       const std::int64_t rest = outer - first, most = together * V::kLanes;
@@ -116,7 +116,7 @@ class SoftmaxKernels {
       }
       SmallTiles(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, inner);
       for (int o = 0; o < count; o += V::kLanes) {
-        StoreTile(tiles + o * m, TileCount(count - o), m, y + (first + o) * m, non_temporal);
+        StoreTile(tiles + o * m, TileCount(count - o), m, y + (first + o) * m, aligned_non_temporal);
       }
     }
   }
@@ -124,7 +124,7 @@ class SoftmaxKernels {
   // The logs of the sums of e^x of `outer` rows of n <= kMaxSmall elements, as maximum + log + rest, kLanes
   // rows at a time; the log is NaN where the guard wants the row to take another way.
   template <typename In>
-  static void SmallLogSums(const In* x, std::int64_t outer, int n, T* maximum, T* log, T* rest) {
+  static void SmallLse(const In* x, std::int64_t outer, int n, T* maximum, T* log, T* rest) {
     using InTile = SoftmaxKernels<V, T>;
     T tile[kMaxSmall * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {

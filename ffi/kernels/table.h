@@ -82,11 +82,12 @@ struct RowSum {
   }
 };
 
-// The log of a row's sum, maximum + log.
+// The logsumexp of a row, as maximum + log + rest. The log is NaN where the row has no softmax.
 template <typename T>
-struct RowLogSum {
+struct LseTerms {
   T maximum;
   T log;
+  T rest;
 };
 
 // Kernels for arrays of E, computed in T.
@@ -111,14 +112,14 @@ struct KernelTable {
   void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
                     bool non_temporal);
   // y = (x - maximum) - log.
-  void (*row_write_log)(const E* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool non_temporal);
+  void (*row_write_log)(const E* x, E* y, std::int64_t n, const LseTerms<T>& sum, bool non_temporal);
 
   // Rows that a scale, a bias or a mask were applied to, as T: kernels.Of<T>() has the rest. Returns the
   // largest.
   T (*apply_scale_bias_mask)(const ScaleBiasMaskArgs<E>& args, T* z, std::int64_t n);
   void (*logits_row_write)(const T* z, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
                            bool non_temporal);
-  void (*logits_row_write_log)(const T* z, E* y, std::int64_t n, const RowLogSum<T>& sum, bool non_temporal);
+  void (*logits_row_write_log)(const T* z, E* y, std::int64_t n, const LseTerms<T>& sum, bool non_temporal);
   void (*logits_small_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
 
   // Panels, of kMaxPanelRows at most. `maximum` and `subtract` are null, or have an element a column; both
@@ -134,9 +135,9 @@ struct KernelTable {
   // FullVector matrices [outer, n, inner] of n·inner <= kMaxSmall.
   void (*small_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
 
-  // Rows of n <= kMaxSmall, of which E or T: their log-sums, maximum + log + rest, log NaN where the guard
+  // Rows of n <= kMaxSmall, of which E or T: their lses, maximum + log + rest, log NaN where the guard
   // must help; and factor·e^((x - hi) - lo), or, with null for factor, (x - hi) - lo.
-  void (*small_log_sums)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
+  void (*small_lse)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
   void (*small_less)(const E* x, E* y, std::int64_t rows, int n, const T* hi, const T* lo, const T* factor);
   void (*logits_small_less)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
                             const T* factor);

@@ -118,7 +118,7 @@ class LogitsRow {
     });
   }
 
-  void WriteLog(std::int64_t at, std::int64_t size, E* y, const RowLogSum<T>& sum, bool non_temporal) const {
+  void WriteLog(std::int64_t at, std::int64_t size, E* y, const LseTerms<T>& sum, bool non_temporal) const {
     const KernelTable<E>& own = kernels_->Of<E>();
     if (plain_) return own.row_write_log(run_.x + at, y, size, sum, non_temporal);
     ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T) {

@@ -1,9 +1,9 @@
 // Fills an instruction set's table from the kernel templates. Included by one source per instruction set.
 #pragma once
 
-#include "ffi/kernels/apply_scale_bias_mask.h"
 #include "ffi/kernels/columns.h"
 #include "ffi/kernels/jacobian.h"
+#include "ffi/kernels/scale_bias_mask.h"
 #include "ffi/kernels/softmax.h"
 #include "ffi/kernels/table.h"
 
@@ -30,7 +30,7 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.panel_invert = Softmax::PanelInvert;
   table.panel_write = Softmax::PanelWrite;
   table.small_matrices = Softmax::template SmallMatrices<E>;
-  table.small_log_sums = Softmax::template SmallLogSums<E>;
+  table.small_lse = Softmax::template SmallLse<E>;
   table.small_less = Softmax::template SmallLess<E>;
   table.logits_small_less = Softmax::template SmallLess<typename V::Scalar>;
   table.small_columns = Softmax::SmallColumns;

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "ffi/runtime/float_mode.h"
-#include "ffi/runtime/log_sum.h"
+#include "ffi/runtime/logsumexp.h"
 #include "ffi/runtime/row_work.h"
 #include "ffi/runtime/softmax.h"
 #include "tests/selftest/support.h"
@@ -62,8 +62,8 @@ void CheckRounding(const std::vector<const Kernels*>& all, Report& report) {
   for (const Kernels* kernels : all) {
     {
       const ScopedFloatMode mode;
-      kernels->Of<E>().logits_row_write_log(z.data(), y.data(), static_cast<std::int64_t>(z.size()), {0, 0},
-                                            false);
+      kernels->Of<E>().logits_row_write_log(z.data(), y.data(), static_cast<std::int64_t>(z.size()),
+                                            {0, 0, 0}, false);
     }
     report.Of(*kernels).checks += static_cast<std::int64_t>(z.size());
     for (std::size_t i = 0; i < z.size(); ++i) {
@@ -132,16 +132,14 @@ class ValuesCheck {
       }
     }
     maximum_.push_back(maximum);
-    log_sum_.push_back(nan                   ? kNan
-                       : std::isinf(maximum) ? maximum
-                                             : maximum + std::log1p(rest.hi() + rest.lo()));
+    lse_.push_back(nan ? kNan : std::isinf(maximum) ? maximum : maximum + std::log1p(rest.hi() + rest.lo()));
   }
 
   void CheckRow(const Kernels& kernels, std::int64_t r, const std::vector<E>& y, const std::vector<E>& logs,
                 const std::vector<float>& hi, const std::vector<float>& lo) {
     const std::size_t row = static_cast<std::size_t>(r);
-    const double exact = log_sum_[row];
-    Compare(kernels, "log-sum", r, 0, double{hi[row]} + double{lo[row]}, exact, 0x1p-23);
+    const double exact = lse_[row];
+    Compare(kernels, "lse", r, 0, double{hi[row]} + double{lo[row]}, exact, 0x1p-23);
     for (std::int64_t i = 0; i < n_; ++i) {
       const std::size_t at = static_cast<std::size_t>(r * n_ + i);
       double ulp;
@@ -181,7 +179,7 @@ class ValuesCheck {
   std::int64_t n_, abreast_, rows_;
   Report& report_;
   std::vector<E> x_;
-  std::vector<double> softmax_, maximum_, log_sum_;
+  std::vector<double> softmax_, maximum_, lse_;
 };
 
 template <typename E>

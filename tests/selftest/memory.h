@@ -12,7 +12,7 @@
 
 #include "ffi/runtime/algorithm.h"
 #include "ffi/runtime/jacobian.h"
-#include "ffi/runtime/log_sum.h"
+#include "ffi/runtime/logsumexp.h"
 #include "ffi/runtime/softmax.h"
 #include "tests/selftest/current_case.h"
 #include "tests/selftest/family.h"
@@ -64,16 +64,16 @@ class MemoryCheck {
                        SoftmaxOfLogits(*c.kernels_, c.Threads(), algorithm, c.logits_, c.y_);
                      }});
     }
-    all.push_back({"log_sum", kApart,
-                   [](MemoryCheck& c) { LogSum(*c.kernels_, c.Threads(), c.logits_, c.hi_, c.lo_); }});
+    all.push_back({"lse", kApart,
+                   [](MemoryCheck& c) { LogSumExp(*c.kernels_, c.Threads(), c.logits_, c.hi_, c.lo_); }});
     all.push_back({"log_softmax", kOverX, [](MemoryCheck& c) {
                      LogSoftmax(*c.kernels_, c.Threads(), c.logits_, c.y_, c.hi_, c.lo_);
                    }});
     all.push_back({"log_sum_jvp", kApart, [](MemoryCheck& c) {
-                     LogSumJvp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.t_, c.out_);
+                     LogSumExpJvp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.t_, c.out_);
                    }});
     all.push_back({"log_sum_vjp", kOverX, [](MemoryCheck& c) {
-                     LogSumVjp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.factor_, c.y_);
+                     LogSumExpVjp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.factor_, c.y_);
                    }});
     all.push_back({"log_softmax_vjp", kOverT, [](MemoryCheck& c) {
                      LogSoftmaxVjp(*c.kernels_, c.Threads(), c.logits_, c.Sums(false), c.t_, c.y_);
@@ -102,7 +102,7 @@ class MemoryCheck {
                      if (n <= kMaxSmall) {
                        own.small_matrices(c.logits_.x, c.y_, rows, static_cast<int>(n), 1, true);
                      } else {
-                       own.row_write_log(c.logits_.x, c.y_, n * rows, {T{1}, T{2}}, true);
+                       own.row_write_log(c.logits_.x, c.y_, n * rows, {T{1}, T{2}, T{0}}, true);
                      }
                    }});
     all.push_back({"streaming Jacobian", kOverT, [](MemoryCheck& c) {
@@ -116,7 +116,7 @@ class MemoryCheck {
 
   std::int64_t Size() const { return static_cast<std::int64_t>(in_->x.size()); }
   Executor& Threads() { return Size() < kWorthSharing ? static_cast<Executor&>(alone_) : helpers_; }
-  LogSums<E> Sums(bool labelled) const { return {hi_, lo_, labelled ? labels_ : nullptr}; }
+  LabelledLse<E> Sums(bool labelled) const { return {hi_, lo_, labelled ? labels_ : nullptr}; }
 
   void Run(const Operation& operation, Place place, Where where) {
     const FamilyCase& given = in_->given;

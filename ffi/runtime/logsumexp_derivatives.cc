@@ -3,8 +3,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "ffi/runtime/log_sum.h"
-#include "ffi/runtime/log_sum_rows.h"
+#include "ffi/runtime/logsumexp.h"
+#include "ffi/runtime/logsumexp_rows.h"
 #include "ffi/runtime/memory.h"
 
 namespace jax_softmax2p {
@@ -76,18 +76,18 @@ class Label {
 };
 
 template <typename E>
-const std::int32_t* LabelOf(const LogSums<E>& sums, std::int64_t row) {
+const std::int32_t* LabelOf(const LabelledLse<E>& sums, std::int64_t row) {
   return sums.labels == nullptr ? nullptr : sums.labels + row;
 }
 
 template <typename E>
-LogSums<E> From(const LogSums<E>& sums, std::int64_t row) {
+LabelledLse<E> From(const LabelledLse<E>& sums, std::int64_t row) {
   return {sums.hi + row, sums.lo + row, LabelOf(sums, row)};
 }
 
 template <typename E>
-void SmallLogSumVjp(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
-                    const LogSums<E>& sums, const ComputeOf<E>* factor, E* y) {
+void SmallLogSumExpVjp(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                       const LabelledLse<E>& sums, const ComputeOf<E>* factor, E* y) {
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
   ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
@@ -121,7 +121,7 @@ ComputeOf<E> LessLabel(const CompensatedSum& dot, const std::int32_t* label, con
 // Calls body(row number, p of the row, without the factor) for rows of up to kMaxSmall elements.
 template <typename E, typename Body>
 void ForSmallProbabilities(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
-                           const LogSums<E>& sums, const Body& body) {
+                           const LabelledLse<E>& sums, const Body& body) {
   using T = ComputeOf<E>;
   const auto some = [&](std::int64_t first, std::int64_t count, const T* z) {
     T p[kLogitsBlock], ones[kLogitsBlock];
@@ -148,7 +148,7 @@ double SmallTotal(const KernelTable<E>& kernels, const E* t, std::int64_t n) {
 // t - p·<1, t> of one row.
 template <typename E>
 void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, const Segments& segments,
-                        const LogSums<E>& sums, std::int64_t r, const E* t, E* out) {
+                        const LabelledLse<E>& sums, std::int64_t r, const E* t, E* out) {
   using T = ComputeOf<E>;
   const CompensatedSum total = segments.Reduce<CompensatedSum>(
       [&](std::int64_t at, std::int64_t size) { return kernels.total(t + at, size); },
@@ -165,8 +165,8 @@ void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, 
 }  // namespace
 
 template <typename E>
-void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
-               const E* t, ComputeOf<E>* out) {
+void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
+                  const E* t, ComputeOf<E>* out) {
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
   if (logits.rows * n == 0) {
@@ -180,7 +180,7 @@ void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
     const auto some = [&](const Logits<E>& rows, E*, Executor& for_rows) {
       ColumnTile<E> of_t(own, n, logits.inner, rows.rows);
       of_t.Pack(t, rows.first_row, rows.rows);
-      LogSumJvp(kernels, for_rows, rows, From(sums, rows.first_row), of_t.rows(), out + rows.first_row);
+      LogSumExpJvp(kernels, for_rows, rows, From(sums, rows.first_row), of_t.rows(), out + rows.first_row);
     };
     return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
   }
@@ -210,19 +210,19 @@ void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
 }
 
 template <typename E>
-void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
-               const ComputeOf<E>* factor, E* y) {
+void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
+                  const ComputeOf<E>* factor, E* y) {
   using T = ComputeOf<E>;
   if (logits.rows * logits.n == 0) return;
   Simplify(logits);
   AdviseHugePagesFor(logits, y);
   if (logits.inner > 1) {
     const auto some = [&](const Logits<E>& rows, E* y_rows, Executor& own) {
-      LogSumVjp(kernels, own, rows, From(sums, rows.first_row), factor + rows.first_row, y_rows);
+      LogSumExpVjp(kernels, own, rows, From(sums, rows.first_row), factor + rows.first_row, y_rows);
     };
     return ForColumnLogits(kernels, executor, logits, y, some);
   }
-  if (IsSmall(logits)) return SmallLogSumVjp(kernels, executor, logits, sums, factor, y);
+  if (IsSmall(logits)) return SmallLogSumExpVjp(kernels, executor, logits, sums, factor, y);
   const bool non_temporal = IsFar(logits);
   const int max_exponent = kernels.Of<E>().max_exponent;
   ForLogits(kernels, executor, logits,
@@ -247,7 +247,7 @@ void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, con
 }
 
 template <typename E>
-void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
+void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
                    const E* t, E* out) {
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
@@ -284,10 +284,12 @@ void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits,
             });
 }
 
-#define SOFTMAX2P_INSTANTIATE(E)                                                                             \
-  template void LogSumJvp(const Kernels&, Executor&, Logits<E>, const LogSums<E>&, const E*, ComputeOf<E>*); \
-  template void LogSumVjp(const Kernels&, Executor&, Logits<E>, const LogSums<E>&, const ComputeOf<E>*, E*); \
-  template void LogSoftmaxVjp(const Kernels&, Executor&, Logits<E>, const LogSums<E>&, const E*, E*)
+#define SOFTMAX2P_INSTANTIATE(E)                                                                    \
+  template void LogSumExpJvp(const Kernels&, Executor&, Logits<E>, const LabelledLse<E>&, const E*, \
+                             ComputeOf<E>*);                                                        \
+  template void LogSumExpVjp(const Kernels&, Executor&, Logits<E>, const LabelledLse<E>&,           \
+                             const ComputeOf<E>*, E*);                                              \
+  template void LogSoftmaxVjp(const Kernels&, Executor&, Logits<E>, const LabelledLse<E>&, const E*, E*)
 SOFTMAX2P_INSTANTIATE(float);
 SOFTMAX2P_INSTANTIATE(double);
 SOFTMAX2P_INSTANTIATE(BFloat16);

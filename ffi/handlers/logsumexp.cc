@@ -1,4 +1,4 @@
-#include "ffi/runtime/log_sum.h"
+#include "ffi/runtime/logsumexp.h"
 
 #include <initializer_list>
 
@@ -57,9 +57,9 @@ ffi::Error WithLogits(const char* handler, ffi::ThreadPool pool, const ffi::AnyB
   });
 }
 
-ffi::Error HandleLogSum(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
-                        ffi::Result<ffi::AnyBuffer> hi, ffi::Result<ffi::AnyBuffer> lo, std::int64_t axis,
-                        std::int64_t given, std::int64_t before, std::int64_t after) {
+ffi::Error HandleLogSumExp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
+                           ffi::Result<ffi::AnyBuffer> hi, ffi::Result<ffi::AnyBuffer> lo, std::int64_t axis,
+                           std::int64_t given, std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_log_sum_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x}, axis);
   if (layout.has_error()) return layout.error();
@@ -68,7 +68,7 @@ ffi::Error HandleLogSum(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingAr
   return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
                     [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
                       using T = ComputeOf<decltype(zero)>;
-                      LogSum(kernels, executor, std::move(logits), Data<T>(*hi), Data<T>(*lo));
+                      LogSumExp(kernels, executor, std::move(logits), Data<T>(*hi), Data<T>(*lo));
                     });
 }
 
@@ -92,53 +92,53 @@ ffi::Error HandleLogSoftmax(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Remaini
 
 // `labels` has no elements where there are none.
 template <typename E>
-LogSums<E> ReadLogSums(ffi::AnyBuffer hi, ffi::AnyBuffer lo, ffi::AnyBuffer labels) {
+LabelledLse<E> ReadLse(ffi::AnyBuffer hi, ffi::AnyBuffer lo, ffi::AnyBuffer labels) {
   using T = ComputeOf<E>;
   return {Data<T>(hi), Data<T>(lo), ElementCount(labels) == 0 ? nullptr : Data<std::int32_t>(labels)};
 }
 
-ffi::Error CheckLogSums(const char* handler, const ffi::AnyBuffer& x, const Layout& layout,
-                        const ffi::AnyBuffer& hi, const ffi::AnyBuffer& lo, const ffi::AnyBuffer& labels) {
+ffi::Error CheckLse(const char* handler, const ffi::AnyBuffer& x, const Layout& layout,
+                    const ffi::AnyBuffer& hi, const ffi::AnyBuffer& lo, const ffi::AnyBuffer& labels) {
   const ffi::Error error = Check(handler, x, layout, {{"hi", hi}, {"lo", lo}});
   if (error.failure() || ElementCount(labels) == 0) return error;
   return Check(handler, x, layout, {{"labels", labels, ffi::DataType::S32}});
 }
 
-ffi::Error HandleLogSumJvp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer hi, ffi::AnyBuffer lo,
-                           ffi::AnyBuffer labels, ffi::AnyBuffer t, ffi::RemainingArgs operands,
-                           ffi::Result<ffi::AnyBuffer> out, std::int64_t axis, std::int64_t given,
-                           std::int64_t before, std::int64_t after) {
+ffi::Error HandleLogSumExpJvp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer hi, ffi::AnyBuffer lo,
+                              ffi::AnyBuffer labels, ffi::AnyBuffer t, ffi::RemainingArgs operands,
+                              ffi::Result<ffi::AnyBuffer> out, std::int64_t axis, std::int64_t given,
+                              std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_log_sum_jvp_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, t}, axis);
   if (layout.has_error()) return layout.error();
   for (const ffi::Error& error :
-       {CheckLogSums(kName, x, *layout, hi, lo, labels), Check(kName, x, *layout, {{"the result", *out}})}) {
+       {CheckLse(kName, x, *layout, hi, lo, labels), Check(kName, x, *layout, {{"the result", *out}})}) {
     if (error.failure()) return error;
   }
   return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
                     [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
                       using E = decltype(zero);
-                      LogSumJvp(kernels, executor, std::move(logits), ReadLogSums<E>(hi, lo, labels),
-                                Data<const E>(t), Data<ComputeOf<E>>(*out));
+                      LogSumExpJvp(kernels, executor, std::move(logits), ReadLse<E>(hi, lo, labels),
+                                   Data<const E>(t), Data<ComputeOf<E>>(*out));
                     });
 }
 
-ffi::Error HandleLogSumVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer hi, ffi::AnyBuffer lo,
-                           ffi::AnyBuffer labels, ffi::AnyBuffer factor, ffi::RemainingArgs operands,
-                           ffi::Result<ffi::AnyBuffer> y, std::int64_t axis, std::int64_t given,
-                           std::int64_t before, std::int64_t after) {
+ffi::Error HandleLogSumExpVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer hi, ffi::AnyBuffer lo,
+                              ffi::AnyBuffer labels, ffi::AnyBuffer factor, ffi::RemainingArgs operands,
+                              ffi::Result<ffi::AnyBuffer> y, std::int64_t axis, std::int64_t given,
+                              std::int64_t before, std::int64_t after) {
   constexpr const char* kName = "jax_softmax2p_log_sum_vjp_v1";
   const ffi::ErrorOr<Layout> layout = CommonLayout(kName, {x, *y}, axis);
   if (layout.has_error()) return layout.error();
   for (const ffi::Error& error :
-       {CheckLogSums(kName, x, *layout, hi, lo, labels), Check(kName, x, *layout, {{"factor", factor}})}) {
+       {CheckLse(kName, x, *layout, hi, lo, labels), Check(kName, x, *layout, {{"factor", factor}})}) {
     if (error.failure()) return error;
   }
   return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
                     [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
                       using E = decltype(zero);
-                      LogSumVjp(kernels, executor, std::move(logits), ReadLogSums<E>(hi, lo, labels),
-                                Data<const ComputeOf<E>>(factor), Data<E>(*y));
+                      LogSumExpVjp(kernels, executor, std::move(logits), ReadLse<E>(hi, lo, labels),
+                                   Data<const ComputeOf<E>>(factor), Data<E>(*y));
                     });
 }
 
@@ -152,12 +152,12 @@ ffi::Error HandleLogSoftmaxVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
   if (ElementCount(labels) != 0) {
     return ffi::Error::InvalidArgument(std::string(kName) + ": there must be no labels");
   }
-  const ffi::Error error = CheckLogSums(kName, x, *layout, hi, lo, labels);
+  const ffi::Error error = CheckLse(kName, x, *layout, hi, lo, labels);
   if (error.failure()) return error;
   return WithLogits(kName, pool, x, *layout, operands, {axis, given, before, after},
                     [&](auto zero, const Kernels& kernels, Executor& executor, auto logits) {
                       using E = decltype(zero);
-                      LogSoftmaxVjp(kernels, executor, std::move(logits), ReadLogSums<E>(hi, lo, labels),
+                      LogSoftmaxVjp(kernels, executor, std::move(logits), ReadLse<E>(hi, lo, labels),
                                     Data<const E>(t), Data<E>(*out));
                     });
 }
@@ -170,7 +170,7 @@ ffi::Error HandleLogSoftmaxVjp(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
       .Attr<std::int64_t>("before")   \
       .Attr<std::int64_t>("after")
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_v1, NoThrow<HandleLogSum>{},
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_v1, NoThrow<HandleLogSumExp>{},
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
@@ -187,7 +187,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_softmax_v1, NoThrow<HandleLogSof
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_jvp_v1, NoThrow<HandleLogSumJvp>{},
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_jvp_v1, NoThrow<HandleLogSumExpJvp>{},
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
@@ -198,7 +198,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_jvp_v1, NoThrow<HandleLogSum
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>() SOFTMAX2P_ATTRIBUTES);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_vjp_v1, NoThrow<HandleLogSumVjp>{},
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_softmax2p_log_sum_vjp_v1, NoThrow<HandleLogSumExpVjp>{},
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()

@@ -1,6 +1,6 @@
 // The log of the sum of e^z of rows, and what follows from it, on whole arrays, shared out among threads.
 //
-// Log-sums come as hi + lo, hi their rounding: e^(z - hi - lo) is then as exact as a softmax.
+// Lses come as hi + lo, hi their rounding: e^(z - hi - lo) is then as exact as a softmax.
 #pragma once
 
 #include <cstdint>
@@ -11,39 +11,40 @@
 
 namespace jax_softmax2p {
 
-// The log-sum of every row.
+// The lse of every row.
 template <typename E>
-void LogSum(const Kernels& kernels, Executor& executor, Logits<E> logits, ComputeOf<E>* hi, ComputeOf<E>* lo);
+void LogSumExp(const Kernels& kernels, Executor& executor, Logits<E> logits, ComputeOf<E>* hi,
+               ComputeOf<E>* lo);
 
-// y = z - log-sum, and the log-sum of every row. Positions that are masked give -inf. y may be x.
+// y = z - lse, and the lse of every row. Positions that are masked give -inf. y may be x.
 template <typename E>
 void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, ComputeOf<E>* hi,
                 ComputeOf<E>* lo);
 
-// What the derivatives below are of: log-sums less, where `labels` are given, each row's logit there. A label
+// What the derivatives below are of: lses less, where `labels` are given, each row's logit there. A label
 // below 0 counts from the end; one out of range is nowhere.
 template <typename E>
-struct LogSums {
+struct LabelledLse {
   const ComputeOf<E>* hi;
   const ComputeOf<E>* lo;
   const std::int32_t* labels;
 };
 
-// out = <p, t> - t[label] for p = e^(z - log-sum). t is to be 0 where logits are masked.
+// out = <p, t> - t[label] for p = e^(z - lse). t is to be 0 where logits are masked.
 template <typename E>
-void LogSumJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
-               const E* t, ComputeOf<E>* out);
+void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
+                  const E* t, ComputeOf<E>* out);
 
 // Its transpose: y = factor·(p - [the label's place]), with one factor a row. Positions that are masked give
 // 0, but for the label's. y may be x.
 template <typename E>
-void LogSumVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
-               const ComputeOf<E>* factor, E* y);
+void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
+                  const ComputeOf<E>* factor, E* y);
 
 // out = t - p·<1, t>: the transposed derivative of LogSoftmax. t is to be 0 where logits are masked, and so
 // is the result. out may be t.
 template <typename E>
-void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LogSums<E>& sums,
+void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
                    const E* t, E* out);
 
 }  // namespace jax_softmax2p

@@ -1,4 +1,4 @@
-// What log-sums and their derivatives share: rows of logits, whole or short, and the kernels for these.
+// What lses and their derivatives share: rows of logits, whole or short, and the kernels for these.
 #pragma once
 
 #include <algorithm>

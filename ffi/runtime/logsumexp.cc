@@ -1,27 +1,19 @@
-#include "ffi/runtime/log_sum.h"
+#include "ffi/runtime/logsumexp.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "ffi/kernels/log.h"
-#include "ffi/runtime/log_sum_rows.h"
+#include "ffi/runtime/logsumexp_rows.h"
 #include "ffi/runtime/memory.h"
 
 namespace jax_softmax2p {
 namespace {
 
-// A row's log-sum, maximum + log + rest. The log is NaN where the row has no softmax.
-template <typename T>
-struct LogTotal {
-  T maximum;
-  T log;
-  T rest;
-};
-
 template <typename E>
-LogTotal<ComputeOf<E>> LogTotalOf(const KernelTable<E>& kernels, const LogitsRow<E>& row,
-                                  const Segments& segments) {
+LseTerms<ComputeOf<E>> LseOfRow(const KernelTable<E>& kernels, const LogitsRow<E>& row,
+                                const Segments& segments) {
   using T = ComputeOf<E>;
   const RowTotal<T> total = TotalOf(row, segments, kernels.max_exponent, nullptr, false);
   const CompensatedSum& mantissa = total.sum.mantissa;
@@ -35,8 +27,8 @@ LogTotal<ComputeOf<E>> LogTotalOf(const KernelTable<E>& kernels, const LogitsRow
 
 // As logsumexp has it: an infinite maximum is that itself, but for NaNs, which a maximum passes over.
 template <typename E>
-void WriteLogSum(const LogTotal<ComputeOf<E>>& total, const LogitsRow<E>& row, ComputeOf<E>* hi,
-                 ComputeOf<E>* lo) {
+void WriteLse(const LseTerms<ComputeOf<E>>& total, const LogitsRow<E>& row, ComputeOf<E>* hi,
+              ComputeOf<E>* lo) {
   using T = ComputeOf<E>;
   const DoubleDouble<double> sum = TwoSum<double>(total.maximum, total.log);
   *hi = static_cast<T>(sum.hi + (sum.lo + static_cast<double>(total.rest)));
@@ -49,24 +41,24 @@ void WriteLogSum(const LogTotal<ComputeOf<E>>& total, const LogitsRow<E>& row, C
 // Of rows of up to kMaxSmall elements, as ForSmallRows hands them over. Those that the guard wants to go
 // another way do so.
 template <typename E>
-class SmallLogTotals {
+class SmallRowsLse {
   using T = ComputeOf<E>;
 
  public:
-  SmallLogTotals(const Kernels& kernels, const Logits<E>& logits, std::int64_t first, std::int64_t count,
-                 const T* z)
+  SmallRowsLse(const Kernels& kernels, const Logits<E>& logits, std::int64_t first, std::int64_t count,
+               const T* z)
       : kernels_(kernels), logits_(logits), first_(first), count_(count) {
     const int n = static_cast<int>(logits.n);
     if (z == nullptr) {
-      kernels.Of<E>().small_log_sums(logits.x + first * n, count, n, maximum, log, rest);
+      kernels.Of<E>().small_lse(logits.x + first * n, count, n, maximum, log, rest);
     } else {
-      kernels.Of<T>().small_log_sums(z, count, n, maximum, log, rest);
+      kernels.Of<T>().small_lse(z, count, n, maximum, log, rest);
     }
     InThisThread alone;
     for (std::int64_t i = 0; i < count; ++i) {
       if (!std::isnan(log[i])) continue;
       const LogitsRow<E> row = Row(i);
-      const LogTotal<T> total = LogTotalOf(kernels.Of<E>(), row, Segments(alone, row.size()));
+      const LseTerms<T> total = LseOfRow(kernels.Of<E>(), row, Segments(alone, row.size()));
       maximum[i] = total.maximum;
       log[i] = total.log;
       rest[i] = total.rest;
@@ -82,7 +74,7 @@ class SmallLogTotals {
         hi[first_ + i] = sum.hi;
         lo[first_ + i] = sum.lo + rest[i];
       } else {
-        WriteLogSum<E>({maximum[i], log[i], rest[i]}, Row(i), hi + first_ + i, lo + first_ + i);
+        WriteLse<E>({maximum[i], log[i], rest[i]}, Row(i), hi + first_ + i, lo + first_ + i);
       }
     }
   }
@@ -100,7 +92,7 @@ template <typename E>
 void SmallLogSoftmax(const Kernels& kernels, Executor& executor, const Logits<E>& logits, E* y,
                      ComputeOf<E>* hi, ComputeOf<E>* lo, E masked) {
   ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const ComputeOf<E>* z) {
-    const SmallLogTotals<E> totals(kernels, logits, first, count, z);
+    const SmallRowsLse<E> totals(kernels, logits, first, count, z);
     totals.Write(hi, lo);
     SmallLess<E>(kernels, logits, first, count, z, y + first * logits.n, totals.maximum, totals.log, nullptr);
     for (std::int64_t i = 0; logits.Masked() && i < count; ++i) {
@@ -113,25 +105,25 @@ void SmallLogSoftmax(const Kernels& kernels, Executor& executor, const Logits<E>
 }  // namespace
 
 template <typename E>
-void LogSum(const Kernels& kernels, Executor& executor, Logits<E> logits, ComputeOf<E>* hi,
-            ComputeOf<E>* lo) {
+void LogSumExp(const Kernels& kernels, Executor& executor, Logits<E> logits, ComputeOf<E>* hi,
+               ComputeOf<E>* lo) {
   using T = ComputeOf<E>;
   Simplify(logits);
   if (logits.inner > 1 && logits.n > 0) {
     const auto some = [&](const Logits<E>& rows, E*, Executor& own) {
-      LogSum(kernels, own, rows, hi + rows.first_row, lo + rows.first_row);
+      LogSumExp(kernels, own, rows, hi + rows.first_row, lo + rows.first_row);
     };
     return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
   }
   if (IsSmall(logits)) {
     ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
-      SmallLogTotals<E>(kernels, logits, first, count, z).Write(hi, lo);
+      SmallRowsLse<E>(kernels, logits, first, count, z).Write(hi, lo);
     });
     return;
   }
   ForLogits(kernels, executor, logits,
             [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-              WriteLogSum(LogTotalOf(kernels.Of<E>(), row, segments), row, hi + r, lo + r);
+              WriteLse(LseOfRow(kernels.Of<E>(), row, segments), row, hi + r, lo + r);
             });
 }
 
@@ -139,7 +131,7 @@ template <typename E>
 void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, ComputeOf<E>* hi,
                 ComputeOf<E>* lo) {
   using T = ComputeOf<E>;
-  if (logits.rows * logits.n == 0) return LogSum(kernels, executor, std::move(logits), hi, lo);
+  if (logits.rows * logits.n == 0) return LogSumExp(kernels, executor, std::move(logits), hi, lo);
   Simplify(logits);
   AdviseHugePagesFor(logits, y);
   if (logits.inner > 1) {
@@ -153,14 +145,14 @@ void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E*
   if (IsSmall(logits)) return SmallLogSoftmax(kernels, executor, logits, y, hi, lo, masked);
   ForLogits(kernels, executor, logits,
             [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-              const LogTotal<T> total = LogTotalOf(kernels.Of<E>(), row, segments);
-              WriteLogSum(total, row, hi + r, lo + r);
+              const LseTerms<T> total = LseOfRow(kernels.Of<E>(), row, segments);
+              WriteLse(total, row, hi + r, lo + r);
               E* const results = y + r * logits.n + row.begin();
-              segments.ForEach(
-                  non_temporal ? Order::kForward : Order::kBackward, [&](std::int64_t at, std::int64_t size) {
-                    row.WriteLog(at, size, results + at, {total.maximum, total.log}, non_temporal);
-                    if (non_temporal) FenceNonTemporalStores();
-                  });
+              segments.ForEach(non_temporal ? Order::kForward : Order::kBackward,
+                               [&](std::int64_t at, std::int64_t size) {
+                                 row.WriteLog(at, size, results + at, total, non_temporal);
+                                 if (non_temporal) FenceNonTemporalStores();
+                               });
               if (!logits.Masked()) return;
               if (std::isnan(total.log)) {
                 row.FillMasked(y + r * logits.n, masked);
@@ -170,8 +162,8 @@ void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E*
             });
 }
 
-#define SOFTMAX2P_INSTANTIATE(E)                                                            \
-  template void LogSum(const Kernels&, Executor&, Logits<E>, ComputeOf<E>*, ComputeOf<E>*); \
+#define SOFTMAX2P_INSTANTIATE(E)                                                               \
+  template void LogSumExp(const Kernels&, Executor&, Logits<E>, ComputeOf<E>*, ComputeOf<E>*); \
   template void LogSoftmax(const Kernels&, Executor&, Logits<E>, E*, ComputeOf<E>*, ComputeOf<E>*)
 SOFTMAX2P_INSTANTIATE(float);
 SOFTMAX2P_INSTANTIATE(double);
