@@ -11,13 +11,13 @@
 #include <vector>
 
 #include "ffi/handlers/handlers.h"
-#include "ffi/kernels/guard.h"
-#include "ffi/runtime/algorithm.h"
+#include "ffi/kernels/unguarded_build.h"
+#include "ffi/ops/algorithm.h"
+#include "ffi/ops/measurement/passes.h"
+#include "ffi/ops/softmax.h"
+#include "ffi/ops/softmax_jacobian.h"
 #include "ffi/runtime/dispatch.h"
-#include "ffi/runtime/jacobian.h"
 #include "ffi/runtime/memory.h"
-#include "ffi/runtime/passes.h"
-#include "ffi/runtime/softmax.h"
 #include "ffi/runtime/workers.h"
 
 namespace nb = nanobind;

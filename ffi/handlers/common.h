@@ -10,8 +10,8 @@
 #include <utility>
 
 #include "ffi/base/half.h"
+#include "ffi/ops/softmax.h"
 #include "ffi/runtime/parallel.h"
-#include "ffi/runtime/softmax.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_softmax2p {

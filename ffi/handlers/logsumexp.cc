@@ -1,10 +1,10 @@
-#include "ffi/runtime/logsumexp.h"
+#include "ffi/ops/logsumexp.h"
 
 #include <initializer_list>
 
 #include "ffi/handlers/common.h"
 #include "ffi/handlers/handlers.h"
-#include "ffi/handlers/logits.h"
+#include "ffi/handlers/read_logits.h"
 #include "ffi/runtime/dispatch.h"
 
 namespace jax_softmax2p {

@@ -1,11 +1,11 @@
-#include "ffi/runtime/softmax.h"
+#include "ffi/ops/softmax.h"
 
 #include <string_view>
 
 #include "ffi/handlers/common.h"
 #include "ffi/handlers/handlers.h"
-#include "ffi/handlers/logits.h"
-#include "ffi/runtime/algorithm.h"
+#include "ffi/handlers/read_logits.h"
+#include "ffi/ops/algorithm.h"
 #include "ffi/runtime/dispatch.h"
 
 namespace jax_softmax2p {

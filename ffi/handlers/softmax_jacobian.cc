@@ -1,7 +1,8 @@
+#include "ffi/ops/softmax_jacobian.h"
+
 #include "ffi/handlers/common.h"
 #include "ffi/handlers/handlers.h"
 #include "ffi/runtime/dispatch.h"
-#include "ffi/runtime/jacobian.h"
 
 namespace jax_softmax2p {
 namespace {

@@ -16,7 +16,7 @@
 #pragma once
 
 #include "ffi/base/inline.h"
-#include "ffi/kernels/guard.h"
+#include "ffi/kernels/unguarded_build.h"
 
 namespace jax_softmax2p {
 

@@ -6,7 +6,7 @@
 #include "ffi/base/inline.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/extended_sum.h"
-#include "ffi/kernels/guard.h"
+#include "ffi/kernels/unguarded_build.h"
 
 namespace jax_softmax2p {
 

@@ -1,8 +1,8 @@
 // Fills an instruction set's table from the kernel templates. Included by one source per instruction set.
 #pragma once
 
-#include "ffi/kernels/columns.h"
 #include "ffi/kernels/jacobian.h"
+#include "ffi/kernels/pack.h"
 #include "ffi/kernels/scale_bias_mask.h"
 #include "ffi/kernels/softmax.h"
 #include "ffi/kernels/table.h"

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "ffi/runtime/logsumexp.h"
-#include "ffi/runtime/softmax.h"
+#include "ffi/ops/logsumexp.h"
+#include "ffi/ops/softmax.h"
 #include "tests/selftest/support.h"
 
 namespace jax_softmax2p {

@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "ffi/ops/logsumexp.h"
+#include "ffi/ops/parallel_rows.h"
+#include "ffi/ops/softmax.h"
 #include "ffi/runtime/float_mode.h"
-#include "ffi/runtime/logsumexp.h"
-#include "ffi/runtime/row_work.h"
-#include "ffi/runtime/softmax.h"
 #include "tests/selftest/support.h"
 
 namespace jax_softmax2p {

@@ -16,9 +16,9 @@
 #include <utility>
 #include <vector>
 
-#include "ffi/runtime/algorithm.h"
+#include "ffi/ops/algorithm.h"
+#include "ffi/ops/softmax.h"
 #include "ffi/runtime/dispatch.h"
-#include "ffi/runtime/softmax.h"
 #include "ffi/runtime/workers.h"
 #include "tests/selftest/current_case.h"
 #include "tests/selftest/fake_xla.h"

@@ -10,10 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include "ffi/runtime/algorithm.h"
-#include "ffi/runtime/jacobian.h"
-#include "ffi/runtime/logsumexp.h"
-#include "ffi/runtime/softmax.h"
+#include "ffi/ops/algorithm.h"
+#include "ffi/ops/logsumexp.h"
+#include "ffi/ops/softmax.h"
+#include "ffi/ops/softmax_jacobian.h"
 #include "tests/selftest/current_case.h"
 #include "tests/selftest/family.h"
 #include "tests/selftest/guard_pages.h"

@@ -22,13 +22,13 @@
 #include <vector>
 
 #include "ffi/base/inline.h"
-#include "ffi/runtime/algorithm.h"
+#include "ffi/ops/algorithm.h"
+#include "ffi/ops/parallel_rows.h"
+#include "ffi/ops/softmax.h"
+#include "ffi/ops/softmax_jacobian.h"
 #include "ffi/runtime/dispatch.h"
 #include "ffi/runtime/float_mode.h"
-#include "ffi/runtime/jacobian.h"
 #include "ffi/runtime/parallel.h"
-#include "ffi/runtime/row_work.h"
-#include "ffi/runtime/softmax.h"
 #include "tests/selftest/current_case.h"
 #include "tests/selftest/family.h"
 #include "tests/selftest/halves.h"

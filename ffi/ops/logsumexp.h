@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "ffi/kernels/table.h"
-#include "ffi/runtime/logits.h"
+#include "ffi/ops/logits.h"
 #include "ffi/runtime/parallel.h"
 
 namespace jax_softmax2p {

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "ffi/kernels/table.h"
-#include "ffi/runtime/column_tiles.h"
+#include "ffi/ops/column_tiles.h"
+#include "ffi/ops/parallel_rows.h"
 #include "ffi/runtime/memory.h"
-#include "ffi/runtime/row_work.h"
 
 namespace jax_softmax2p {
 

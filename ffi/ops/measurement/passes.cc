@@ -1,12 +1,12 @@
-#include "ffi/runtime/passes.h"
+#include "ffi/ops/measurement/passes.h"
 
 #include <cmath>
 
+#include "ffi/ops/logits.h"
+#include "ffi/ops/parallel_rows.h"
+#include "ffi/ops/softmax.h"
 #include "ffi/runtime/float_mode.h"
-#include "ffi/runtime/logits.h"
 #include "ffi/runtime/memory.h"
-#include "ffi/runtime/row_work.h"
-#include "ffi/runtime/softmax.h"
 
 namespace jax_softmax2p {
 namespace {

@@ -1,10 +1,10 @@
-#include "ffi/runtime/softmax.h"
+#include "ffi/ops/softmax.h"
 
 #include <cmath>
 #include <type_traits>
 
+#include "ffi/ops/parallel_rows.h"
 #include "ffi/runtime/memory.h"
-#include "ffi/runtime/row_work.h"
 
 namespace jax_softmax2p {
 template <typename E>

@@ -3,8 +3,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "ffi/runtime/logsumexp.h"
-#include "ffi/runtime/logsumexp_rows.h"
+#include "ffi/ops/logsumexp.h"
+#include "ffi/ops/logsumexp_rows.h"
 #include "ffi/runtime/memory.h"
 
 namespace jax_softmax2p {

@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "ffi/kernels/table.h"
+#include "ffi/ops/softmax.h"
 #include "ffi/runtime/parallel.h"
-#include "ffi/runtime/softmax.h"
 
 namespace jax_softmax2p {
 

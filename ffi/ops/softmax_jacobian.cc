@@ -1,11 +1,11 @@
-#include "ffi/runtime/jacobian.h"
+#include "ffi/ops/softmax_jacobian.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "ffi/runtime/column_tiles.h"
+#include "ffi/ops/column_tiles.h"
+#include "ffi/ops/parallel_rows.h"
 #include "ffi/runtime/memory.h"
-#include "ffi/runtime/row_work.h"
 
 namespace jax_softmax2p {
 namespace {

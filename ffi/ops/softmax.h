@@ -5,8 +5,8 @@
 
 #include "ffi/base/layout.h"
 #include "ffi/kernels/table.h"
-#include "ffi/runtime/algorithm.h"
-#include "ffi/runtime/logits.h"
+#include "ffi/ops/algorithm.h"
+#include "ffi/ops/logits.h"
 #include "ffi/runtime/parallel.h"
 
 namespace jax_softmax2p {

@@ -1,11 +1,11 @@
-#include "ffi/runtime/logsumexp.h"
+#include "ffi/ops/logsumexp.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "ffi/kernels/log.h"
-#include "ffi/runtime/logsumexp_rows.h"
+#include "ffi/ops/logsumexp_rows.h"
 #include "ffi/runtime/memory.h"
 
 namespace jax_softmax2p {

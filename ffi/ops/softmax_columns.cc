@@ -5,8 +5,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "ffi/runtime/row_work.h"
-#include "ffi/runtime/softmax.h"
+#include "ffi/ops/parallel_rows.h"
+#include "ffi/ops/softmax.h"
 
 namespace jax_softmax2p {
 namespace {

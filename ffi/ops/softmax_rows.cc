@@ -4,10 +4,10 @@
 #include <optional>
 #include <type_traits>
 
-#include "ffi/runtime/logits.h"
+#include "ffi/ops/logits.h"
+#include "ffi/ops/parallel_rows.h"
+#include "ffi/ops/softmax.h"
 #include "ffi/runtime/memory.h"
-#include "ffi/runtime/row_work.h"
-#include "ffi/runtime/softmax.h"
 
 namespace jax_softmax2p {
 namespace {

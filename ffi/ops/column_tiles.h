@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "ffi/kernels/table.h"
-#include "ffi/runtime/row_work.h"
+#include "ffi/ops/parallel_rows.h"
 
 namespace jax_softmax2p {
 

@@ -6,7 +6,7 @@
 #include <memory>
 #include <new>
 
-#include "ffi/runtime/logits.h"
+#include "ffi/ops/logits.h"
 #include "ffi/runtime/memory.h"
 
 namespace jax_softmax2p {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "ffi/handlers/common.h"
-#include "ffi/runtime/logits.h"
+#include "ffi/ops/logits.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_softmax2p {
