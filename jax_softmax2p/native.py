@@ -217,7 +217,7 @@ def pass_into(
         raise ValueError(f"name must be one of {', '.join(PASSES)}; got {name!r}")
     if x.dtype != np.float32 or x.ndim != 1:
         raise TypeError(f"x must be float32 of one dimension, got {x.dtype} of {x.ndim}")
-    found = library.pass_into(
+    found = library.measurement.pass_into(
         name, x, out, copies, x.size, maximum, _checked_isa(isa), _checked_threads(threads)
     )
     return None if found is None else float(found)
@@ -254,7 +254,7 @@ def softmax_plan(
     check_algorithm(algorithm)
     if (dtype := np.dtype(dtype)) not in _DTYPE_NAMES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
-    return dict(library.softmax_plan(_DTYPE_NAMES[dtype], *shape, algorithm, _checked_isa(isa)))
+    return dict(library.measurement.softmax_plan(_DTYPE_NAMES[dtype], *shape, algorithm, _checked_isa(isa)))
 
 
 def cache_bytes() -> tuple[int, int]:
@@ -263,7 +263,7 @@ def cache_bytes() -> tuple[int, int]:
     Raises:
       ImportError: the compiled library cannot be loaded.
     """
-    second, last = _library_or_raise().cache_bytes()
+    second, last = _library_or_raise().measurement.cache_bytes()
     return second, last
 
 

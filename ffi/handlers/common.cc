@@ -16,8 +16,8 @@ std::string Describe(const xla::ffi::AnyBuffer& buffer) {
   return "(" + shape + ") of XLA type " + std::to_string(static_cast<int>(buffer.element_type()));
 }
 
-// More than any memory holds, and so few that no size computed from them overflows: bytes of three arrays of
-// 64-bit elements.
+// More than any memory holds, and so few that no size computed from it overflows: not even the bytes of three
+// arrays of 64-bit elements.
 constexpr std::int64_t kMaxElements = std::int64_t{1} << 56;
 
 }  // namespace

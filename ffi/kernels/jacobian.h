@@ -1,5 +1,5 @@
 // Derivatives over contiguous rows: the Jacobian of softmax applied to a tangent or cotangent, J(y, t) =
-// y·(t - <y, t>), and the sums of which those of its logarithm are made.
+// y·(t - <y, t>), and the sums of which the derivatives of its logarithm are made.
 #pragma once
 
 #include <cstdint>
@@ -12,26 +12,25 @@
 
 namespace jax_softmax2p {
 
-// For elements E, computed in V.
+// For elements E, computed in V. KernelTable says what the public functions do.
 template <typename V, typename E>
-class JacobianRow {
+class JacobianKernels {
   using T = typename V::Scalar;
-  // Elements that are summed in T before they go into a CompensatedSum.
+  // Elements that are summed in T before they go into a CompensatedSum of doubles.
   static constexpr int kBlock = 1024;
 
  public:
-  // <y, t>, with y of type In, E or T, in twice the working precision (Ogita, Rump & Oishi, "Accurate sum and
-  // dot product", SIAM J. Sci. Comput. 26(6), 2005, Algorithm 5.3): t - <y, t> cancels where t is nearly
-  // constant.
+  // `In`, the type of y, is E or T. In twice the working precision (Ogita, Rump & Oishi, "Accurate sum and
+  // dot product", SIAM J. Sci. Comput. 26(6), 2005, Algorithm 5.3), since t - <y, t> cancels where t is
+  // nearly constant.
   template <typename In>
   static CompensatedSum Dot(const In* y, const E* t, std::int64_t n) {
     return SumBlocks(Products<In>{y, t}, n);
   }
 
-  // <1, t> likewise.
-  static CompensatedSum Total(const E* t, std::int64_t n) { return SumBlocks(Terms{t}, n); }
+  static CompensatedSum Sum(const E* t, std::int64_t n) { return SumBlocks(Terms{t}, n); }
 
-  static void Less(const E* t, const T* p, E* out, std::int64_t n) {
+  static void Subtract(const E* t, const T* p, E* out, std::int64_t n) {
     std::int64_t i = 0;
     for (; i + V::kLanes <= n; i += V::kLanes) (V::Load(t + i) - V::Load(p + i)).Store(out + i);
     if (i == n) return;
@@ -39,7 +38,6 @@ class JacobianRow {
     (V::LoadPartial(t + i, rest, 0) - V::LoadPartial(p + i, rest, 0)).StorePartial(out + i, rest);
   }
 
-  // `non_temporal` writes past the caches.
   static void Write(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot,
                     bool non_temporal) {
     const V hi = V::Broadcast(dot.hi), lo = V::Broadcast(dot.lo);
@@ -65,7 +63,7 @@ class JacobianRow {
   }
 
  private:
-  // What is summed: terms, of element i and those after it, and the errors of their rounding.
+  // What is summed: At(i) gives the terms of element i and those after it, with their rounding errors.
   template <typename In>
   struct Products {
     const In* y;

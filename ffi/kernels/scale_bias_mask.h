@@ -1,25 +1,25 @@
-// What stands before a softmax in most programs: a scale, a bias and a mask, applied to a stretch of a row.
+// The scale, the bias and the mask that stand before a softmax in most programs, applied to a stretch of a
+// row.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "ffi/base/inline.h"
+#include "ffi/kernels/access.h"
 #include "ffi/kernels/table.h"
 
 namespace jax_softmax2p {
 
-// For elements E, computed in V.
+// For elements E, computed in V. KernelTable says what Apply does.
 template <typename V, typename E>
 class ScaleBiasMaskKernel {
   using T = typename V::Scalar;
-  // How far ahead to fetch what the passes will read: see softmax.h.
-  static constexpr std::int64_t kAhead = 256 * V::kLanes;
+  // Elements that are fetched ahead.
+  static constexpr std::int64_t kAhead = SumAhead::value * V::kLanes;
 
  public:
-  // z = scale·x + bias, rounded once where V's Fma is, and `fill` where the mask is 0. Returns the largest,
-  // NaNs passed over.
-  static T ApplyScaleBiasMask(const ScaleBiasMaskArgs<E>& args, T* z, std::int64_t n) {
+  static T Apply(const ScaleBiasMaskArgs<E>& args, T* z, std::int64_t n) {
     return args.where == nullptr ? ApplyWith<false>(args, z, n) : ApplyWith<true>(args, z, n);
   }
 

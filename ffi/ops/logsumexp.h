@@ -1,6 +1,7 @@
-// The log of the sum of e^z of rows, and what follows from it, on whole arrays, shared out among threads.
+// logsumexp of rows of logits z, log_softmax, and their derivatives, on whole arrays, shared out among
+// threads.
 //
-// Lses come as hi + lo, hi their rounding: e^(z - hi - lo) is then as exact as a softmax.
+// An lse comes as hi + lo, hi its rounding: e^(z - hi - lo) is then as exact as a softmax.
 #pragma once
 
 #include <cstdint>
@@ -11,18 +12,23 @@
 
 namespace jax_softmax2p {
 
-// The lse of every row.
-template <typename E>
-void LogSumExp(const Kernels& kernels, Executor& executor, Logits<E> logits, ComputeOf<E>* hi,
-               ComputeOf<E>* lo);
+// One lse for each row, rows counted over [outer, inner].
+template <typename T>
+struct Lse {
+  T* hi;
+  T* lo;
+};
 
-// y = z - lse, and the lse of every row. Positions that are masked give -inf. y may be x.
+// The lse of every row. A row without elements, or masked throughout, gives -inf.
 template <typename E>
-void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, ComputeOf<E>* hi,
-                ComputeOf<E>* lo);
+void LogSumExp(const Kernels& kernels, Executor& executor, Logits<E> logits, Lse<ComputeOf<E>> lse);
 
-// What the derivatives below are of: lses less, where `labels` are given, each row's logit there. A label
-// below 0 counts from the end; one out of range is nowhere.
+// y = z - lse, and the lse of every row. Masked positions give -inf. y may be x.
+template <typename E>
+void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, Lse<ComputeOf<E>> lse);
+
+// What the derivatives below are those of: lse - z[label], or lse alone where `labels` is null. A label below
+// 0 counts from the end of its row; one out of range is nowhere.
 template <typename E>
 struct LabelledLse {
   const ComputeOf<E>* hi;
@@ -30,21 +36,22 @@ struct LabelledLse {
   const std::int32_t* labels;
 };
 
-// out = <p, t> - t[label] for p = e^(z - lse). t is to be 0 where logits are masked.
+// out = <p, t> - t[label], one number a row, for p = e^(z - lse). t is like x, and must be 0 where logits are
+// masked.
 template <typename E>
-void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
+void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
                   const E* t, ComputeOf<E>* out);
 
-// Its transpose: y = factor·(p - [the label's place]), with one factor a row. Positions that are masked give
-// 0, but for the label's. y may be x.
+// Its transpose: y = factor·(p - [the label's place]), with one factor a row. Masked positions give 0, but
+// for the label's. y may be x.
 template <typename E>
-void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
+void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
                   const ComputeOf<E>* factor, E* y);
 
-// out = t - p·<1, t>: the transposed derivative of LogSoftmax. t is to be 0 where logits are masked, and so
-// is the result. out may be t.
+// The transposed derivative of LogSoftmax: out = t - p·<1, t>. There are no labels. t is like x, and must be
+// 0 where logits are masked; so is the result. out may be t.
 template <typename E>
-void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
+void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
                    const E* t, E* out);
 
 }  // namespace jax_softmax2p

@@ -3,18 +3,20 @@
 #include <type_traits>
 #include <vector>
 
+#include "ffi/ops/column_tiles.h"
 #include "ffi/ops/logsumexp.h"
-#include "ffi/ops/logsumexp_rows.h"
+#include "ffi/ops/parallel_logits_rows.h"
+#include "ffi/ops/small_rows.h"
 #include "ffi/runtime/memory.h"
 
 namespace jax_softmax2p {
 namespace {
 
-// factor·e^-(hi + lo), times e^z as every row's kernel has it: no rounding of z - hi, which would cost
-// an exponential as many ULP as that is large. Beyond the kernels' exact range, and for what is no number,
-// hi is subtracted: there z - hi is exact wherever e^(z - hi) does not vanish.
+// factor·e^-lse, times e^z as the kernels compute it: no rounding of z - hi, which would cost an exponential
+// as many ULP as that is large. Beyond the kernels' exact range, and for what is no number, hi is subtracted
+// from z: there z - hi is exact wherever e^(z - hi) does not vanish.
 template <typename T>
-RowScale<T> ScaleOf(T hi, T lo, double factor, int max_exponent) {
+RowScale<T> ScaleFor(T hi, T lo, double factor, int max_exponent) {
   constexpr double kLog2E = 0x1.71547652b82fep0;
   constexpr double kLn2Hi = 0x1.62e42fefa39efp-1, kLn2Lo = 0x1.abc9e3b39803fp-56;
   RowScale<T> scale{};
@@ -35,129 +37,129 @@ RowScale<T> ScaleOf(T hi, T lo, double factor, int max_exponent) {
   return scale;
 }
 
-// Where a label lies in its row, and its z, to be had before a result is written over x.
+// The index that a label means in a row of n elements; -1 where it is out of range.
+std::int64_t LabelIndex(std::int32_t label, std::int64_t n) {
+  const std::int64_t index = label < 0 ? label + n : label;
+  return index < n ? std::max<std::int64_t>(index, -1) : -1;
+}
+
+// A row's label and its logit z, which is read before a result is written over x.
 template <typename E>
 class Label {
   using T = ComputeOf<E>;
 
  public:
+  // `label` is null where the row has none.
   Label(const LogitsRow<E>& row, std::int64_t n, const std::int32_t* label) {
     if (label == nullptr) return;
-    place_ = PlaceOf(*label, n);
-    takes_part_ = place_ >= 0 && !row.Masked(place_);
-    if (takes_part_) row.ApplyScaleBiasMask(place_ - row.begin(), 1, &z_);
+    index_ = LabelIndex(*label, n);
+    has_logit_ = index_ >= 0 && !row.IsMasked(index_);
+    if (has_logit_) row.ApplyOperands(index_ - row.begin(), 1, &z_);
   }
 
-  // -1 where it is nowhere.
-  static std::int64_t PlaceOf(std::int32_t label, std::int64_t n) {
-    const std::int64_t place = label < 0 ? label + n : label;
-    return place < n ? std::max<std::int64_t>(place, -1) : -1;
-  }
-
-  // y = factor·(e^(z - hi - lo) - 1), where y is factor·e^(z - hi - lo). Where e^... is near 1, the
-  // difference cannot be had from its rounding.
+  // Replaces row_y[label] = factor·e^(z - lse) by factor·(e^(z - lse) - 1). Where e^(z - lse) is near 1, the
+  // difference is computed from z, since its rounding has no digits left.
   void Write(E* row_y, T hi, T lo, T factor) const {
-    if (place_ < 0) return;
-    E& y = row_y[place_];
-    const double less = (static_cast<double>(z_) - static_cast<double>(hi)) - static_cast<double>(lo);
+    if (index_ < 0) return;
+    E& y = row_y[index_];
+    const double log_p = (static_cast<double>(z_) - static_cast<double>(hi)) - static_cast<double>(lo);
     if constexpr (std::is_same_v<E, T>) {
-      if (takes_part_ && less < -0.7) {
+      if (has_logit_ && log_p < -0.7) {
         y -= factor;
         return;
       }
     }
-    y = FromDouble<E>(static_cast<double>(factor) * (takes_part_ ? std::expm1(less) : -1.0));
+    y = FromDouble<E>(static_cast<double>(factor) * (has_logit_ ? std::expm1(log_p) : -1.0));
   }
 
  private:
-  std::int64_t place_ = -1;
-  bool takes_part_ = false;
+  std::int64_t index_ = -1;
+  bool has_logit_ = false;
   T z_ = 0;
 };
 
 template <typename E>
-const std::int32_t* LabelOf(const LabelledLse<E>& sums, std::int64_t row) {
-  return sums.labels == nullptr ? nullptr : sums.labels + row;
+const std::int32_t* LabelOf(const LabelledLse<E>& lse, std::int64_t row) {
+  return lse.labels == nullptr ? nullptr : lse.labels + row;
 }
 
 template <typename E>
-LabelledLse<E> From(const LabelledLse<E>& sums, std::int64_t row) {
-  return {sums.hi + row, sums.lo + row, LabelOf(sums, row)};
+LabelledLse<E> FromRow(const LabelledLse<E>& lse, std::int64_t row) {
+  return {lse.hi + row, lse.lo + row, LabelOf(lse, row)};
+}
+
+// <p, t> - t[label] of one row, from <p, t>.
+template <typename E>
+ComputeOf<E> MinusLabel(const CompensatedSum& dot, const std::int32_t* label, const E* t, std::int64_t n) {
+  double sum = dot.hi + dot.lo;
+  const std::int64_t index = label == nullptr ? -1 : LabelIndex(*label, n);
+  if (index >= 0) sum -= Widen(t[index]);
+  return static_cast<ComputeOf<E>>(sum);
 }
 
 template <typename E>
 void SmallLogSumExpVjp(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
-                       const LabelledLse<E>& sums, const ComputeOf<E>* factor, E* y) {
+                       const LabelledLse<E>& lse, const ComputeOf<E>* factor, E* y) {
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
   ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
     std::vector<Label<E>> labels;
-    if (sums.labels != nullptr) labels.reserve(static_cast<std::size_t>(count));
-    for (std::int64_t r = first; sums.labels != nullptr && r < first + count; ++r) {
-      labels.emplace_back(LogitsRow<E>(kernels, logits, r, nullptr), n, sums.labels + r);
+    if (lse.labels != nullptr) labels.reserve(static_cast<std::size_t>(count));
+    for (std::int64_t r = first; lse.labels != nullptr && r < first + count; ++r) {
+      labels.emplace_back(LogitsRow<E>(kernels, logits, r, nullptr), n, lse.labels + r);
     }
-    SmallLess(kernels, logits, first, count, z, y + first * n, sums.hi + first, sums.lo + first,
-              factor + first);
+    SmallMinusLse(kernels, logits, first, count, z, y + first * n, lse.hi + first, lse.lo + first,
+                  factor + first);
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t r = first + i;
-      if (logits.Masked() && !(std::isfinite(sums.hi[r]) && std::isfinite(factor[r]))) {
+      if (logits.HasMask() && !(std::isfinite(lse.hi[r]) && std::isfinite(factor[r]))) {
         LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});
       }
       if (labels.empty()) continue;
-      labels[static_cast<std::size_t>(i)].Write(y + r * n, sums.hi[r], sums.lo[r], factor[r]);
+      labels[static_cast<std::size_t>(i)].Write(y + r * n, lse.hi[r], lse.lo[r], factor[r]);
     }
   });
 }
 
-// <p, t> - t[label] of one row, for `dot` the first of these.
-template <typename E>
-ComputeOf<E> LessLabel(const CompensatedSum& dot, const std::int32_t* label, const E* t, std::int64_t n) {
-  double sum = dot.hi + dot.lo;
-  const std::int64_t place = label == nullptr ? -1 : Label<E>::PlaceOf(*label, n);
-  if (place >= 0) sum -= Widen(t[place]);
-  return static_cast<ComputeOf<E>>(sum);
-}
-
-// Calls body(row number, p of the row, without the factor) for rows of up to kMaxSmall elements.
+// Calls body(row number, p of the row as T) for small rows.
 template <typename E, typename Body>
 void ForSmallProbabilities(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
-                           const LabelledLse<E>& sums, const Body& body) {
+                           const LabelledLse<E>& lse, const Body& body) {
   using T = ComputeOf<E>;
-  const auto some = [&](std::int64_t first, std::int64_t count, const T* z) {
+  const auto rows = [&](std::int64_t first, std::int64_t count, const T* z) {
     T p[kLogitsBlock], ones[kLogitsBlock];
     std::fill(ones, ones + count, T{1});
-    SmallLess<E, T>(kernels, logits, first, count, z, p, sums.hi + first, sums.lo + first, ones);
+    SmallMinusLse<E, T>(kernels, logits, first, count, z, p, lse.hi + first, lse.lo + first, ones);
     for (std::int64_t i = 0; i < count; ++i) body(first + i, p + i * logits.n);
   };
-  ForSmallRows(kernels, executor, logits, some, true);
+  ForSmallRows(kernels, executor, logits, rows, SmallRowsAs::kCompute);
 }
 
-// <1, t> of up to kMaxSmall elements: in double floats need no more, and no vectors.
+// <1, t> of a small row. Sums of so few floats in double need no compensation, and no vectors.
 template <typename E>
-double SmallTotal(const KernelTable<E>& kernels, const E* t, std::int64_t n) {
+double SmallSum(const KernelTable<E>& kernels, const E* t, std::int64_t n) {
   if constexpr (std::is_same_v<E, double>) {
-    const CompensatedSum total = kernels.total(t, n);
-    return total.hi + total.lo;
+    const CompensatedSum sum = kernels.sum(t, n);
+    return sum.hi + sum.lo;
   } else {
-    double total = 0;
-    for (std::int64_t i = 0; i < n; ++i) total += Widen(t[i]);
-    return total;
+    double sum = 0;
+    for (std::int64_t i = 0; i < n; ++i) sum += Widen(t[i]);
+    return sum;
   }
 }
 
-// t - p·<1, t> of one row.
+// t - p·<1, t> of row r. t and out point to the row's first element that takes part.
 template <typename E>
 void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, const Segments& segments,
-                        const LabelledLse<E>& sums, std::int64_t r, const E* t, E* out) {
+                        const LabelledLse<E>& lse, std::int64_t r, const E* t, E* out) {
   using T = ComputeOf<E>;
-  const CompensatedSum total = segments.Reduce<CompensatedSum>(
-      [&](std::int64_t at, std::int64_t size) { return kernels.total(t + at, size); },
+  const CompensatedSum sum = segments.Reduce<CompensatedSum>(
+      [&](std::int64_t at, std::int64_t size) { return kernels.sum(t + at, size); },
       [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
-  const double factor = total.hi + total.lo;
-  const RowScale<T> scale = ScaleOf(sums.hi[r], sums.lo[r], factor, kernels.max_exponent);
+  const RowScale<T> scale = ScaleFor(lse.hi[r], lse.lo[r], sum.hi + sum.lo, kernels.max_exponent);
   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
     row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
-      kernels.less(t + at + i, p, out + at + i, count);
+      kernels.subtract(t + at + i, p, out + at + i, count);
     });
   });
 }
@@ -165,7 +167,7 @@ void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, 
 }  // namespace
 
 template <typename E>
-void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
+void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
                   const E* t, ComputeOf<E>* out) {
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
@@ -173,115 +175,117 @@ void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
     std::fill(out, out + logits.rows, T{0});
     return;
   }
-  Simplify(logits);
-  const KernelTable<E>& own = kernels.Of<E>();
+  MergeDims(logits);
+  const KernelTable<E>& table = kernels.Of<E>();
   if (logits.inner > 1) {
-    // A tile for t beside that of the logits.
-    const auto some = [&](const Logits<E>& rows, E*, Executor& for_rows) {
-      ColumnTile<E> of_t(own, n, logits.inner, rows.rows);
-      of_t.Pack(t, rows.first_row, rows.rows);
-      LogSumExpJvp(kernels, for_rows, rows, From(sums, rows.first_row), of_t.rows(), out + rows.first_row);
-    };
-    return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
+    return ForColumnTiles<E>(kernels, executor, logits, nullptr,
+                             [&](const Logits<E>& rows, E*, Executor& rows_executor) {
+                               ColumnTile<E> t_tile(table, n, logits.inner, rows.rows);
+                               t_tile.Pack(t, rows.first_row, rows.rows);
+                               LogSumExpJvp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
+                                            t_tile.rows(), out + rows.first_row);
+                             });
   }
-  if (IsSmall(logits)) {
-    return ForSmallProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, const T* p) {
+  if (HasSmallRows(logits)) {
+    return ForSmallProbabilities(kernels, executor, logits, lse, [&](std::int64_t r, const T* p) {
       const E* const row_t = t + r * n;
-      const bool masked_throughout = logits.Masked() && !std::isfinite(sums.hi[r]);
-      const CompensatedSum dot = masked_throughout ? CompensatedSum{} : own.logits_dot(p, row_t, n);
-      out[r] = LessLabel(dot, LabelOf(sums, r), row_t, n);
+      const bool fully_masked = logits.HasMask() && !std::isfinite(lse.hi[r]);
+      const CompensatedSum dot = fully_masked ? CompensatedSum{} : table.logits_dot(p, row_t, n);
+      out[r] = MinusLabel(dot, LabelOf(lse, r), row_t, n);
     });
   }
-  ForLogits(kernels, executor, logits,
-            [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-              const RowScale<T> scale = ScaleOf(sums.hi[r], sums.lo[r], 1, own.max_exponent);
-              const E* const row_t = t + r * n;
-              const CompensatedSum dot = segments.Reduce<CompensatedSum>(
-                  [&](std::int64_t at, std::int64_t size) {
-                    CompensatedSum sum;
-                    row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
-                      sum.Add(own.logits_dot(p, row_t + row.begin() + at + i, count));
-                    });
-                    return sum;
-                  },
-                  [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
-              out[r] = LessLabel(dot, LabelOf(sums, r), row_t, n);
-            });
+  ForLogitsRows(kernels, executor, logits,
+                [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+                  const RowScale<T> scale = ScaleFor(lse.hi[r], lse.lo[r], 1, table.max_exponent);
+                  const E* const row_t = t + r * n;
+                  const CompensatedSum dot = segments.Reduce<CompensatedSum>(
+                      [&](std::int64_t at, std::int64_t size) {
+                        CompensatedSum sum;
+                        row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
+                          sum.Add(table.logits_dot(p, row_t + row.begin() + at + i, count));
+                        });
+                        return sum;
+                      },
+                      [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
+                  out[r] = MinusLabel(dot, LabelOf(lse, r), row_t, n);
+                });
 }
 
 template <typename E>
-void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
+void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
                   const ComputeOf<E>* factor, E* y) {
   using T = ComputeOf<E>;
   if (logits.rows * logits.n == 0) return;
-  Simplify(logits);
+  MergeDims(logits);
   AdviseHugePagesFor(logits, y);
   if (logits.inner > 1) {
-    const auto some = [&](const Logits<E>& rows, E* y_rows, Executor& own) {
-      LogSumExpVjp(kernels, own, rows, From(sums, rows.first_row), factor + rows.first_row, y_rows);
-    };
-    return ForColumnLogits(kernels, executor, logits, y, some);
+    return ForColumnTiles(kernels, executor, logits, y,
+                          [&](const Logits<E>& rows, E* y_rows, Executor& rows_executor) {
+                            LogSumExpVjp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
+                                         factor + rows.first_row, y_rows);
+                          });
   }
-  if (IsSmall(logits)) return SmallLogSumExpVjp(kernels, executor, logits, sums, factor, y);
-  const bool non_temporal = IsFar(logits);
+  if (HasSmallRows(logits)) return SmallLogSumExpVjp(kernels, executor, logits, lse, factor, y);
+  const bool non_temporal = ExceedsCaches(logits);
   const int max_exponent = kernels.Of<E>().max_exponent;
-  ForLogits(kernels, executor, logits,
-            [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-              const T hi = sums.hi[r], lo = sums.lo[r];
-              const RowScale<T> scale = ScaleOf(hi, lo, factor[r], max_exponent);
-              E* const row_y = y + r * logits.n;
-              const Label<E> label(row, logits.n, LabelOf(sums, r));
-              segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
-                row.Write(at, size, nullptr, row_y + row.begin() + at, scale, non_temporal);
-                if (non_temporal) FenceNonTemporalStores();
-              });
-              if (logits.Masked()) {
-                if (std::isfinite(hi) && std::isfinite(factor[r])) {
-                  row.FillOutside(row_y, E{});
-                } else {
-                  row.FillMasked(row_y, E{});
-                }
-              }
-              label.Write(row_y, hi, lo, factor[r]);
-            });
+  ForLogitsRows(kernels, executor, logits,
+                [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+                  const T hi = lse.hi[r], lo = lse.lo[r];
+                  const RowScale<T> scale = ScaleFor(hi, lo, factor[r], max_exponent);
+                  E* const row_y = y + r * logits.n;
+                  const Label<E> label(row, logits.n, LabelOf(lse, r));
+                  segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
+                    row.Write(at, size, nullptr, row_y + row.begin() + at, scale, non_temporal);
+                    if (non_temporal) FenceNonTemporalStores();
+                  });
+                  if (logits.HasMask()) {
+                    if (std::isfinite(hi) && std::isfinite(factor[r])) {
+                      row.FillOutside(row_y, E{});
+                    } else {
+                      row.FillMasked(row_y, E{});
+                    }
+                  }
+                  label.Write(row_y, hi, lo, factor[r]);
+                });
 }
 
 template <typename E>
-void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& sums,
+void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
                    const E* t, E* out) {
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
   if (logits.rows * n == 0) return;
-  Simplify(logits);
+  MergeDims(logits);
   AdviseHugePagesFor(logits, out);
-  const KernelTable<E>& own = kernels.Of<E>();
+  const KernelTable<E>& table = kernels.Of<E>();
   if (logits.inner > 1) {
-    const auto some = [&](const Logits<E>& rows, E*, Executor& for_rows) {
-      ColumnTile<E> of_t(own, n, logits.inner, rows.rows);
-      of_t.Pack(t, rows.first_row, rows.rows);
-      LogSoftmaxVjp(kernels, for_rows, rows, From(sums, rows.first_row), of_t.rows(), of_t.rows());
-      of_t.Unpack(out, rows.first_row, rows.rows);
-    };
-    return ForColumnLogits<E>(kernels, executor, logits, nullptr, some);
+    return ForColumnTiles<E>(kernels, executor, logits, nullptr,
+                             [&](const Logits<E>& rows, E*, Executor& rows_executor) {
+                               ColumnTile<E> t_tile(table, n, logits.inner, rows.rows);
+                               t_tile.Pack(t, rows.first_row, rows.rows);
+                               LogSoftmaxVjp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
+                                             t_tile.rows(), t_tile.rows());
+                               t_tile.Unpack(out, rows.first_row, rows.rows);
+                             });
   }
   const auto fill_masked = [&](const LogitsRow<E>& row, std::int64_t r) {
-    if (!logits.Masked()) return;
-    std::isfinite(sums.hi[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});
+    if (!logits.HasMask()) return;
+    std::isfinite(lse.hi[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});
   };
-  if (IsSmall(logits)) {
-    return ForSmallProbabilities(kernels, executor, logits, sums, [&](std::int64_t r, T* p) {
-      const T factor = static_cast<T>(SmallTotal(own, t + r * n, n));
+  if (HasSmallRows(logits)) {
+    return ForSmallProbabilities(kernels, executor, logits, lse, [&](std::int64_t r, T* p) {
+      const T factor = static_cast<T>(SmallSum(table, t + r * n, n));
       for (std::int64_t i = 0; i < n; ++i) p[i] *= factor;
-      own.less(t + r * n, p, out + r * n, n);
-      if (logits.Masked()) fill_masked(LogitsRow<E>(kernels, logits, r, nullptr), r);
+      table.subtract(t + r * n, p, out + r * n, n);
+      if (logits.HasMask()) fill_masked(LogitsRow<E>(kernels, logits, r, nullptr), r);
     });
   }
-  ForLogits(kernels, executor, logits,
-            [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-              const std::int64_t at = r * n + row.begin();
-              WriteLogSoftmaxVjp(own, row, segments, sums, r, t + at, out + at);
-              fill_masked(row, r);
-            });
+  ForLogitsRows(kernels, executor, logits,
+                [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+                  const std::int64_t at = r * n + row.begin();
+                  WriteLogSoftmaxVjp(table, row, segments, lse, r, t + at, out + at);
+                  fill_masked(row, r);
+                });
 }
 
 #define SOFTMAX2P_INSTANTIATE(E)                                                                    \

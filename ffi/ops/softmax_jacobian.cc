@@ -10,22 +10,24 @@
 namespace jax_softmax2p {
 namespace {
 
-// An infinite or NaN product leaves nothing sensible in the lo part, and must not spoil the hi one.
+// The dot product as the kernel takes it. An infinite or NaN product leaves nothing sensible in `lo`, which
+// must not spoil `hi`.
 template <typename T>
-DoubleDouble<T> SplitDot(const CompensatedSum& dot) {
-  DoubleDouble<T> split = ToDoubleDouble<T>(dot.hi, dot.lo);
-  if (!std::isfinite(split.lo)) split.lo = 0;
-  return split;
+DoubleDouble<T> Rounded(const CompensatedSum& dot) {
+  DoubleDouble<T> rounded = ToDoubleDouble<T>(dot.hi, dot.lo);
+  if (!std::isfinite(rounded.lo)) rounded.lo = 0;
+  return rounded;
 }
 
+// Contiguous rows.
 template <typename E>
 void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
                   std::int64_t rows, std::int64_t n, bool non_temporal) {
-  ForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
-    const Segments segments(for_segments, n);
+  ParallelForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& segments_executor) {
+    const Segments segments(segments_executor, n);
     for (std::int64_t r = first; r < end; ++r) {
       const E *y_row = y + r * n, *t_row = t + r * n;
-      const auto dot = SplitDot<ComputeOf<E>>(segments.Reduce<CompensatedSum>(
+      const auto dot = Rounded<ComputeOf<E>>(segments.Reduce<CompensatedSum>(
           [&](std::int64_t begin, std::int64_t size) {
             return kernels.dot(y_row + begin, t_row + begin, size);
           },
@@ -42,36 +44,36 @@ void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y,
 }  // namespace
 
 template <typename E>
-void Jacobian(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
-              const Layout& layout) {
+void SoftmaxJacobian(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
+                     const Layout& layout) {
   const std::int64_t n = layout.n, inner = layout.inner, columns = layout.outer * inner;
   if (columns * n == 0) return;
   AdviseHugePages(out, static_cast<std::size_t>(columns * n) * sizeof(E));
   if (inner == 1) {
-    // In place the lines that are written are in a cache already.
+    // In place the cache lines that are written are in a cache already.
     const bool far = 3 * columns * n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
     return JacobianRows(kernels, executor, y, t, out, columns, n, far && out != y && out != t);
   }
-  const auto some = [&](std::int64_t first, std::int64_t end, std::int64_t width, Executor& for_rows) {
-    ColumnTile<E> of_y(kernels, n, inner, width), of_t(kernels, n, inner, width);
-    for (; first < end; first += width) {
-      const std::int64_t count = std::min(width, end - first);
-      of_y.Pack(y, first, count);
-      of_t.Pack(t, first, count);
-      JacobianRows(kernels, for_rows, of_y.rows(), of_t.rows(), of_t.rows(), count, n, false);
-      of_t.Unpack(out, first, count);
-    }
-  };
-  ForColumns(executor, columns, n, some);
+  ParallelForColumns(executor, columns, n,
+                     [&](std::int64_t first, std::int64_t end, std::int64_t width, Executor& rows_executor) {
+                       ColumnTile<E> y_tile(kernels, n, inner, width), t_tile(kernels, n, inner, width);
+                       for (; first < end; first += width) {
+                         const std::int64_t count = std::min(width, end - first);
+                         y_tile.Pack(y, first, count);
+                         t_tile.Pack(t, first, count);
+                         JacobianRows(kernels, rows_executor, y_tile.rows(), t_tile.rows(), t_tile.rows(),
+                                      count, n, false);
+                         t_tile.Unpack(out, first, count);
+                       }
+                     });
 }
 
-template void Jacobian(const KernelTable<float>&, Executor&, const float*, const float*, float*,
-                       const Layout&);
-template void Jacobian(const KernelTable<double>&, Executor&, const double*, const double*, double*,
-                       const Layout&);
-template void Jacobian(const KernelTable<BFloat16>&, Executor&, const BFloat16*, const BFloat16*, BFloat16*,
-                       const Layout&);
-template void Jacobian(const KernelTable<Float16>&, Executor&, const Float16*, const Float16*, Float16*,
-                       const Layout&);
+#define SOFTMAX2P_INSTANTIATE(E) \
+  template void SoftmaxJacobian(const KernelTable<E>&, Executor&, const E*, const E*, E*, const Layout&)
+SOFTMAX2P_INSTANTIATE(float);
+SOFTMAX2P_INSTANTIATE(double);
+SOFTMAX2P_INSTANTIATE(BFloat16);
+SOFTMAX2P_INSTANTIATE(Float16);
+#undef SOFTMAX2P_INSTANTIATE
 
 }  // namespace jax_softmax2p

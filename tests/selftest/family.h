@@ -170,7 +170,7 @@ class FamilyCheck {
   static long double Least() { return sizeof(T) == sizeof(float) ? 0x1p-24L : 0x1p-50L; }
 
   void CheckLogSumExp() {
-    LogSumExp(kernels_, executor_, LogitsOfX(), hi_.data(), lo_.data());
+    LogSumExp(kernels_, executor_, LogitsOfX(), {hi_.data(), lo_.data()});
     for (std::int64_t r = 0; r < rows_; ++r) {
       const std::size_t at = static_cast<std::size_t>(r);
       const long double sum = static_cast<long double>(hi_[at]) + lo_[at], exact = in_.lse[at];
@@ -180,7 +180,7 @@ class FamilyCheck {
 
   void CheckSoftmax() {
     E* const y = Out();
-    SoftmaxOfLogits(kernels_, executor_, Algorithm::kAuto, LogitsOfX(), y);
+    Softmax(kernels_, executor_, Algorithm::kAuto, LogitsOfX(), y);
     ForElements([&](std::int64_t r, std::int64_t, std::int64_t at) {
       const long double p = std::isinf(in_.lse[static_cast<std::size_t>(r)]) ? 0 : in_.p[at];
       Compare("softmax", at, Decode(y[at]), p, Rounding(p) + 4 * Unit(p));
@@ -190,7 +190,7 @@ class FamilyCheck {
   void CheckLogSoftmax() {
     E* const y = Out();
     std::vector<T> hi(hi_.size()), lo(lo_.size());
-    LogSoftmax(kernels_, executor_, LogitsOfX(), y, hi.data(), lo.data());
+    LogSoftmax(kernels_, executor_, LogitsOfX(), y, {hi.data(), lo.data()});
     ForElements([&](std::int64_t r, std::int64_t i, std::int64_t at) {
       const std::size_t row = static_cast<std::size_t>(r);
       const long double exact =

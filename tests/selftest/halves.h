@@ -99,16 +99,12 @@ class ValuesCheck {
   }
 
   void Check(const Kernels& kernels) {
-    InThisThread alone;
+    InlineExecutor this_thread;
     std::vector<E> y(x_.size()), logs(x_.size());
     std::vector<float> hi(static_cast<std::size_t>(rows_)), lo(hi.size());
-    Softmax(kernels, alone, Algorithm::kAuto, x_.data(), y.data(), {rows_, n_, 1});
-    Logits<E> logits;
-    logits.x = x_.data();
-    logits.dims = {rows_};
-    logits.rows = rows_;
-    logits.n = n_;
-    LogSoftmax(kernels, alone, logits, logs.data(), hi.data(), lo.data());
+    const Logits<E> logits = PlainLogits(x_.data(), {rows_, n_, 1});
+    Softmax(kernels, this_thread, Algorithm::kAuto, logits, y.data());
+    LogSoftmax(kernels, this_thread, logits, logs.data(), {hi.data(), lo.data()});
     for (std::int64_t r = 0; r < rows_; ++r) CheckRow(kernels, r, y, logs, hi, lo);
     report_.Of(kernels).checks += 2 * rows_ * n_ + rows_;
   }

@@ -455,8 +455,9 @@ class Tests {
     const FakeBuffer expected = Output(XLA_FFI_DataType_F32, {3, 70000});
     const auto softmax = [&](const FakeBuffer& y) {
       Workers executor(4);
-      Softmax(*ActiveKernels().kernels, executor, Algorithm::kTwoPassReload, reinterpret_cast<float*>(x.data),
-              reinterpret_cast<float*>(y.data), Layout{3, 70000, 1});
+      Softmax(*ActiveKernels().kernels, executor, Algorithm::kTwoPassReload,
+              PlainLogits(reinterpret_cast<const float*>(x.data), {3, 70000, 1}),
+              reinterpret_cast<float*>(y.data));
     };
     softmax(expected);
     bool injected = true;

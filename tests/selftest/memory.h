@@ -61,13 +61,13 @@ class MemoryCheck {
     for (const NamedAlgorithm& named : kAlgorithms) {
       const Algorithm algorithm = named.algorithm;
       all.push_back({std::string("softmax ") + std::string(named.name), kOverX, [algorithm](MemoryCheck& c) {
-                       SoftmaxOfLogits(*c.kernels_, c.Threads(), algorithm, c.logits_, c.y_);
+                       Softmax(*c.kernels_, c.Threads(), algorithm, c.logits_, c.y_);
                      }});
     }
     all.push_back({"lse", kApart,
-                   [](MemoryCheck& c) { LogSumExp(*c.kernels_, c.Threads(), c.logits_, c.hi_, c.lo_); }});
+                   [](MemoryCheck& c) { LogSumExp(*c.kernels_, c.Threads(), c.logits_, {c.hi_, c.lo_}); }});
     all.push_back({"log_softmax", kOverX, [](MemoryCheck& c) {
-                     LogSoftmax(*c.kernels_, c.Threads(), c.logits_, c.y_, c.hi_, c.lo_);
+                     LogSoftmax(*c.kernels_, c.Threads(), c.logits_, c.y_, {c.hi_, c.lo_});
                    }});
     all.push_back({"log_sum_jvp", kApart, [](MemoryCheck& c) {
                      LogSumExpJvp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.t_, c.out_);
@@ -78,7 +78,7 @@ class MemoryCheck {
     all.push_back({"log_softmax_vjp", kOverT, [](MemoryCheck& c) {
                      LogSoftmaxVjp(*c.kernels_, c.Threads(), c.logits_, c.Sums(false), c.t_, c.y_);
                    }});
-    if (!in_->LogitsOf(nullptr).Plain()) return all;
+    if (in_->LogitsOf(nullptr).HasOperands()) return all;
     all.push_back({"Jacobian", kOverX, [](MemoryCheck& c) { c.RunJacobian(); }});
     all.push_back({"Jacobian", kOverT, [](MemoryCheck& c) { c.RunJacobian(); }});
     if (in_->layout.inner == 1 && in_->layout.n > 0) AddStreaming(all);
@@ -112,10 +112,10 @@ class MemoryCheck {
                    }});
   }
 
-  void RunJacobian() { Jacobian(kernels_->Of<E>(), Threads(), logits_.x, t_, y_, in_->layout); }
+  void RunJacobian() { SoftmaxJacobian(kernels_->Of<E>(), Threads(), logits_.x, t_, y_, in_->layout); }
 
   std::int64_t Size() const { return static_cast<std::int64_t>(in_->x.size()); }
-  Executor& Threads() { return Size() < kWorthSharing ? static_cast<Executor&>(alone_) : helpers_; }
+  Executor& Threads() { return Size() < kMinParallel ? static_cast<Executor&>(this_thread_) : helpers_; }
   LabelledLse<E> Sums(bool labelled) const { return {hi_, lo_, labelled ? labels_ : nullptr}; }
 
   void Run(const Operation& operation, Place place, Where where) {
@@ -159,7 +159,7 @@ class MemoryCheck {
   }
 
   Report& report_;
-  InThisThread alone_;
+  InlineExecutor this_thread_;
   TwoHelpers helpers_;
   const FamilyInput<E>* in_ = nullptr;
   const Kernels* kernels_ = nullptr;

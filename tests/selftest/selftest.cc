@@ -77,7 +77,7 @@ Way<E> ByAlgorithm(const NamedAlgorithm& named) {
   const bool three = algorithm == Algorithm::kThreePassRecompute || algorithm == Algorithm::kThreePassReload;
   return {std::string(named.name), three ? kThreePassBits : kTwoPassBits,
           [algorithm](const Kernels& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
-            Softmax(kernels, executor, algorithm, x, y, layout);
+            Softmax(kernels, executor, algorithm, PlainLogits(x, layout), y);
           }};
 }
 
@@ -90,11 +90,7 @@ Way<E> Streaming(bool maximum_first, bool reload, bool is_small) {
           : maximum_first ? kThreePassBits
                           : kTwoPassBits,
           [plan](const Kernels& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
-            Logits<E> logits;
-            logits.x = x;
-            logits.rows = layout.outer;
-            logits.n = layout.n;
-            SoftmaxRows(kernels, executor, plan, logits, y);
+            SoftmaxRows(kernels, executor, plan, PlainLogits(x, layout), y);
           }};
 }
 
@@ -156,8 +152,8 @@ class SoftmaxCheck {
   }
 
   void CheckOne(const Kernels& kernels, const Way<E>& way, const Setting& setting) {
-    InThisThread alone;
-    Executor& executor = setting.threads ? static_cast<Executor&>(helpers_) : alone;
+    InlineExecutor this_thread;
+    Executor& executor = setting.threads ? static_cast<Executor&>(helpers_) : this_thread;
     const std::int64_t size = static_cast<std::int64_t>(x_.size());
     using Array = GuardedArray<E>;
     const E* const x = x_array_.Prepare(x_, setting.x_offset, Array::kPoison);
@@ -366,15 +362,15 @@ class JacobianCheck {
   }
 
   void CheckOne(const Kernels& kernels, std::int64_t rows, std::int64_t n, bool threads, Out where) {
-    InThisThread alone;
-    Executor& executor = threads ? static_cast<Executor&>(helpers_) : alone;
+    InlineExecutor this_thread;
+    Executor& executor = threads ? static_cast<Executor&>(helpers_) : this_thread;
     const std::int64_t size = rows * n;
     using Array = GuardedArray<E>;
     E* const y = y_.Prepare(input_.y, static_cast<int>(n % 3), Array::kPoison);
     E* const t = t_.Prepare(input_.t, static_cast<int>(n % 5), Array::kPoison);
     E* const apart = out_.Prepare(size, static_cast<int>(n % 7), Array::kUnwritten);
     E* const out = where == kApart ? apart : where == kOverY ? y : t;
-    Jacobian(kernels.Of<E>(), executor, y, t, out, {rows / inner_, n, inner_});
+    SoftmaxJacobian(kernels.Of<E>(), executor, y, t, out, {rows / inner_, n, inner_});
 
     report_.Of(kernels).checks += size;
     const auto fail = [&](const std::string& what) {
