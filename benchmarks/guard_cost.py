@@ -27,7 +27,7 @@ def main() -> None:
     )
     parser.add_argument("wheel", help="a wheel built with JAX_SOFTMAX2P_UNGUARDED=ON")
     unguarded = load_library(parser.parse_args().wheel)
-    if not _native.GUARDED or unguarded.GUARDED:
+    if not _native.measurement.GUARDED or unguarded.measurement.GUARDED:
         sys.exit("the installed library must have the guard, and the wheel's must not")
     print(f"{measure.cpu_name()}, float32, one thread, guarded / unguarded time:")
     for isa, algorithm in itertools.product(_native.supported_isas(), ("auto", "two_pass")):

@@ -1,6 +1,7 @@
-// The Python module jax_softmax2p._native: FFI capsules, introspection, and the kernels on NumPy arrays.
+// The Python module jax_softmax2p._native: FFI capsules, introspection, and the kernels on NumPy arrays. What
+// serves measurement alone is in its submodule `measurement`.
 //
-// For jax_softmax2p/native.py, which checks alignment, overlap and the like with words for users.
+// Only jax_softmax2p.native calls it, which checks alignment, overlap and the like with words for users.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -11,13 +12,13 @@
 #include <vector>
 
 #include "ffi/handlers/handlers.h"
-#include "ffi/kernels/guard.h"
-#include "ffi/runtime/algorithm.h"
+#include "ffi/kernels/unguarded_build.h"
+#include "ffi/ops/algorithm.h"
+#include "ffi/ops/measurement/passes.h"
+#include "ffi/ops/softmax.h"
+#include "ffi/ops/softmax_jacobian.h"
 #include "ffi/runtime/dispatch.h"
-#include "ffi/runtime/jacobian.h"
 #include "ffi/runtime/memory.h"
-#include "ffi/runtime/passes.h"
-#include "ffi/runtime/softmax.h"
 #include "ffi/runtime/workers.h"
 
 namespace nb = nanobind;
@@ -57,7 +58,7 @@ const Kernels& Require(const KernelChoice& choice) {
   return *choice.kernels;
 }
 
-// C-contiguous arrays, whose sizes and types native.py has checked: 16-bit elements come as integers.
+// C-contiguous arrays, whose sizes and types the caller has checked; 16-bit elements come as integers.
 using Input = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<nb::c_contig, nb::device::cpu>;
 
@@ -77,7 +78,7 @@ Algorithm RequireAlgorithm(const std::string& name) {
   return *found;
 }
 
-// Into `copies` outputs, one after the other.
+// Runs softmax `copies` times, into as many outputs one after the other.
 void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, std::int64_t copies,
                  std::int64_t outer, std::int64_t n, std::int64_t inner, const std::string& algorithm,
                  const std::string& isa, int threads) {
@@ -90,12 +91,12 @@ void SoftmaxInto(const Input& x, const Output& out, const std::string& dtype, st
     nb::gil_scoped_release release;
     Workers executor(threads);
     for (std::int64_t i = 0; i < copies; ++i) {
-      Softmax(kernels, executor, chosen, from, to + i * outer * n * inner, {outer, n, inner});
+      Softmax(kernels, executor, chosen, PlainLogits(from, {outer, n, inner}), to + i * outer * n * inner);
     }
   });
 }
 
-// The last of the copies tells what the pass finds.
+// Runs a pass `copies` times. What it finds is told by the last.
 std::optional<double> PassInto(const std::string& name, const Input& x, const Output& out,
                                std::int64_t copies, std::int64_t n, float maximum, const std::string& isa,
                                int threads) {
@@ -123,7 +124,7 @@ nb::dict PlanOf(const std::string& dtype, std::int64_t outer, std::int64_t n, st
     const SoftmaxPlan plan = PlanSoftmax<E>(chosen, {outer, n, inner}, kernels.Of<E>().lanes);
     properties["maximum_first"] = plan.maximum_first;
     properties["reload"] = plan.reload;
-    properties["stream"] = plan.stream;
+    properties["stream"] = plan.non_temporal;
   });
   return properties;
 }
@@ -138,29 +139,33 @@ void JacobianInto(const Input& y, const Input& t, const Output& out, const std::
     E* const to = static_cast<E*>(out.data());
     nb::gil_scoped_release release;
     Workers executor(threads);
-    Jacobian(kernels.Of<E>(), executor, from_y, from_t, to, {outer, n, inner});
+    SoftmaxJacobian(kernels.Of<E>(), executor, from_y, from_t, to, {outer, n, inner});
   });
+}
+
+void DefineMeasurement(nb::module_ module) {
+  module.attr("GUARDED") = kGuarded;
+  module.def("cache_bytes", [] { return nb::make_tuple(SecondLevelCacheBytes(), LastLevelCacheBytes()); });
+  module.def("passes", [] { return NamesOf(kPasses); });
+  module.def("pass_into", PassInto, nb::arg("name"), nb::arg("x").noconvert(), nb::arg("out").noconvert(),
+             nb::arg("copies"), nb::arg("n"), nb::arg("maximum"), nb::arg("isa"), nb::arg("threads"));
+  module.def("softmax_plan", PlanOf, nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
+             nb::arg("algorithm"), nb::arg("isa"));
 }
 
 NB_MODULE(_native, module) {
   module.def("registrations", Registrations);
   module.def("algorithms", [] { return NamesOf(kAlgorithms); });
-  module.def("passes", [] { return NamesOf(kPasses); });
-  module.def("cache_bytes", [] { return nb::make_tuple(SecondLevelCacheBytes(), LastLevelCacheBytes()); });
   module.def("supported_isas", [] { return Names(SupportedKernels()); });
   module.def("active_isa", [] { return std::string(Require(ActiveKernels()).name); });
   module.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
-  module.attr("GUARDED") = kGuarded;
   module.def("softmax_into", SoftmaxInto, nb::arg("x").noconvert(), nb::arg("out").noconvert(),
              nb::arg("dtype"), nb::arg("copies"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
              nb::arg("algorithm"), nb::arg("isa"), nb::arg("threads"));
-  module.def("pass_into", PassInto, nb::arg("name"), nb::arg("x").noconvert(), nb::arg("out").noconvert(),
-             nb::arg("copies"), nb::arg("n"), nb::arg("maximum"), nb::arg("isa"), nb::arg("threads"));
-  module.def("softmax_plan", PlanOf, nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
-             nb::arg("algorithm"), nb::arg("isa"));
   module.def("softmax_jacobian_into", JacobianInto, nb::arg("y").noconvert(), nb::arg("t").noconvert(),
              nb::arg("out").noconvert(), nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
              nb::arg("isa"), nb::arg("threads"));
+  DefineMeasurement(module.def_submodule("measurement"));
 }
 
 }  // namespace

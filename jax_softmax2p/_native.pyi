@@ -4,12 +4,9 @@ from typing import Any
 import numpy as np
 
 FFI_API_VERSION: tuple[int, int]
-GUARDED: bool
 
 def registrations() -> dict[str, Any]: ...
 def algorithms() -> Sequence[str]: ...
-def passes() -> Sequence[str]: ...
-def cache_bytes() -> tuple[int, int]: ...
 def supported_isas() -> Sequence[str]: ...
 def active_isa() -> str: ...
 def softmax_into(
@@ -24,17 +21,6 @@ def softmax_into(
     isa: str,
     threads: int,
 ) -> None: ...
-def pass_into(
-    name: str,
-    x: np.ndarray,
-    out: np.ndarray,
-    copies: int,
-    n: int,
-    maximum: float,
-    isa: str,
-    threads: int,
-) -> float | None: ...
-def softmax_plan(dtype: str, outer: int, n: int, inner: int, algorithm: str, isa: str) -> dict[str, bool]: ...
 def softmax_jacobian_into(
     y: np.ndarray,
     t: np.ndarray,
@@ -46,3 +32,28 @@ def softmax_jacobian_into(
     isa: str,
     threads: int,
 ) -> None: ...
+
+# The submodule. A folder of stubs would be found as a namespace package where the library was not built.
+class _Measurement:
+    GUARDED: bool
+    @staticmethod
+    def cache_bytes() -> tuple[int, int]: ...
+    @staticmethod
+    def passes() -> Sequence[str]: ...
+    @staticmethod
+    def pass_into(
+        name: str,
+        x: np.ndarray,
+        out: np.ndarray,
+        copies: int,
+        n: int,
+        maximum: float,
+        isa: str,
+        threads: int,
+    ) -> float | None: ...
+    @staticmethod
+    def softmax_plan(
+        dtype: str, outer: int, n: int, inner: int, algorithm: str, isa: str
+    ) -> dict[str, bool]: ...
+
+measurement: _Measurement

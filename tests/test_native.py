@@ -89,7 +89,7 @@ def test_stacked_outputs():
 
 def test_passes(isa):
     """Each pass covers several segments and an incomplete vector, and runs once for each output."""
-    assert tuple(native.library.require().passes()) == native.PASSES
+    assert tuple(native.library.require().measurement.passes()) == native.PASSES
     x = cases.make("normal", 40_001, np.float32)
     maximum, wide = float(x.max()), x.astype(np.float64)
     out = np.full((2, x.size), np.nan, np.float32)

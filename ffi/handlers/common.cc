@@ -16,9 +16,9 @@ std::string Describe(const xla::ffi::AnyBuffer& buffer) {
   return "(" + shape + ") of XLA type " + std::to_string(static_cast<int>(buffer.element_type()));
 }
 
-// More than any memory holds, and so few that no size computed from them overflows: bytes of three arrays of
-// 64-bit elements.
-constexpr std::int64_t kMostElements = std::int64_t{1} << 56;
+// More than any memory holds, and so few that no size computed from it overflows: not even the bytes of three
+// arrays of 64-bit elements.
+constexpr std::int64_t kMaxElements = std::int64_t{1} << 56;
 
 }  // namespace
 
@@ -26,7 +26,7 @@ std::optional<std::int64_t> ElementCount(const xla::ffi::AnyBuffer& buffer) {
   std::int64_t count = 1;
   bool empty = false;
   for (const std::int64_t size : buffer.dimensions()) {
-    if (size < 0 || size > kMostElements / count) return std::nullopt;
+    if (size < 0 || size > kMaxElements / count) return std::nullopt;
     empty = empty || size == 0;
     count *= std::max<std::int64_t>(1, size);
   }

@@ -1,4 +1,4 @@
-// What every handler needs: XLA's thread pool as an Executor, and the checks of its buffers.
+// What every handler needs: its binding, XLA's thread pool as an Executor, and the checks of its buffers.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,12 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 
-#include "ffi/kernels/element.h"
+#include "ffi/base/half.h"
+#include "ffi/base/layout.h"
 #include "ffi/runtime/parallel.h"
-#include "ffi/runtime/softmax.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_softmax2p {
@@ -37,7 +38,7 @@ struct NoThrow {
     try {
       return handle(std::forward<Operands>(operands)...);
     } catch (const std::bad_alloc&) {
-      // So short that it needs no memory itself.
+      // The message is so short that it needs no memory itself.
       return xla::ffi::Error(xla::ffi::ErrorCode::kResourceExhausted, "out of memory");
     } catch (const std::exception& error) {
       return xla::ffi::Error::Internal(error.what());
@@ -45,7 +46,48 @@ struct NoThrow {
   }
 };
 
-// How many elements a buffer has: none where a size is negative, or memory cannot hold so many.
+// The binding that goes with a handler's parameters. XLA infers bindings likewise, but knows none for thread
+// pools and remaining arguments. A class stands for all attributes: XLA_FFI_REGISTER_STRUCT_ATTR_DECODING
+// says how to decode it. It is decoded from the call's own attributes, not from one that is a dictionary.
+template <typename Parameter, typename Binding>
+auto BindOne(Binding&& binding) {
+  namespace ffi = xla::ffi;
+  if constexpr (std::is_same_v<Parameter, ffi::ThreadPool>) {
+    return std::move(binding).template Ctx<ffi::ThreadPool>();
+  } else if constexpr (std::is_same_v<Parameter, ffi::AnyBuffer>) {
+    return std::move(binding).template Arg<ffi::AnyBuffer>();
+  } else if constexpr (std::is_same_v<Parameter, ffi::RemainingArgs>) {
+    return std::move(binding).RemainingArgs();
+  } else if constexpr (std::is_same_v<Parameter, ffi::Result<ffi::AnyBuffer>>) {
+    return std::move(binding).template Ret<ffi::AnyBuffer>();
+  } else {
+    return std::move(binding).template Attrs<Parameter>();
+  }
+}
+template <typename Parameter, typename... Rest, typename Binding>
+auto BindAll(Binding&& binding) {
+  if constexpr (sizeof...(Rest) == 0) {
+    return BindOne<Parameter>(std::move(binding));
+  } else {
+    return BindAll<Rest...>(BindOne<Parameter>(std::move(binding)));
+  }
+}
+template <typename... Parameters>
+auto BindingOf(xla::ffi::Error (*)(Parameters...)) {
+  return BindAll<Parameters...>(xla::ffi::Ffi::Bind());
+}
+
+// Defines the FFI handler `symbol` as the function `handle`, which takes, in this order, the thread pool, the
+// buffers of the arguments, those of the results, and the attributes.
+#define SOFTMAX2P_DEFINE_HANDLER(symbol, handle) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, NoThrow<handle>{}, BindingOf(handle))
+
+template <typename T>
+T* Data(xla::ffi::AnyBuffer buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+
+// The number of elements of a buffer; none where a size is negative, or where memory cannot hold so many.
 std::optional<std::int64_t> ElementCount(const xla::ffi::AnyBuffer& buffer);
 
 // The layout of all buffers along the axis. Fails unless they have one shape, of rank 1 at least, and one

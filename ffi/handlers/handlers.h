@@ -6,28 +6,29 @@
 
 namespace jax_softmax2p {
 
-// Logits are x and, where the attribute `operands` (1: scale, 2: bias, 4: where, added up) says so, what is
-// applied to it: scale·x + bias where the mask lets it through; and of row i of a matrix, the elements from
-// i - before to i + after, without the limit where the attribute is negative. The operands have x's rank and
-// broadcast against it; scale has size 1 along the axis and the type that x is computed in. They come last.
-// The attribute axis counts from the end; a band needs -1.
+// Logits are x and the operands that are applied to it: scale·x + bias where the mask lets it through. The
+// attribute `operands` (1: scale, 2: bias, 4: where, added up) says which there are. They come last among the
+// arguments, have x's rank and broadcast against it; scale has size 1 along the axis and the type that x is
+// computed in. The attributes `before` and `after` are a band: of row i of a matrix, the elements from
+// i - before to i + after take part; a negative attribute is no limit. The attribute `axis` counts from the
+// end; a band needs -1. Results that belong to a row are counted over x's other dimensions.
 
-// y = softmax(logits). Attribute algorithm: see runtime/algorithm.h.
+// y = softmax(logits). Attribute `algorithm`: see runtime/algorithm.h.
 extern "C" XLA_FFI_Error* jax_softmax2p_softmax_v1(XLA_FFI_CallFrame* call_frame);
 
-// y = log(softmax(logits)); and high + low = log(sum of e^logits), both of the type that x is computed in.
+// y = log(softmax(logits)), and the lse of every row as hi + lo, both of the type that x is computed in.
 extern "C" XLA_FFI_Error* jax_softmax2p_log_softmax_v1(XLA_FFI_CallFrame* call_frame);
 
-// high + low alone.
+// hi + lo alone.
 extern "C" XLA_FFI_Error* jax_softmax2p_log_sum_v1(XLA_FFI_CallFrame* call_frame);
 
-// Derivatives of these: see runtime/log_sum.h. Operands x, high, low, labels (int32; empty for none), and t
-// or, for log_sum_vjp, factor.
+// Derivatives of these: see LogSumExpJvp and so on in ops/logsumexp.h. Arguments: x, hi, lo, labels (int32;
+// without elements where there are none), and t or, for log_sum_vjp, factor.
 extern "C" XLA_FFI_Error* jax_softmax2p_log_sum_jvp_v1(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* jax_softmax2p_log_sum_vjp_v1(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* jax_softmax2p_log_softmax_vjp_v1(XLA_FFI_CallFrame* call_frame);
 
-// out = y·(t - <y, t>).
+// out = y·(t - <y, t>) along the axis. The only attribute is `axis`.
 extern "C" XLA_FFI_Error* jax_softmax2p_softmax_jacobian_v1(XLA_FFI_CallFrame* call_frame);
 
 }  // namespace jax_softmax2p

@@ -9,20 +9,20 @@
 //   That holds for every float with |n| <= Reduction<V>::kMaxExponent, NaN gives NaN, and sums of others are
 //   marked: `tests/selftest/run` checks it for all 2^32 patterns. Found there: 0.432 for AVX-512, 0.370 for
 //   AVX2, 0.407 for portable. For float64 the tests bound what follows from it.
-// * n is handed on as the ready power of two 2^(n - reference), read out of the low bits of the sum that
+// * n is handed on as the ready power of two 2^(n - reference), read out of the lo bits of the sum that
 //   rounds x·log2 e. The reference is an even integer just below the largest n, so the power never overflows.
 // * x is clamped from below, where 2^(n - reference) is zero: -inf, finfo.min and the usual masks would
 //   otherwise become -inf + inf. NaN passes the clamp and poisons s.
 #pragma once
 
-#include "ffi/kernels/guard.h"
-#include "ffi/simd/inline.h"
+#include "ffi/base/inline.h"
+#include "ffi/kernels/unguarded_build.h"
 
 namespace jax_softmax2p {
 
 // Rows whose largest element has |n| beyond Reduction<V>::kMaxExponent are left to a max-subtracting
-// kernel. Within it, n·kLn2High is exact, and so is x - n·kLn2High: its bits lie between 2^-1 and the last
-// bit of kLn2High. kLn2Low then brings the sum of both to more digits than n·ln 2 - x can show.
+// kernel. Within it, n·kLn2Hi is exact, and so is x - n·kLn2Hi: its bits lie between 2^-1 and the last
+// bit of kLn2Hi. kLn2Lo then brings the sum of both to more digits than n·ln 2 - x can show.
 template <typename T, bool fused>
 struct Reduction;
 
@@ -32,7 +32,7 @@ struct Format;
 template <>
 struct Format<float> {
   static constexpr int kBias = 127;
-  static constexpr float kRounder = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
+  static constexpr float kRounder = 0x1.8p23f;  // adding it rounds to an integer, held in the lo bits
   static constexpr float kLog2E = 0x1.715476p0f;
   static constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 };
@@ -75,35 +75,35 @@ struct Polynomial<double, 0> {
 template <>
 struct Reduction<float, true> {
   static constexpr int kMaxExponent = 1 << 17;
-  static constexpr float kLn2High = 0x1.62e430p-1f;
-  static constexpr float kLn2Low = -0x1.05c610p-29f;
+  static constexpr float kLn2Hi = 0x1.62e430p-1f;
+  static constexpr float kLn2Lo = -0x1.05c610p-29f;
 };
 
 template <>
 struct Reduction<double, true> {
   static constexpr int kMaxExponent = 1 << 17;
-  static constexpr double kLn2High = 0x1.62e42fefa39efp-1;
-  static constexpr double kLn2Low = 0x1.abc9e3b39803fp-56;
+  static constexpr double kLn2Hi = 0x1.62e42fefa39efp-1;
+  static constexpr double kLn2Lo = 0x1.abc9e3b39803fp-56;
 };
 
-// Without a fused multiply-add the product n·kLn2High must fit the format by itself, which leaves
-// kLn2High 13 of 24 bits, or 40 of 53.
+// Without a fused multiply-add the product n·kLn2Hi must fit the format by itself, which leaves
+// kLn2Hi 13 of 24 bits, or 40 of 53.
 template <>
 struct Reduction<float, false> {
   static constexpr int kMaxExponent = 1 << 10;
-  static constexpr float kLn2High = 0x1.62ep-1f;
-  static constexpr float kLn2Low = 0x1.0bfbe8p-15f;
+  static constexpr float kLn2Hi = 0x1.62ep-1f;
+  static constexpr float kLn2Lo = 0x1.0bfbe8p-15f;
 };
 
 template <>
 struct Reduction<double, false> {
   static constexpr int kMaxExponent = 1 << 12;
-  static constexpr double kLn2High = 0x1.62e42fefa2p-1;
-  static constexpr double kLn2Low = 0x1.9ef35793c7673p-41;
+  static constexpr double kLn2Hi = 0x1.62e42fefa2p-1;
+  static constexpr double kLn2Lo = 0x1.9ef35793c7673p-41;
 };
 
 template <typename V>
-using ReductionFor = Reduction<typename V::Scalar, V::kFused>;
+using ReductionFor = Reduction<typename V::Scalar, V::kHasFma>;
 
 // 2^((j - 6)/16) - 1, for vectors that can look that up in a register: it spares the polynomial three of its
 // five terms, and costs a lookup, a shift, a multiply-add and an addition. AVX-512: 0.107 ns an element in
@@ -138,52 +138,52 @@ SOFTMAX2P_INLINE V PowerOfTwo(V n) {
 // e^x = (1 + s)·2^n for K vectors at a time. Every step is taken for all K before the next: a chain of some
 // ten dependent operations is too long for one vector after the other to fit a CPU's scheduler.
 template <typename V, int K>
-struct Exponentials {
-  V power[K];  // 2^(n - reference), zero where x was clamped
-  V s[K];
+struct ExtExp {
+  V pow2[K];  // 2^(n - reference), zero where x was clamped
+  V expm1[K];
 };
 
 // Takes x with n - reference <= 2, the reference an even integer of each lane's own: whether a tie rounds up
 // depends on its parity, and s from one pass must agree on n with the power from another.
 template <typename V>
-class ExponentialFrom {
+class ExtExpKernel {
   using T = typename V::Scalar;
   using F = Format<T>;
   using R = ReductionFor<V>;
 
  public:
-  explicit SOFTMAX2P_INLINE ExponentialFrom(V reference)
+  explicit SOFTMAX2P_INLINE ExtExpKernel(V reference)
       : lowest_((reference - V::Broadcast(F::kBias)) * V::Broadcast(static_cast<T>(F::kLn2))),
         rounder_(V::Broadcast(F::kRounder + F::kBias * kSteps + kBelow) - reference * V::Broadcast(kSteps)) {}
 
   // The power alone, the same as operator() gives.
-  SOFTMAX2P_INLINE V Power(V x) const {
+  SOFTMAX2P_INLINE V Pow2(V x) const {
     if constexpr (kGuarded) x = Max(lowest_, x);
     return Exponent(Fma(x, V::Broadcast(F::kLog2E * kSteps), rounder_));
   }
 
   template <int K>
-  SOFTMAX2P_INLINE Exponentials<V, K> operator()(const V (&x)[K]) const {
-    Exponentials<V, K> e;
+  SOFTMAX2P_INLINE ExtExp<V, K> operator()(const V (&x)[K]) const {
+    ExtExp<V, K> e;
     V n[K], t[K], q[K];
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = kGuarded ? Max(lowest_, x[k]) : x[k];
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-      e.power[k] = Fma(t[k], V::Broadcast(F::kLog2E * kSteps), rounder_);
+      e.pow2[k] = Fma(t[k], V::Broadcast(F::kLog2E * kSteps), rounder_);
     }
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.power[k] - rounder_;
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2High / kSteps), t[k]);
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2Low / kSteps), t[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.pow2[k] - rounder_;
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2Hi / kSteps), t[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2Lo / kSteps), t[k]);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) q[k] = V::Broadcast(P::kCoefficients[kTerms - 1]);
     for (int i = kTerms - 2; i >= 0; --i) {
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) q[k] = Fma(q[k], t[k], V::Broadcast(P::kCoefficients[i]));
     }
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.s[k] = Fma(t[k] * t[k], q[k], t[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.expm1[k] = Fma(t[k] * t[k], q[k], t[k]);
     if constexpr (kBits > 0) {
       // (1 + h)(1 + s) - 1
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.power[k].Lookup(kSixteenths);
-      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.s[k] = Fma(n[k], e.s[k], e.s[k]) + n[k];
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.pow2[k].Lookup(kSixteenths);
+      SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.expm1[k] = Fma(n[k], e.expm1[k], e.expm1[k]) + n[k];
     }
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.power[k] = Exponent(e.power[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.pow2[k] = Exponent(e.pow2[k]);
     return e;
   }
 

@@ -1,44 +1,40 @@
-// Sums of e^x whose exponent lies outside the floating-point format: (high + low)·2^exponent.
+// Sums of e^x whose exponent lies outside the floating-point format: (hi + lo)·2^exponent.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#include "ffi/simd/inline.h"
+#include "ffi/base/bit_cast.h"
+#include "ffi/base/error_free.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p {
 
 // 2^k for k <= 0; zero below the normal range of double.
 SOFTMAX2P_INLINE double PowerOfTwo(int k) {
   if (k < -1022) return 0.0;
-  const std::uint64_t bits = static_cast<std::uint64_t>(k + 1023) << 52;
-  double power;
-  std::memcpy(&power, &bits, sizeof power);
-  return power;
+  return BitCast<double>(static_cast<std::uint64_t>(k + 1023) << 52);
 }
 
 // A double with twice the digits: float64 rows need them, float32 rows do not mind.
-struct DoubleSum {
-  double high = 0;
-  double low = 0;
+struct CompensatedSum {
+  double hi = 0;
+  double lo = 0;
 
-  // Knuth's two-sum (TAOCP vol. 2, 4.2.2, theorem B): the rounding error goes to `low`, exactly.
   SOFTMAX2P_INLINE void Add(double x) {
-    const double sum = high + x;
-    const double x_part = sum - high;
-    low += (high - (sum - x_part)) + (x - x_part);
-    high = sum;
+    const DoubleDouble<double> sum = TwoSum(hi, x);
+    hi = sum.hi;
+    lo += sum.lo;
   }
-  SOFTMAX2P_INLINE void Add(const DoubleSum& other) {
-    Add(other.high);
-    low += other.low;
+  SOFTMAX2P_INLINE void Add(const CompensatedSum& other) {
+    Add(other.hi);
+    lo += other.lo;
   }
   // The lanes of a vector. A double has digits to spare for a few floats, and pairs add up faster than a
   // chain.
   template <typename V>
   SOFTMAX2P_INLINE void AddLanes(V v) {
     if constexpr (sizeof(typename V::Scalar) == sizeof(float)) {
-      Add(v.Total());
+      Add(v.ReduceSum());
     } else {
       double lanes[V::kLanes];
       v.Store(lanes);
@@ -46,8 +42,8 @@ struct DoubleSum {
     }
   }
   SOFTMAX2P_INLINE void Scale(double power_of_two) {
-    high *= power_of_two;
-    low *= power_of_two;
+    hi *= power_of_two;
+    lo *= power_of_two;
   }
 };
 
@@ -56,7 +52,7 @@ struct DoubleSum {
 struct ExtendedSum {
   static constexpr int kLowestExponent = -(1 << 30);
 
-  DoubleSum mantissa;
+  CompensatedSum mantissa;
   int exponent = kLowestExponent;
 
   SOFTMAX2P_INLINE void Combine(ExtendedSum other) {

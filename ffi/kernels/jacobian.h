@@ -1,35 +1,36 @@
 // Derivatives over contiguous rows: the Jacobian of softmax applied to a tangent or cotangent, J(y, t) =
-// y·(t - <y, t>), and the sums of which those of its logarithm are made.
+// y·(t - <y, t>), and the sums of which the derivatives of its logarithm are made.
 #pragma once
 
 #include <cstdint>
 
+#include "ffi/base/error_free.h"
+#include "ffi/base/inline.h"
+#include "ffi/base/layout.h"
 #include "ffi/kernels/extended_sum.h"
 #include "ffi/kernels/table.h"
-#include "ffi/simd/inline.h"
 
 namespace jax_softmax2p {
 
-// For elements E, computed in V.
+// For elements E, computed in V. KernelTable says what the public functions do.
 template <typename V, typename E>
-class JacobianRow {
+class JacobianKernels {
   using T = typename V::Scalar;
-  // Elements that are summed in T before they go into a DoubleSum.
+  // Elements that are summed in T before they go into a CompensatedSum of doubles.
   static constexpr int kBlock = 1024;
 
  public:
-  // <y, t>, with y of type In, E or T, in twice the working precision (Ogita, Rump & Oishi, "Accurate sum and
-  // dot product", SIAM J. Sci. Comput. 26(6), 2005, Algorithm 5.3): t - <y, t> cancels where t is nearly
-  // constant.
+  // `In`, the type of y, is E or T. In twice the working precision (Ogita, Rump & Oishi, "Accurate sum and
+  // dot product", SIAM J. Sci. Comput. 26(6), 2005, Algorithm 5.3), since t - <y, t> cancels where t is
+  // nearly constant.
   template <typename In>
-  static DoubleSum Dot(const In* y, const E* t, std::int64_t n) {
+  static CompensatedSum Dot(const In* y, const E* t, std::int64_t n) {
     return SumBlocks(Products<In>{y, t}, n);
   }
 
-  // <1, t> likewise.
-  static DoubleSum Total(const E* t, std::int64_t n) { return SumBlocks(Terms{t}, n); }
+  static CompensatedSum Sum(const E* t, std::int64_t n) { return SumBlocks(Terms{t}, n); }
 
-  static void Less(const E* t, const T* p, E* out, std::int64_t n) {
+  static void Subtract(const E* t, const T* p, E* out, std::int64_t n) {
     std::int64_t i = 0;
     for (; i + V::kLanes <= n; i += V::kLanes) (V::Load(t + i) - V::Load(p + i)).Store(out + i);
     if (i == n) return;
@@ -37,16 +38,16 @@ class JacobianRow {
     (V::LoadPartial(t + i, rest, 0) - V::LoadPartial(p + i, rest, 0)).StorePartial(out + i, rest);
   }
 
-  // `stream` writes past the caches.
-  static void Write(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot, bool stream) {
-    const V high = V::Broadcast(dot.high), low = V::Broadcast(dot.low);
-    const auto jacobian = [&](V y_i, V t_i) { return y_i * ((t_i - high) - low); };
+  static void Write(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot,
+                    bool non_temporal) {
+    const V hi = V::Broadcast(dot.hi), lo = V::Broadcast(dot.lo);
+    const auto jacobian = [&](V y_i, V t_i) { return y_i * ((t_i - hi) - lo); };
     const auto part = [&](std::int64_t i, std::int64_t size) {
       const int count = static_cast<int>(size);
       jacobian(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0)).StorePartial(out + i, count);
     };
     std::int64_t i = 0;
-    if (stream) {
+    if (non_temporal) {
       i = ElementsToAlignment<V::kLanes>(out);
       if (i > n) i = n;
       if (i > 0) part(0, i);
@@ -62,41 +63,36 @@ class JacobianRow {
   }
 
  private:
-  // What is summed: terms, of element i and those after it, and the errors of their rounding.
-  struct Rounded {
-    V term, error;
-  };
+  // What is summed: At(i) gives the terms of element i and those after it, with their rounding errors.
   template <typename In>
   struct Products {
     const In* y;
     const E* t;
-    SOFTMAX2P_INLINE Rounded At(std::int64_t i) const { return Of(V::Load(y + i), V::Load(t + i)); }
-    SOFTMAX2P_INLINE Rounded At(std::int64_t i, int count) const {
-      return Of(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0));
+    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i) const {
+      return TwoProd(V::Load(y + i), V::Load(t + i));
     }
-    static SOFTMAX2P_INLINE Rounded Of(V a, V b) {
-      const V product = a * b;
-      return {product, ProductError(a, b, product)};
+    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i, int count) const {
+      return TwoProd(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0));
     }
   };
   struct Terms {
     const E* t;
-    SOFTMAX2P_INLINE Rounded At(std::int64_t i) const { return {V::Load(t + i), V::Broadcast(0)}; }
-    SOFTMAX2P_INLINE Rounded At(std::int64_t i, int count) const {
+    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i) const { return {V::Load(t + i), V::Broadcast(0)}; }
+    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i, int count) const {
       return {V::LoadPartial(t + i, count, 0), V::Broadcast(0)};
     }
   };
 
   template <typename Source>
-  static SOFTMAX2P_INLINE DoubleSum SumBlocks(const Source& source, std::int64_t n) {
-    DoubleSum total;
+  static SOFTMAX2P_INLINE CompensatedSum SumBlocks(const Source& source, std::int64_t n) {
+    CompensatedSum total;
     for (std::int64_t i = 0; i < n; i += kBlock) SumBlock(source, i, n - i < kBlock ? n : i + kBlock, total);
     return total;
   }
 
   template <typename Source>
   static SOFTMAX2P_INLINE void SumBlock(const Source& source, std::int64_t i, std::int64_t n,
-                                        DoubleSum& total) {
+                                        CompensatedSum& total) {
     Accumulator even, odd;
     for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
       even.Add(source.At(i));
@@ -115,18 +111,16 @@ class JacobianRow {
     V sum = V::Broadcast(0);
     V rest = V::Broadcast(0);
 
-    SOFTMAX2P_INLINE void Add(const Rounded& next) {
-      const V larger = sum + next.term;
-      const V added = larger - sum;
-      const V error = (sum - (larger - added)) + (next.term - added);
-      rest = rest + (error + next.error);
-      sum = larger;
+    SOFTMAX2P_INLINE void Add(const DoubleDouble<V>& next) {
+      const DoubleDouble<V> larger = TwoSum(sum, next.hi);
+      rest = rest + (larger.lo + next.lo);
+      sum = larger.hi;
     }
-    SOFTMAX2P_INLINE void AddTo(DoubleSum& total) const {
+    SOFTMAX2P_INLINE void AddTo(CompensatedSum& total) const {
       total.AddLanes(sum);
-      DoubleSum errors;
+      CompensatedSum errors;
       errors.AddLanes(rest);
-      total.low += errors.high;
+      total.lo += errors.hi;
     }
   };
 };

@@ -2,30 +2,28 @@
 // times.
 #pragma once
 
+#include "ffi/base/error_free.h"
+#include "ffi/base/inline.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/extended_sum.h"
-#include "ffi/kernels/guard.h"
-#include "ffi/simd/inline.h"
+#include "ffi/kernels/unguarded_build.h"
 
 namespace jax_softmax2p {
 
-// (high + low)·2^exponent in every lane, in twice the working precision. Exponents are integers held as
+// (hi + lo)·2^exponent in every lane, in twice the working precision. Exponents are integers held as
 // floating-point numbers; one beyond Reduction<V>::kMaxExponent either way marks a sum that is not to be
 // trusted. A monoid under Merge, with the lowest exponent and zeros as its neutral element.
 template <typename V>
 struct LaneTotal {
-  V high, low, exponent;
+  V hi, lo, exponent;
 
   SOFTMAX2P_INLINE void Merge(const LaneTotal& other) {
     const V highest = Max(exponent, other.exponent);
     const V own = PowerOfTwo<V>(exponent - highest), others = PowerOfTwo<V>(other.exponent - highest);
-    const V a = high * own, b = other.high * others;
-    const V sum = a + b;
-    const V b_part = sum - a;
-    const V error = (a - (sum - b_part)) + (b - b_part);
-    const V rest = error + (low * own + other.low * others);
-    high = sum + rest;
-    low = rest - (high - sum);
+    const DoubleDouble<V> sum = TwoSum(hi * own, other.hi * others);
+    const DoubleDouble<V> total = FastTwoSum(sum.hi, sum.lo + (lo * own + other.lo * others));
+    hi = total.hi;
+    lo = total.lo;
     exponent = highest;
   }
 
@@ -36,19 +34,19 @@ struct LaneTotal {
     const V power = PowerOfTwo<V>(exponent - V::Broadcast(highest));
     ExtendedSum total;
     total.exponent = highest > kMax ? kMax + 2 : static_cast<int>(highest);
-    total.mantissa.AddLanes(high * power);
-    total.mantissa.AddLanes(low * power);
+    total.mantissa.AddLanes(hi * power);
+    total.mantissa.AddLanes(lo * power);
     return total;
   }
 
-  // 1/(high + low) as a sum of two, for `Scaler`.
+  // 1/(hi + lo) as a sum of two, for `Scaler`.
   SOFTMAX2P_INLINE void Invert() {
     const V one = V::Broadcast(1);
-    const V inverse = one / high;
-    const V product = inverse * high;
-    const V error = ((one - product) - ProductError(inverse, high, product)) - inverse * low;
-    high = inverse;
-    low = inverse * error;
+    const V inverse = one / hi;
+    const DoubleDouble<V> product = TwoProd(inverse, hi);
+    const V error = ((one - product.hi) - product.lo) - inverse * lo;
+    hi = inverse;
+    lo = inverse * error;
   }
 };
 
@@ -75,38 +73,37 @@ class LaneSum {
   SOFTMAX2P_INLINE V reference() const { return reference_; }
 
   // Makes room for elements of up to `maximum`.
-  SOFTMAX2P_INLINE void Raise(V maximum) {
+  SOFTMAX2P_INLINE void Rescale(V maximum) {
     const V needed = Reference(maximum);
     if (!AnyGreater(needed, reference_)) return;
     const V raised = Max(reference_, needed), start = V::Broadcast(kStart);
     const V power = PowerOfTwo<V>(reference_ - raised);
     const V terms = (sum_ - start) * power;
-    sum_ = start + terms;
-    const V terms_part = sum_ - start;
-    rest_ = rest_ * power + ((start - (sum_ - terms_part)) + (terms - terms_part));
+    const DoubleDouble<V> sum = TwoSum(start, terms);
+    sum_ = sum.hi;
+    rest_ = rest_ * power + sum.lo;
     reference_ = raised;
   }
 
   template <int K>
-  SOFTMAX2P_INLINE void Add(const Exponentials<V, K>& e) {
+  SOFTMAX2P_INLINE void Add(const ExtExp<V, K>& e) {
     V missing[K];
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-      const V larger = Fma(V::Broadcast(1) + e.s[k], e.power[k], sum_);
-      missing[k] = e.power[k] - (larger - sum_);
+      const V larger = Fma(V::Broadcast(1) + e.expm1[k], e.pow2[k], sum_);
+      missing[k] = e.pow2[k] - (larger - sum_);
       sum_ = larger;
     }
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) rest_ = rest_ + Fma(e.s[k], e.power[k], missing[k]);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) rest_ = rest_ + Fma(e.expm1[k], e.pow2[k], missing[k]);
   }
 
   SOFTMAX2P_INLINE LaneTotal<V> Total() const {
-    const V terms = sum_ - V::Broadcast(kStart);
-    const V high = terms + rest_;
-    return {high, rest_ - (high - terms), reference_};
+    const DoubleDouble<V> total = FastTwoSum(sum_ - V::Broadcast(kStart), rest_);
+    return {total.hi, total.lo, reference_};
   }
 
  private:
   // The largest even integer not above maximum·log2 e, or the lowest exponent. Not above, so that a sum is 1
-  // at least, and a result whose power underflows does, too. Even: see ExponentialFrom.
+  // at least, and a result whose power underflows does, too. Even: see ExtExpKernel.
   static SOFTMAX2P_INLINE V Reference(V maximum) {
     V half = maximum * V::Broadcast(Format<T>::kLog2E / 2);
     if constexpr (kGuarded) half = Max(V::Broadcast(-kMaxExponent / 2), half);

@@ -2,47 +2,38 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#include "ffi/simd/inline.h"
+#include "ffi/base/bit_cast.h"
+#include "ffi/base/error_free.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p {
 
-// log(1 + t) for t from 0 on as high + low, to 2^-52 of itself or 2^-54, whichever is more. With 1 + t =
+// log(1 + t) for t from 0 on as hi + lo, to 2^-52 of itself or 2^-54, whichever is more. With 1 + t =
 // 2^k·(1 + f), 1 + f from sqrt(1/2) on, and s = f/(2 + f), it is k·ln 2 + 2·artanh(s), |s| < 0.172, where the
-// series needs 11 terms. f comes from t, and so keeps its digits where t is small. kLn2High has 32 digits:
+// series needs 11 terms. f comes from t, and so keeps its digits where t is small. kLn2Hi has 32 digits:
 // its product with k is exact.
-SOFTMAX2P_INLINE void LogOfOnePlus(double t, double& high, double& low) {
+SOFTMAX2P_INLINE DoubleDouble<double> LogOfOnePlus(double t) {
   constexpr std::uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kMagic = 0x4330000000000000,
                           kOne = 0x3ff0000000000000;
-  const double m = 1 + t;
-  std::uint64_t bits;
-  std::memcpy(&bits, &m, sizeof bits);
-  const std::uint64_t k = (bits - kSqrtHalf) >> 52;
-  const std::uint64_t power_bits = kOne + (k << 52), inverse_bits = kOne - (k << 52), k_bits = k + kMagic;
-  double power, inverse, k_double;
-  std::memcpy(&power, &power_bits, sizeof power);
-  std::memcpy(&inverse, &inverse_bits, sizeof inverse);
-  std::memcpy(&k_double, &k_bits, sizeof k_double);
-  const double exponent = k_double - 0x1p52;
+  const std::uint64_t k = (BitCast<std::uint64_t>(1 + t) - kSqrtHalf) >> 52;
+  const double power = BitCast<double>(kOne + (k << 52)), inverse = BitCast<double>(kOne - (k << 52));
+  const double exponent = BitCast<double>(k + kMagic) - 0x1p52;
   const double f = (t - (power - 1)) * inverse;
   const double s = f / (2 + f), square = s * s;
   constexpr double kTerms[] = {2. / 21, 2. / 19, 2. / 17, 2. / 15, 2. / 13,
                                2. / 11, 2. / 9,  2. / 7,  2. / 5,  2. / 3};
   double series = kTerms[0];
   SOFTMAX2P_UNROLL for (int i = 1; i < 10; ++i) series = series * square + kTerms[i];
-  constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
-  const double a = exponent * kLn2High, b = s * square * series + (2 * s + exponent * kLn2Low);
-  high = a + b;
-  low = b - (high - a);
+  constexpr double kLn2Hi = 0x1.62e42feep-1, kLn2Lo = 0x1.a39ef35793c76p-33;
+  return FastTwoSum(exponent * kLn2Hi, s * square * series + (2 * s + exponent * kLn2Lo));
 }
 
-// The log of a sum over its largest term, for a sum high + low and a largest term (1 + s)·power of it: never
+// The log of a sum over its largest term, for a sum hi + lo and a largest term (1 + s)·power of it: never
 // below 0, and exactly 0 where the others vanish, since the errors of the term are in the sum, too.
-SOFTMAX2P_INLINE void LogOfSumOverLargest(double high, double low, double power, double s, double& log,
-                                          double& rest) {
-  const double others = ((high - power) + (low - s * power)) / (power + s * power);
-  LogOfOnePlus(others < 0 ? 0 : others, log, rest);
+SOFTMAX2P_INLINE DoubleDouble<double> LogOfSumOverLargest(double hi, double lo, double power, double s) {
+  const double others = ((hi - power) + (lo - s * power)) / (power + s * power);
+  return LogOfOnePlus(others < 0 ? 0 : others);
 }
 
 }  // namespace jax_softmax2p

@@ -1,53 +1,53 @@
-// What an instruction set provides: the pieces of which runtime/ makes whole arrays, as pointers.
+// What an instruction set provides: the kernels of which ops/ makes whole arrays, as pointers.
 //
-// A kernel is added here, in targets/make_kernels.h and in runtime/; every instruction set then has it.
+// A kernel is added here, in targets/make_kernels.h, and where ops/ calls it; every instruction set then has
+// it.
 #pragma once
 
 #include <cstdint>
 
-#include "ffi/kernels/element.h"
+#include "ffi/base/error_free.h"
+#include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 #include "ffi/kernels/extended_sum.h"
 
 namespace jax_softmax2p {
 
-// The longest matrices, in elements, for KernelTable::short_matrices. Rows of 96 take 0.30 ns an element in
+// The largest matrices, in elements, for KernelTable::small_matrices. Rows of 96 take 0.30 ns an element in
 // it and 0.55 by themselves, rows of 128 0.29 and 0.44 (Zen 5, float32, AVX-512; AVX2: 0.46 and 0.65, 0.62
 // and 0.59).
-inline constexpr int kShort = 128;
+inline constexpr int kMaxSmall = 128;
 // The most columns that a Panel has.
 inline constexpr int kPanelWidth = 256;
-
-template <typename T>
-struct SplitScalar {
-  T high;
-  T low;
-};
+// The most rows that a Panel has. More would cost a sum its accuracy: see LaneSum.
+inline constexpr std::int64_t kMaxPanelRows = 2048;
 
 // What is known of a row's maximum before its sum.
 template <typename T>
 struct KnownMaximum {
   enum Use {
-    kNothing,    // blocks find their own
+    kUnknown,    // every block finds its own
     kReference,  // it gives the exponent
     kSubtract,   // it is subtracted from every element
   };
-  Use use = kNothing;
+  Use use = kUnknown;
   T value = 0;
 };
 
-// y = (high + low)·2^-exponent·e^x, with x less `maximum` and then `rest` first where `subtract`.
+// How pass 2 makes results of a row: y = (hi + lo)·2^-exponent·e^x. Where `subtract`, x is read as
+// (x - maximum) - rest.
 template <typename T>
 struct RowScale {
-  T high;
-  T low;
+  T hi;
+  T lo;
   int exponent;
   bool subtract;
   T maximum;
   T rest;
 };
 
-// `width` columns of `rows` elements each, column c's at x[c + i * stride], and one element more in the first
-// `tail` columns.
+// `width` columns of `rows` elements each, element i of column c at x[c + i * stride], and one element more
+// in the first `tail` columns.
 struct Panel {
   std::int64_t rows;
   std::int64_t stride;
@@ -55,18 +55,19 @@ struct Panel {
   int tail;
 };
 
-// A sum, or its inverse, for every column of a panel: (high + low)·2^exponent.
+// For every column of a panel a sum, or the inverse of one: (hi + lo)·2^exponent.
 template <typename T>
-struct PanelTotals {
-  T* high;
-  T* low;
+struct PanelSums {
+  T* hi;
+  T* lo;
   T* exponent;
 };
 
-// A stretch of a row, and what is applied to it: `where` and `bias` have an element for each of x's, or are
-// null: nothing is masked, or `shift` is the bias.
+// A stretch of a row, and what is applied to it: scale·x + bias where the mask is not 0, otherwise `fill`.
+// `bias` and `where` have an element for each of x's. Where `bias` is null, `shift` is the bias; where
+// `where` is null, nothing is masked.
 template <typename E>
-struct FuseRun {
+struct ScaleBiasMaskArgs {
   const E* x;
   const E* bias;
   const std::uint8_t* where;
@@ -87,14 +88,23 @@ struct RowSum {
   }
 };
 
-// The log of a row's sum, maximum + log.
+// The logsumexp of a row, as maximum + log + rest. The log is NaN where the row has no softmax.
 template <typename T>
-struct RowLogSum {
+struct LseTerms {
   T maximum;
   T log;
+  T rest;
 };
 
 // Kernels for arrays of E, computed in T.
+//
+// Arguments that many share: x are logits, y the results of the same shape, which may be x; n is the number
+// of elements of a row; `non_temporal` stores past the caches, after which the caller fences. Kernels called
+// logits_* take as z what apply_scale_bias_mask wrote, of type T; the others of that kind are in
+// Kernels::Of<T>().
+//
+// Errors, tested by tests/selftest: a result of pass 2 is within 2 ULP of the exact one for float, 4 for
+// double, and 16-bit results are that of float, rounded once.
 template <typename E>
 struct KernelTable {
   using T = ComputeOf<E>;
@@ -104,69 +114,84 @@ struct KernelTable {
   // Elements of a vector.
   int lanes;
 
-  // One e^x = (1 + s)·power·2^exponent, the same as in a row's sum.
-  void (*exponential)(T x, int exponent, T* s, T* power);
+  // ---- One exponential, with the bits that it has in a row's sum: e^x = (1 + expm1)·pow2·2^exponent.
+  void (*exponential)(T x, int exponent, T* expm1, T* pow2);
 
-  // Contiguous rows. The largest element, NaNs passed over:
+  // ---- Contiguous rows, x[n].
+
+  // The largest element. NaNs are passed over; no elements give -inf.
   T (*row_max)(const E* x, std::int64_t n);
-  // Where `kept` is not null, s of every e^x = (1 + s)·2^n is written there, for row_write; ignored where the
-  // maximum is subtracted. It may be y.
+  // Pass 1: the sum of e^x, for float to 2^-26 of itself (see LaneSum), and the maximum. Where `kept` is not
+  // null, the mantissas, expm1 of every e^x = (1 + expm1)·2^k, are written to kept[n] for row_write; `kept`
+  // may be y, and is ignored where the maximum is subtracted.
   RowSum<T> (*row_sum)(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum);
-  // `stream` writes past the caches.
-  void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale, bool stream);
-  // y = (x - maximum) - log.
-  void (*row_write_log)(const E* x, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream);
+  // Pass 2: y[n] as RowScale says. Where `kept` is not null, mantissas are loaded from it; it may be y.
+  void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
+                    bool non_temporal);
+  // y = (x - lse.maximum) - lse.log, with the rounding of both differences.
+  void (*row_write_log)(const E* x, E* y, std::int64_t n, const LseTerms<T>& lse, bool non_temporal);
 
-  // Rows that a scale, a bias or a mask were applied to, as T: kernels.Of<T>() has the rest. Returns the
-  // largest.
-  T (*fuse)(const FuseRun<E>& run, T* z, std::int64_t n);
-  void (*fused_row_write)(const T* z, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
-                          bool stream);
-  void (*fused_row_write_log)(const T* z, E* y, std::int64_t n, const RowLogSum<T>& sum, bool stream);
-  void (*fused_short_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool stream);
+  // ---- Rows with a scale, a bias or a mask.
 
-  // Panels, of kMaxPanelRows at most. `maximum` and `subtract` are null, or have an element a column; both
-  // mean what KnownMaximum says.
+  // z[n] = scale·x + bias, or `fill` where masked; rounded once where the vector type's Fma is. Returns the
+  // largest, NaNs passed over.
+  T (*apply_scale_bias_mask)(const ScaleBiasMaskArgs<E>& args, T* z, std::int64_t n);
+  void (*logits_row_write)(const T* z, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
+                           bool non_temporal);
+  void (*logits_row_write_log)(const T* z, E* y, std::int64_t n, const LseTerms<T>& lse, bool non_temporal);
+
+  // ---- Panels, of up to kPanelWidth columns and kMaxPanelRows rows. `maximum` and `subtract` are null, or
+  // have an element for each column: the reference of its exponents, and what is subtracted from it.
+
+  // maximum[width]: the largest element of every column, NaNs passed over.
   void (*panel_max)(const E* x, const Panel& panel, T* maximum);
+  // Pass 1: the sum of e^x of every column. `kept` is as in row_sum, and laid out as x.
   void (*panel_sum)(const E* x, T* kept, const Panel& panel, const T* maximum, const T* subtract,
-                    const PanelTotals<T>& totals);
-  void (*panel_merge)(const PanelTotals<T>& into, const PanelTotals<T>& from, int width);
-  void (*panel_invert)(const PanelTotals<T>& totals, int width);
-  void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelTotals<T>& scales,
+                    const PanelSums<T>& sums);
+  // Adds the sums `from` to the sums `into`, for `width` columns.
+  void (*panel_merge)(const PanelSums<T>& into, const PanelSums<T>& from, int width);
+  // Replaces hi + lo by 1/(hi + lo), for `width` columns. The exponents stay.
+  void (*panel_invert)(const PanelSums<T>& sums, int width);
+  // Pass 2: y = (hi + lo)·2^-exponent·e^x, with the column's scale.
+  void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelSums<T>& scales,
                       const T* subtract);
 
-  // Whole matrices [outer, n, inner] of n·inner <= kShort.
-  void (*short_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool stream);
+  // ---- Small arrays, with the guard's third pass where a row needs it.
 
-  // Rows of n <= kShort, of which E or T: their log-sums, maximum + log + rest, log NaN where the guard must
-  // help; and factor·e^((x - high) - low), or, with null for factor, (x - high) - low.
-  void (*short_log_sums)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
-  void (*short_less)(const E* x, E* y, std::int64_t rows, int n, const T* high, const T* low,
-                     const T* factor);
-  void (*fused_short_less)(const T* z, E* y, std::int64_t rows, int n, const T* high, const T* low,
-                           const T* factor);
+  // y = softmax(x) along n of x[outer, n, inner], n·inner <= kMaxSmall.
+  void (*small_matrices)(const E* x, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
+  void (*logits_small_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
+  // y = softmax(x) of `width` columns of n <= kMaxSmall elements; element i of column c is x[c + i * stride].
+  void (*small_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
+  // Of x[rows, n], n <= kMaxSmall, the lse of every row as LseTerms. The log is also NaN where the row needs
+  // the guard's third pass, which is then the caller's to do. The tests hold the lse to 2^-23 for T float and
+  // to 2^-49 for double, absolutely.
+  void (*small_lse)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
+  // y = factor·e^((x - hi) - lo) of x[rows, n], n <= kMaxSmall, without the rounding of the differences, with
+  // one hi, lo and factor for each row. Where `factor` is null, y = (x - hi) - lo, with their rounding.
+  void (*small_minus_lse)(const E* x, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
+                          const T* factor);
+  void (*logits_small_minus_lse)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
+                                 const T* factor);
 
-  // Whole columns of n <= kShort elements, `width` of them side by side.
-  void (*short_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
+  // ---- Columns, `stride` from one of their elements to the next, copied into rows[columns, n] and back.
+  void (*pack_columns)(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows);
+  void (*unpack_columns)(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns);
 
-  // Columns, `stride` apart from element to element, as contiguous rows and back.
-  void (*gather_columns)(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows);
-  void (*scatter_columns)(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns);
+  // ---- Derivatives, over contiguous rows. Sums and dot products have twice the working precision.
 
-  // Derivatives, over contiguous rows. <y, t>, the same for y as T, and <1, t>:
-  DoubleSum (*dot)(const E* y, const E* t, std::int64_t n);
-  DoubleSum (*fused_dot)(const T* y, const E* t, std::int64_t n);
-  DoubleSum (*total)(const E* t, std::int64_t n);
-  // out = t - p.
-  void (*less)(const E* t, const T* p, E* out, std::int64_t n);
-  // The Jacobian of softmax. `stream` writes past the caches.
-  void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const SplitScalar<T>& dot,
-                         bool stream);
+  // <y, t>, and <1, t>.
+  CompensatedSum (*dot)(const E* y, const E* t, std::int64_t n);
+  CompensatedSum (*logits_dot)(const T* y, const E* t, std::int64_t n);
+  CompensatedSum (*sum)(const E* t, std::int64_t n);
+  // out = t - p, rounded once. out may be t.
+  void (*subtract)(const E* t, const T* p, E* out, std::int64_t n);
+  // The Jacobian of softmax: out = y·((t - dot.hi) - dot.lo). out may be y or t.
+  void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot,
+                         bool non_temporal);
 };
 
-// More rows would cost a sum its accuracy: see LaneSum.
-inline constexpr std::int64_t kMaxPanelRows = 2048;
-
+// The kernels of one instruction set, for every element type.
 struct Kernels {
   const char* name;
   KernelTable<float> f32;

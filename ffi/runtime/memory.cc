@@ -60,7 +60,7 @@ void AdviseHugePages(void* data, std::size_t bytes) {
 #endif
 }
 
-void FinishStreaming() {
+void FenceNonTemporalStores() {
 #if defined(__x86_64__)
   __builtin_ia32_sfence();
 #endif

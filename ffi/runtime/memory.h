@@ -16,6 +16,6 @@ std::int64_t LastLevelCacheBytes();
 void AdviseHugePages(void* data, std::size_t bytes);
 
 // Makes this thread's stores past the caches visible to others before its later stores.
-void FinishStreaming();
+void FenceNonTemporalStores();
 
 }  // namespace jax_softmax2p

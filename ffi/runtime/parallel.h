@@ -1,4 +1,4 @@
-// Sharing work out over somebody else's threads, without ever waiting for one that has not started.
+// Shares work out among threads of others, without ever waiting for one that has not started.
 #pragma once
 
 #include <cstdint>
@@ -10,20 +10,27 @@ namespace jax_softmax2p {
 class Executor {
  public:
   virtual ~Executor() = default;
-  // How many threads may run tasks beside the caller's.
+  // How many threads may run tasks, beside the caller's.
   virtual int Helpers() const = 0;
-  // Runs the task, which throws nothing, sometime, perhaps only after the caller is done, perhaps at once in
-  // the caller's thread. Or throws, and will not run it.
+  // Runs the task, which throws nothing, at some time: perhaps only after the caller is done, perhaps at once
+  // in the caller's thread. Or throws, and will not run it.
   virtual void Schedule(std::function<void()> task) = 0;
 };
 
+// Without helpers: everything runs in the calling thread.
+class InlineExecutor : public Executor {
+ public:
+  int Helpers() const override { return 0; }
+  void Schedule(std::function<void()> task) override { task(); }
+};
+
 // Calls body(i) for every i in [0, count), and returns when all are done. The caller takes indices like any
-// helper, and waits only for those that a helper has already taken: it finishes alone where the pool has
-// one thread, none, or only threads that wait themselves. An exception of body's, in whichever thread, is
-// thrown here when all are done; of several the first.
+// helper, and waits only for indices that a helper has already taken: it finishes by itself where the pool
+// has one thread, no thread, or only threads that wait themselves. The first exception that body throws, in
+// whichever thread, is thrown here when all are done.
 //
-// Every thread has a range of indices of its own, and helps with the others' when it is done: adjacent
-// indices mean adjacent memory, and from one call to the next a thread finds its own part in its cache.
+// Every thread has a range of indices of its own, and helps with the others' ranges when it is done: adjacent
+// indices mean adjacent memory, and from one call to the next a thread finds its own range in its cache.
 // Backward, a thread begins with what it did last in the call before.
 enum class Order { kForward, kBackward };
 void ParallelFor(Executor& executor, std::int64_t count, const std::function<void(std::int64_t)>& body,

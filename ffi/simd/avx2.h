@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "ffi/kernels/element.h"
-#include "ffi/simd/inline.h"
+#include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p::avx2 {
 
@@ -18,16 +18,16 @@ alignas(32) inline constexpr std::int64_t kMask64[8] = {-1, -1, -1, -1};
 struct F32 {
   using Scalar = float;
   static constexpr int kLanes = 8;
-  static constexpr int kQuad = 4;
+  static constexpr int kTransposeRows = 4;
   static constexpr int kTableBits = 0;
-  static constexpr bool kFused = true;
+  static constexpr bool kHasFma = true;
 
   __m256 v;
 
   static SOFTMAX2P_INLINE F32 Broadcast(float x) { return {_mm256_set1_ps(x)}; }
   static SOFTMAX2P_INLINE F32 Load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static SOFTMAX2P_INLINE F32 LoadPartial(const float* p, int count, float fill) {
-    const __m256i mask = Leading(count);
+    const __m256i mask = FirstLanes(count);
     return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
   }
   SOFTMAX2P_INLINE void Store(float* p) const { _mm256_storeu_ps(p, v); }
@@ -60,7 +60,7 @@ struct F32 {
     CopyPart<2>(count, p, to);
     CopyPart<1>(count, p, to);
     const __m256 loaded = Load(halves).v;
-    return {_mm256_blendv_ps(_mm256_set1_ps(fill), loaded, _mm256_castsi256_ps(Leading(count)))};
+    return {_mm256_blendv_ps(_mm256_set1_ps(fill), loaded, _mm256_castsi256_ps(FirstLanes(count)))};
   }
   template <typename Half>
   SOFTMAX2P_INLINE void Store(Half* p) const {
@@ -80,7 +80,7 @@ struct F32 {
     CopyPart<1>(count, from, p);
   }
 
-  static SOFTMAX2P_INLINE void LoadQuads(const float* p, std::int64_t stride, F32 (&columns)[4]) {
+  static SOFTMAX2P_INLINE void LoadTransposed(const float* p, std::int64_t stride, F32 (&columns)[4]) {
     __m256 rows[4];
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) {
       rows[j] = _mm256_castps128_ps256(_mm_loadu_ps(p + j * stride));
@@ -89,7 +89,7 @@ struct F32 {
     Transpose(rows);
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) columns[j].v = rows[j];
   }
-  static SOFTMAX2P_INLINE void StoreQuads(const F32 (&columns)[4], float* p, std::int64_t stride) {
+  static SOFTMAX2P_INLINE void StoreTransposed(const F32 (&columns)[4], float* p, std::int64_t stride) {
     __m256 rows[4] = {columns[0].v, columns[1].v, columns[2].v, columns[3].v};
     Transpose(rows);
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) {
@@ -110,7 +110,7 @@ struct F32 {
   friend SOFTMAX2P_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F32 Fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
-  friend SOFTMAX2P_INLINE F32 ProductError(F32 a, F32 b, F32 p) { return {_mm256_fmsub_ps(a.v, b.v, p.v)}; }
+  friend SOFTMAX2P_INLINE F32 Fms(F32 a, F32 b, F32 c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F32 Max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Floor(F32 a) { return {_mm256_floor_ps(a.v)}; }
   friend SOFTMAX2P_INLINE bool AnyGreater(F32 a, F32 b) {
@@ -121,7 +121,7 @@ struct F32 {
     const __m128 of2 = _mm_max_ps(of4, _mm_movehl_ps(of4, of4));
     return _mm_cvtss_f32(_mm_max_ss(of2, _mm_movehdup_ps(of2)));
   }
-  SOFTMAX2P_INLINE double Total() const {
+  SOFTMAX2P_INLINE double ReduceSum() const {
     const __m256d of4 = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)),
                                       _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
     const __m128d of2 = _mm_add_pd(_mm256_castpd256_pd128(of4), _mm256_extractf128_pd(of4, 1));
@@ -164,7 +164,7 @@ struct F32 {
     r[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
     r[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
   }
-  static SOFTMAX2P_INLINE __m256i Leading(int count) {
+  static SOFTMAX2P_INLINE __m256i FirstLanes(int count) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask32 + 8 - count));
   }
 };
@@ -172,16 +172,16 @@ struct F32 {
 struct F64 {
   using Scalar = double;
   static constexpr int kLanes = 4;
-  static constexpr int kQuad = 2;
+  static constexpr int kTransposeRows = 2;
   static constexpr int kTableBits = 0;
-  static constexpr bool kFused = true;
+  static constexpr bool kHasFma = true;
 
   __m256d v;
 
   static SOFTMAX2P_INLINE F64 Broadcast(double x) { return {_mm256_set1_pd(x)}; }
   static SOFTMAX2P_INLINE F64 Load(const double* p) { return {_mm256_loadu_pd(p)}; }
   static SOFTMAX2P_INLINE F64 LoadPartial(const double* p, int count, double fill) {
-    const __m256i mask = Leading(count);
+    const __m256i mask = FirstLanes(count);
     return {_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask))};
   }
   SOFTMAX2P_INLINE void Store(double* p) const { _mm256_storeu_pd(p, v); }
@@ -196,7 +196,7 @@ struct F64 {
     if (count & 1) _mm_store_sd(p, rest);
   }
 
-  static SOFTMAX2P_INLINE void LoadQuads(const double* p, std::int64_t stride, F64 (&columns)[2]) {
+  static SOFTMAX2P_INLINE void LoadTransposed(const double* p, std::int64_t stride, F64 (&columns)[2]) {
     __m256d rows[2];
     SOFTMAX2P_UNROLL for (int j = 0; j < 2; ++j) {
       rows[j] = _mm256_castpd128_pd256(_mm_loadu_pd(p + j * stride));
@@ -205,7 +205,7 @@ struct F64 {
     columns[0].v = _mm256_unpacklo_pd(rows[0], rows[1]);
     columns[1].v = _mm256_unpackhi_pd(rows[0], rows[1]);
   }
-  static SOFTMAX2P_INLINE void StoreQuads(const F64 (&columns)[2], double* p, std::int64_t stride) {
+  static SOFTMAX2P_INLINE void StoreTransposed(const F64 (&columns)[2], double* p, std::int64_t stride) {
     const __m256d rows[2] = {_mm256_unpacklo_pd(columns[0].v, columns[1].v),
                              _mm256_unpackhi_pd(columns[0].v, columns[1].v)};
     SOFTMAX2P_UNROLL for (int j = 0; j < 2; ++j) {
@@ -228,7 +228,7 @@ struct F64 {
   friend SOFTMAX2P_INLINE F64 operator/(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F64 Fnma(F64 a, F64 b, F64 c) { return {_mm256_fnmadd_pd(a.v, b.v, c.v)}; }
-  friend SOFTMAX2P_INLINE F64 ProductError(F64 a, F64 b, F64 p) { return {_mm256_fmsub_pd(a.v, b.v, p.v)}; }
+  friend SOFTMAX2P_INLINE F64 Fms(F64 a, F64 b, F64 c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F64 Max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Floor(F64 a) { return {_mm256_floor_pd(a.v)}; }
   friend SOFTMAX2P_INLINE bool AnyGreater(F64 a, F64 b) {
@@ -243,7 +243,7 @@ struct F64 {
   }
 
  private:
-  static SOFTMAX2P_INLINE __m256i Leading(int count) {
+  static SOFTMAX2P_INLINE __m256i FirstLanes(int count) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask64 + 4 - count));
   }
 };

@@ -5,29 +5,29 @@
 
 #include <cstdint>
 
-#include "ffi/kernels/element.h"
-#include "ffi/simd/inline.h"
+#include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p::avx512 {
 
 struct F32 {
   using Scalar = float;
   static constexpr int kLanes = 16;
-  static constexpr int kQuad = 4;
+  static constexpr int kTransposeRows = 4;
   static constexpr int kTableBits = 4;
-  static constexpr bool kFused = true;
+  static constexpr bool kHasFma = true;
 
   __m512 v;
 
   static SOFTMAX2P_INLINE F32 Broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static SOFTMAX2P_INLINE F32 Load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static SOFTMAX2P_INLINE F32 LoadPartial(const float* p, int count, float fill) {
-    return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), Leading(count), p)};
+    return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), FirstLanes(count), p)};
   }
   SOFTMAX2P_INLINE void Store(float* p) const { _mm512_storeu_ps(p, v); }
   SOFTMAX2P_INLINE void Stream(float* p) const { _mm512_stream_ps(p, v); }
   SOFTMAX2P_INLINE void StorePartial(float* p, int count) const {
-    _mm512_mask_storeu_ps(p, Leading(count), v);
+    _mm512_mask_storeu_ps(p, FirstLanes(count), v);
   }
 
   template <typename Half>
@@ -36,8 +36,8 @@ struct F32 {
   }
   template <typename Half>
   static SOFTMAX2P_INLINE F32 LoadPartial(const Half* p, int count, float fill) {
-    const F32 loaded = Widen(_mm256_maskz_loadu_epi16(Leading(count), p), p);
-    return {_mm512_mask_blend_ps(Leading(count), _mm512_set1_ps(fill), loaded.v)};
+    const F32 loaded = Widen(_mm256_maskz_loadu_epi16(FirstLanes(count), p), p);
+    return {_mm512_mask_blend_ps(FirstLanes(count), _mm512_set1_ps(fill), loaded.v)};
   }
   template <typename Half>
   SOFTMAX2P_INLINE void Store(Half* p) const {
@@ -49,10 +49,10 @@ struct F32 {
   }
   template <typename Half>
   SOFTMAX2P_INLINE void StorePartial(Half* p, int count) const {
-    _mm256_mask_storeu_epi16(p, Leading(count), Narrow(p));
+    _mm256_mask_storeu_epi16(p, FirstLanes(count), Narrow(p));
   }
 
-  static SOFTMAX2P_INLINE void LoadQuads(const float* p, std::int64_t stride, F32 (&columns)[4]) {
+  static SOFTMAX2P_INLINE void LoadTransposed(const float* p, std::int64_t stride, F32 (&columns)[4]) {
     __m512 rows[4];
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) {
       rows[j] = _mm512_castps128_ps512(_mm_loadu_ps(p + j * stride));
@@ -63,7 +63,7 @@ struct F32 {
     Transpose(rows);
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) columns[j].v = rows[j];
   }
-  static SOFTMAX2P_INLINE void StoreQuads(const F32 (&columns)[4], float* p, std::int64_t stride) {
+  static SOFTMAX2P_INLINE void StoreTransposed(const F32 (&columns)[4], float* p, std::int64_t stride) {
     __m512 rows[4] = {columns[0].v, columns[1].v, columns[2].v, columns[3].v};
     Transpose(rows);
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) {
@@ -85,7 +85,7 @@ struct F32 {
   friend SOFTMAX2P_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F32 Fnma(F32 a, F32 b, F32 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
-  friend SOFTMAX2P_INLINE F32 ProductError(F32 a, F32 b, F32 p) { return {_mm512_fmsub_ps(a.v, b.v, p.v)}; }
+  friend SOFTMAX2P_INLINE F32 Fms(F32 a, F32 b, F32 c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F32 Max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Floor(F32 a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
@@ -94,7 +94,7 @@ struct F32 {
     return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
   }
   SOFTMAX2P_INLINE float ReduceMax() const { return _mm512_reduce_max_ps(v); }
-  SOFTMAX2P_INLINE double Total() const {
+  SOFTMAX2P_INLINE double ReduceSum() const {
     return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
                                               _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
   }
@@ -133,30 +133,32 @@ struct F32 {
     r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
     r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
   }
-  static SOFTMAX2P_INLINE __mmask16 Leading(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+  static SOFTMAX2P_INLINE __mmask16 FirstLanes(int count) {
+    return static_cast<__mmask16>((1u << count) - 1);
+  }
 };
 
 struct F64 {
   using Scalar = double;
   static constexpr int kLanes = 8;
-  static constexpr int kQuad = 2;
+  static constexpr int kTransposeRows = 2;
   static constexpr int kTableBits = 0;
-  static constexpr bool kFused = true;
+  static constexpr bool kHasFma = true;
 
   __m512d v;
 
   static SOFTMAX2P_INLINE F64 Broadcast(double x) { return {_mm512_set1_pd(x)}; }
   static SOFTMAX2P_INLINE F64 Load(const double* p) { return {_mm512_loadu_pd(p)}; }
   static SOFTMAX2P_INLINE F64 LoadPartial(const double* p, int count, double fill) {
-    return {_mm512_mask_loadu_pd(_mm512_set1_pd(fill), Leading(count), p)};
+    return {_mm512_mask_loadu_pd(_mm512_set1_pd(fill), FirstLanes(count), p)};
   }
   SOFTMAX2P_INLINE void Store(double* p) const { _mm512_storeu_pd(p, v); }
   SOFTMAX2P_INLINE void Stream(double* p) const { _mm512_stream_pd(p, v); }
   SOFTMAX2P_INLINE void StorePartial(double* p, int count) const {
-    _mm512_mask_storeu_pd(p, Leading(count), v);
+    _mm512_mask_storeu_pd(p, FirstLanes(count), v);
   }
 
-  static SOFTMAX2P_INLINE void LoadQuads(const double* p, std::int64_t stride, F64 (&columns)[2]) {
+  static SOFTMAX2P_INLINE void LoadTransposed(const double* p, std::int64_t stride, F64 (&columns)[2]) {
     __m512d rows[2];
     SOFTMAX2P_UNROLL for (int j = 0; j < 2; ++j) {
       rows[j] = _mm512_castpd128_pd512(_mm_loadu_pd(p + j * stride));
@@ -167,7 +169,7 @@ struct F64 {
     columns[0].v = _mm512_unpacklo_pd(rows[0], rows[1]);
     columns[1].v = _mm512_unpackhi_pd(rows[0], rows[1]);
   }
-  static SOFTMAX2P_INLINE void StoreQuads(const F64 (&columns)[2], double* p, std::int64_t stride) {
+  static SOFTMAX2P_INLINE void StoreTransposed(const F64 (&columns)[2], double* p, std::int64_t stride) {
     const __m512d rows[2] = {_mm512_unpacklo_pd(columns[0].v, columns[1].v),
                              _mm512_unpackhi_pd(columns[0].v, columns[1].v)};
     SOFTMAX2P_UNROLL for (int j = 0; j < 2; ++j) {
@@ -189,7 +191,7 @@ struct F64 {
   friend SOFTMAX2P_INLINE F64 operator/(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F64 Fnma(F64 a, F64 b, F64 c) { return {_mm512_fnmadd_pd(a.v, b.v, c.v)}; }
-  friend SOFTMAX2P_INLINE F64 ProductError(F64 a, F64 b, F64 p) { return {_mm512_fmsub_pd(a.v, b.v, p.v)}; }
+  friend SOFTMAX2P_INLINE F64 Fms(F64 a, F64 b, F64 c) { return {_mm512_fmsub_pd(a.v, b.v, c.v)}; }
   friend SOFTMAX2P_INLINE F64 Max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Floor(F64 a) {
     return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
@@ -203,7 +205,7 @@ struct F64 {
   }
 
  private:
-  static SOFTMAX2P_INLINE __mmask8 Leading(int count) { return static_cast<__mmask8>((1u << count) - 1); }
+  static SOFTMAX2P_INLINE __mmask8 FirstLanes(int count) { return static_cast<__mmask8>((1u << count) - 1); }
 };
 
 }  // namespace jax_softmax2p::avx512

@@ -5,17 +5,17 @@
 
 #include <cstdint>
 
-#include "ffi/kernels/element.h"
-#include "ffi/simd/inline.h"
+#include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p::neon {
 
 struct F32 {
   using Scalar = float;
   static constexpr int kLanes = 4;
-  static constexpr int kQuad = 4;
+  static constexpr int kTransposeRows = 4;
   static constexpr int kTableBits = 0;
-  static constexpr bool kFused = true;
+  static constexpr bool kHasFma = true;
 
   float32x4_t v;
 
@@ -65,11 +65,11 @@ struct F32 {
     Store(p);
   }
 
-  static SOFTMAX2P_INLINE void LoadQuads(const float* p, std::int64_t stride, F32 (&columns)[4]) {
+  static SOFTMAX2P_INLINE void LoadTransposed(const float* p, std::int64_t stride, F32 (&columns)[4]) {
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) columns[j] = Load(p + j * stride);
     Transpose(columns);
   }
-  static SOFTMAX2P_INLINE void StoreQuads(const F32 (&columns)[4], float* p, std::int64_t stride) {
+  static SOFTMAX2P_INLINE void StoreTransposed(const F32 (&columns)[4], float* p, std::int64_t stride) {
     F32 rows[4] = {columns[0], columns[1], columns[2], columns[3]};
     Transpose(rows);
     SOFTMAX2P_UNROLL for (int j = 0; j < 4; ++j) rows[j].Store(p + j * stride);
@@ -86,15 +86,13 @@ struct F32 {
   friend SOFTMAX2P_INLINE F32 operator/(F32 a, F32 b) { return {vdivq_f32(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Fma(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Fnma(F32 a, F32 b, F32 c) { return {vfmsq_f32(c.v, a.v, b.v)}; }
-  friend SOFTMAX2P_INLINE F32 ProductError(F32 a, F32 b, F32 p) {
-    return {vfmaq_f32(vnegq_f32(p.v), a.v, b.v)};
-  }
+  friend SOFTMAX2P_INLINE F32 Fms(F32 a, F32 b, F32 c) { return {vfmaq_f32(vnegq_f32(c.v), a.v, b.v)}; }
   // Not vmaxq_f32, which returns NaN where either is.
   friend SOFTMAX2P_INLINE F32 Max(F32 a, F32 b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Floor(F32 a) { return {vrndmq_f32(a.v)}; }
   friend SOFTMAX2P_INLINE bool AnyGreater(F32 a, F32 b) { return vmaxvq_u32(vcgtq_f32(a.v, b.v)) != 0; }
   SOFTMAX2P_INLINE float ReduceMax() const { return vmaxvq_f32(v); }
-  SOFTMAX2P_INLINE double Total() const {
+  SOFTMAX2P_INLINE double ReduceSum() const {
     return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(v)), vcvt_high_f64_f32(v)));
   }
   friend SOFTMAX2P_INLINE F32 ExponentFromLowBits(F32 a) {
@@ -129,9 +127,9 @@ struct F32 {
 struct F64 {
   using Scalar = double;
   static constexpr int kLanes = 2;
-  static constexpr int kQuad = 2;
+  static constexpr int kTransposeRows = 2;
   static constexpr int kTableBits = 0;
-  static constexpr bool kFused = true;
+  static constexpr bool kHasFma = true;
 
   float64x2_t v;
 
@@ -147,12 +145,12 @@ struct F64 {
   }
   SOFTMAX2P_INLINE void Stream(double* p) const { Store(p); }
 
-  static SOFTMAX2P_INLINE void LoadQuads(const double* p, std::int64_t stride, F64 (&columns)[2]) {
+  static SOFTMAX2P_INLINE void LoadTransposed(const double* p, std::int64_t stride, F64 (&columns)[2]) {
     const F64 first = Load(p), second = Load(p + stride);
     columns[0].v = vzip1q_f64(first.v, second.v);
     columns[1].v = vzip2q_f64(first.v, second.v);
   }
-  static SOFTMAX2P_INLINE void StoreQuads(const F64 (&columns)[2], double* p, std::int64_t stride) {
+  static SOFTMAX2P_INLINE void StoreTransposed(const F64 (&columns)[2], double* p, std::int64_t stride) {
     vst1q_f64(p, vzip1q_f64(columns[0].v, columns[1].v));
     vst1q_f64(p + stride, vzip2q_f64(columns[0].v, columns[1].v));
   }
@@ -168,9 +166,7 @@ struct F64 {
   friend SOFTMAX2P_INLINE F64 operator/(F64 a, F64 b) { return {vdivq_f64(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Fma(F64 a, F64 b, F64 c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Fnma(F64 a, F64 b, F64 c) { return {vfmsq_f64(c.v, a.v, b.v)}; }
-  friend SOFTMAX2P_INLINE F64 ProductError(F64 a, F64 b, F64 p) {
-    return {vfmaq_f64(vnegq_f64(p.v), a.v, b.v)};
-  }
+  friend SOFTMAX2P_INLINE F64 Fms(F64 a, F64 b, F64 c) { return {vfmaq_f64(vnegq_f64(c.v), a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Max(F64 a, F64 b) { return {vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F64 Floor(F64 a) { return {vrndmq_f64(a.v)}; }
   friend SOFTMAX2P_INLINE bool AnyGreater(F64 a, F64 b) {

@@ -9,76 +9,42 @@
 //   LoadPartial          the first `count` elements (0 <= count < kLanes), the rest `fill`; touches no others
 //   StorePartial         likewise
 //   Stream               a Store past the caches, to an address aligned to what a vector takes there; the
-//                        caller ends with FinishStreaming() of runtime/memory.h. A Store where there is none
-//   LoadQuads            kQuad adjacent elements (16 bytes) from each of kLanes rows `stride` apart, as kQuad
-//                        vectors: lane l of columns[c] is p[l * stride + c]. StoreQuads is its inverse
+//                        caller ends with FenceNonTemporalStores() of runtime/memory.h. A Store where there
+//                        is none
+//   LoadTransposed            kTransposeRows adjacent elements (16 bytes) from each of kLanes rows `stride`
+//   apart, as kTransposeRows
+//                        vectors: lane l of columns[c] is p[l * stride + c]. StoreTransposed is its inverse
 //   Where(where, a, b)   lane by lane a where where[lane] is not 0, else b
-//   Fma(a, b, c)         a*b + c, Fnma(a, b, c): c - a*b; rounded once, except here, where each step rounds
-//   ProductError(a,b,p)  a*b - p for p = a*b rounded: exact
+//   Fma(a, b, c)         a*b + c, and Fnma(a, b, c): c - a*b; rounded once, except here, where each step
+//                        rounds. Where kHasFma there is also Fms(a, b, c): a*b - c
 //   Max(a, b)            elementwise; b where either is NaN (the order lets a caller choose what NaN does)
 //   Floor(a)             for |a| < 2^22 in F32, 2^51 in F64
 //   AnyGreater(a, b)     whether a > b in any lane
 //   ReduceMax            the largest lane, none of which is NaN
-//   Total                in F32: the sum of the lanes in double, halves of the vector pairwise
+//   ReduceSum            in F32: the sum of the lanes in double, halves of the vector pairwise
 //   ExponentFromLowBits  the low integer bits of a lane moved into the exponent field: 2^(low - bias)
 //   kTableBits           0, or b where there are also Lookup(table), the entry that a lane's lowest b bits
 //                        choose of an aligned table of 2^b, and AboveLookup(), the integer bits above those
-//   kFused               whether Fma rounds once; Reduction<V> in kernels/exp.h follows from it
+//   kHasFma               whether Fma rounds once; Reduction<V> in kernels/exp.h follows from it
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "ffi/kernels/element.h"
-#include "ffi/simd/inline.h"
+#include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p::portable {
 
-template <typename To, typename From>
-SOFTMAX2P_INLINE To BitCast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-SOFTMAX2P_INLINE float Widen(BFloat16 x) { return BitCast<float>(std::uint32_t{x.bits} << 16); }
-
-SOFTMAX2P_INLINE void Narrow(float x, BFloat16& to) {
-  const std::uint32_t bits = BitCast<std::uint32_t>(x);
-  to.bits = static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-SOFTMAX2P_INLINE float Widen(Float16 x) {
-  const std::uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-  // Subnormals by way of an integer: as floats they might be flushed.
-  const float small = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;
-  const std::uint32_t rebias = magnitude >= 0x7c00u ? 2 * 112u << 23 : 112u << 23;
-  const std::uint32_t normal = (magnitude << 13) + rebias;
-  return BitCast<float>((magnitude < 0x400u ? BitCast<std::uint32_t>(small) : normal) | sign);
-}
-
-SOFTMAX2P_INLINE void Narrow(float x, Float16& to) {
-  const std::uint32_t bits = BitCast<std::uint32_t>(x);
-  const std::uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 the last place is 2^-24, as that of 0.5 is in float: adding that rounds where it should.
-  const float small = BitCast<float>(magnitude) + 0.5f;
-  std::uint32_t half = BitCast<std::uint32_t>(small) - BitCast<std::uint32_t>(0.5f);
-  if (magnitude >= 113u << 23) half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  if (magnitude >= 143u << 23) half = 0x7c00;
-  if (magnitude > 255u << 23) half = 0x7e00;
-  to.bits = static_cast<std::uint16_t>(half | sign);
-}
-
-template <typename T, typename Bits, int kMantissaBits, int kSplitBits>
+template <typename T, typename Bits, int kMantissaBits>
 struct Vector {
   using Scalar = T;
   typedef T Register __attribute__((vector_size(16)));
   typedef Bits Integers __attribute__((vector_size(16)));
   static constexpr int kLanes = 16 / sizeof(T);
-  static constexpr int kQuad = kLanes;
+  static constexpr int kTransposeRows = kLanes;
   static constexpr int kTableBits = 0;
-  static constexpr bool kFused = false;
+  static constexpr bool kHasFma = false;
 
   Register v;
 
@@ -121,15 +87,17 @@ struct Vector {
     Store(p);
   }
 
-  static SOFTMAX2P_INLINE void LoadQuads(const T* p, std::int64_t stride, Vector (&columns)[kQuad]) {
-    for (int c = 0; c < kQuad; ++c) {
+  static SOFTMAX2P_INLINE void LoadTransposed(const T* p, std::int64_t stride,
+                                              Vector (&columns)[kTransposeRows]) {
+    for (int c = 0; c < kTransposeRows; ++c) {
       T lanes[kLanes];
       for (int l = 0; l < kLanes; ++l) lanes[l] = p[l * stride + c];
       columns[c] = Load(lanes);
     }
   }
-  static SOFTMAX2P_INLINE void StoreQuads(const Vector (&columns)[kQuad], T* p, std::int64_t stride) {
-    for (int c = 0; c < kQuad; ++c) {
+  static SOFTMAX2P_INLINE void StoreTransposed(const Vector (&columns)[kTransposeRows], T* p,
+                                               std::int64_t stride) {
+    for (int c = 0; c < kTransposeRows; ++c) {
       T lanes[kLanes];
       columns[c].Store(lanes);
       for (int l = 0; l < kLanes; ++l) p[l * stride + c] = lanes[l];
@@ -165,18 +133,9 @@ struct Vector {
     for (int i = 1; i < kLanes; ++i) max = v[i] > max ? v[i] : max;
     return max;
   }
-  SOFTMAX2P_INLINE double Total() const {
+  SOFTMAX2P_INLINE double ReduceSum() const {
     static_assert(kLanes == 4);
     return (double{v[0]} + double{v[2]}) + (double{v[1]} + double{v[3]});
-  }
-
-  // Dekker's product (Numer. Math. 18, 1971): Veltkamp's splitting makes the partial products exact.
-  friend SOFTMAX2P_INLINE Vector ProductError(Vector a, Vector b, Vector p) {
-    const Vector split = Broadcast(static_cast<T>((Bits{1} << kSplitBits) + 1));
-    const Vector a_big = split * a, b_big = split * b;
-    const Vector a_hi = a_big - (a_big - a), b_hi = b_big - (b_big - b);
-    const Vector a_lo = a - a_hi, b_lo = b - b_hi;
-    return a_lo * b_lo - (((p - a_hi * b_hi) - a_lo * b_hi) - a_hi * b_lo);
   }
 
   friend SOFTMAX2P_INLINE Vector ExponentFromLowBits(Vector a) {
@@ -188,7 +147,7 @@ struct Vector {
   }
 };
 
-using F32 = Vector<float, std::int32_t, 23, 12>;
-using F64 = Vector<double, std::int64_t, 52, 27>;
+using F32 = Vector<float, std::int32_t, 23>;
+using F64 = Vector<double, std::int64_t, 52>;
 
 }  // namespace jax_softmax2p::portable

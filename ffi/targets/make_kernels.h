@@ -1,46 +1,54 @@
 // Fills an instruction set's table from the kernel templates. Included by one source per instruction set.
 #pragma once
 
-#include "ffi/kernels/columns.h"
-#include "ffi/kernels/fuse.h"
 #include "ffi/kernels/jacobian.h"
-#include "ffi/kernels/softmax.h"
+#include "ffi/kernels/pack.h"
+#include "ffi/kernels/panels.h"
+#include "ffi/kernels/rows.h"
+#include "ffi/kernels/scale_bias_mask.h"
+#include "ffi/kernels/small_logsumexp.h"
+#include "ffi/kernels/small_softmax.h"
 #include "ffi/kernels/table.h"
 
 namespace jax_softmax2p {
 
 template <typename V, typename E>
 constexpr KernelTable<E> MakeKernelTable() {
-  using Softmax = SoftmaxKernels<V, E>;
+  using T = typename V::Scalar;
+  using Rows = RowKernels<V, E>;
+  using Panels = PanelKernels<V, E>;
+  using Small = SmallSoftmaxKernels<V, E>;
+  using SmallLse = SmallLogSumExpKernels<V>;
+  using Jacobian = JacobianKernels<V, E>;
   KernelTable<E> table{};
   table.max_exponent = ReductionFor<V>::kMaxExponent;
   table.lanes = V::kLanes;
-  table.exponential = Softmax::Exponential;
-  table.row_max = Softmax::RowMaximum;
-  table.row_sum = Softmax::Sum;
-  table.row_write = Softmax::template RowWrite<E>;
-  table.row_write_log = Softmax::template RowWriteLog<E>;
-  table.fuse = FuseKernel<V, E>::Fuse;
-  table.fused_row_write = Softmax::template RowWrite<typename V::Scalar>;
-  table.fused_row_write_log = Softmax::template RowWriteLog<typename V::Scalar>;
-  table.fused_short_matrices = Softmax::template ShortMatrices<typename V::Scalar>;
-  table.panel_max = Softmax::PanelMaximum;
-  table.panel_sum = Softmax::PanelSum;
-  table.panel_merge = Softmax::PanelMerge;
-  table.panel_invert = Softmax::PanelInvert;
-  table.panel_write = Softmax::PanelWrite;
-  table.short_matrices = Softmax::template ShortMatrices<E>;
-  table.short_log_sums = Softmax::template ShortLogSums<E>;
-  table.short_less = Softmax::template ShortLess<E>;
-  table.fused_short_less = Softmax::template ShortLess<typename V::Scalar>;
-  table.short_columns = Softmax::ShortColumns;
-  table.gather_columns = ColumnKernels<V, E>::Gather;
-  table.scatter_columns = ColumnKernels<V, E>::Scatter;
-  table.dot = JacobianRow<V, E>::template Dot<E>;
-  table.fused_dot = JacobianRow<V, E>::template Dot<typename V::Scalar>;
-  table.total = JacobianRow<V, E>::Total;
-  table.less = JacobianRow<V, E>::Less;
-  table.jacobian_write = JacobianRow<V, E>::Write;
+  table.exponential = Rows::Exponential;
+  table.row_max = Rows::Maximum;
+  table.row_sum = Rows::Sum;
+  table.row_write = Rows::template Write<E>;
+  table.row_write_log = Rows::template WriteLog<E>;
+  table.apply_scale_bias_mask = ScaleBiasMaskKernel<V, E>::Apply;
+  table.logits_row_write = Rows::template Write<T>;
+  table.logits_row_write_log = Rows::template WriteLog<T>;
+  table.panel_max = Panels::Maximum;
+  table.panel_sum = Panels::Sum;
+  table.panel_merge = Panels::Merge;
+  table.panel_invert = Panels::Invert;
+  table.panel_write = Panels::Write;
+  table.small_matrices = Small::template Matrices<E>;
+  table.logits_small_matrices = Small::template Matrices<T>;
+  table.small_columns = Small::Columns;
+  table.small_lse = SmallLse::template Lse<E>;
+  table.small_minus_lse = SmallLse::template MinusLse<E, E>;
+  table.logits_small_minus_lse = SmallLse::template MinusLse<T, E>;
+  table.pack_columns = PackKernels<V, E>::Pack;
+  table.unpack_columns = PackKernels<V, E>::Unpack;
+  table.dot = Jacobian::template Dot<E>;
+  table.logits_dot = Jacobian::template Dot<T>;
+  table.sum = Jacobian::Sum;
+  table.subtract = Jacobian::Subtract;
+  table.jacobian_write = Jacobian::Write;
   return table;
 }
 

@@ -104,4 +104,4 @@ def cache_bytes() -> tuple[int, int]:
 
 def _library() -> Any:
     """The part of the library that only measures."""
-    return library.require()
+    return library.require().measurement

@@ -1,4 +1,4 @@
-// Log-sums, logarithms, their derivatives, and all of these and softmax with operands and masks, along any
+// Lses, logarithms, their derivatives, and all of these and softmax with operands and masks, along any
 // axis.
 #pragma once
 
@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "ffi/runtime/log_sum.h"
-#include "ffi/runtime/softmax.h"
+#include "ffi/ops/logsumexp.h"
+#include "ffi/ops/softmax.h"
 #include "tests/selftest/support.h"
 
 namespace jax_softmax2p {
@@ -86,7 +86,7 @@ struct FamilyInput {
   std::vector<std::int32_t> labels;
 };
 
-// And the exact values of logits, of their log-sums and probabilities, in arrays like x.
+// And the exact values of logits, of their lses and probabilities, in arrays like x.
 template <typename E>
 struct Family : FamilyInput<E> {
   using T = ComputeOf<E>;
@@ -103,7 +103,7 @@ struct Family : FamilyInput<E> {
   }
 
   std::vector<T> z;
-  std::vector<long double> p, log_sum, maximum;
+  std::vector<long double> p, lse, maximum;
 
  private:
   void SolveRow(std::int64_t r) {
@@ -111,8 +111,8 @@ struct Family : FamilyInput<E> {
     std::int64_t largest_at = -1;
     for (std::int64_t i = 0; i < layout.n; ++i) {
       const std::size_t at = static_cast<std::size_t>(At(r, i));
-      const T scaled = scale[static_cast<std::size_t>(r)] * static_cast<T>(Widen(x[at]));
-      z[at] = given.bias ? scaled + static_cast<T>(Widen(bias[at])) : scaled;
+      const T scaled = scale[static_cast<std::size_t>(r)] * static_cast<T>(Decode(x[at]));
+      z[at] = given.bias ? scaled + static_cast<T>(Decode(bias[at])) : scaled;
       if (!Masked(r, i) && z[at] > largest) {
         largest = z[at];
         largest_at = i;
@@ -122,10 +122,10 @@ struct Family : FamilyInput<E> {
       if (!Masked(r, i) && i != largest_at) sum += std::exp(z[static_cast<std::size_t>(At(r, i))] - largest);
     }
     maximum.push_back(largest);
-    log_sum.push_back(largest + std::log1p(sum));
+    lse.push_back(largest + std::log1p(sum));
     for (std::int64_t i = 0; i < layout.n; ++i) {
       const std::size_t at = static_cast<std::size_t>(At(r, i));
-      p[at] = Masked(r, i) ? 0 : std::exp(z[at] - log_sum.back());
+      p[at] = Masked(r, i) ? 0 : std::exp(z[at] - lse.back());
     }
   }
 };
@@ -140,25 +140,25 @@ class FamilyCheck {
         executor_(executor),
         in_(family),
         report_(report),
-        rows_(static_cast<std::int64_t>(family.log_sum.size())),
-        high_(family.log_sum.size()),
-        low_(family.log_sum.size()) {}
+        rows_(static_cast<std::int64_t>(family.lse.size())),
+        hi_(family.lse.size()),
+        lo_(family.lse.size()) {}
 
   void Check() {
     x_ = array_.Prepare(in_.x, static_cast<int>(in_.layout.n % 5), GuardedArray<E>::kPoison);
-    CheckLogSum();
+    CheckLogSumExp();
     CheckSoftmax();
     CheckLogSoftmax();
-    CheckLogSumVjp();
-    CheckLogSumJvp();
+    CheckLogSumExpVjp();
+    CheckLogSumExpJvp();
     CheckLogSoftmaxVjp();
     if (!array_.GuardsIntact() || !out_.GuardsIntact()) Fail("an array", 0, 0, 0);
   }
 
  private:
   Logits<E> LogitsOfX() const { return in_.LogitsOf(x_); }
-  LogSums<E> Sums(bool labelled) const {
-    return {high_.data(), low_.data(), labelled ? in_.labels.data() : nullptr};
+  LabelledLse<E> Sums(bool labelled) const {
+    return {hi_.data(), lo_.data(), labelled ? in_.labels.data() : nullptr};
   }
   E* Out() {
     return out_.Prepare(static_cast<std::int64_t>(in_.x.size()), static_cast<int>(in_.layout.n % 3),
@@ -169,63 +169,63 @@ class FamilyCheck {
   // What the roundings of sums are worth in their logarithm.
   static long double Least() { return sizeof(T) == sizeof(float) ? 0x1p-24L : 0x1p-50L; }
 
-  void CheckLogSum() {
-    LogSum(kernels_, executor_, LogitsOfX(), high_.data(), low_.data());
+  void CheckLogSumExp() {
+    LogSumExp(kernels_, executor_, LogitsOfX(), {hi_.data(), lo_.data()});
     for (std::int64_t r = 0; r < rows_; ++r) {
       const std::size_t at = static_cast<std::size_t>(r);
-      const long double sum = static_cast<long double>(high_[at]) + low_[at], exact = in_.log_sum[at];
-      Compare("log-sum", r, sum, exact, 2 * Least());
+      const long double sum = static_cast<long double>(hi_[at]) + lo_[at], exact = in_.lse[at];
+      Compare("lse", r, sum, exact, 2 * Least());
     }
   }
 
   void CheckSoftmax() {
     E* const y = Out();
-    SoftmaxOfLogits(kernels_, executor_, Algorithm::kAuto, LogitsOfX(), y);
+    Softmax(kernels_, executor_, Algorithm::kAuto, LogitsOfX(), y);
     ForElements([&](std::int64_t r, std::int64_t, std::int64_t at) {
-      const long double p = std::isinf(in_.log_sum[static_cast<std::size_t>(r)]) ? 0 : in_.p[at];
-      Compare("softmax", at, Widen(y[at]), p, Rounding(p) + 4 * Unit(p));
+      const long double p = std::isinf(in_.lse[static_cast<std::size_t>(r)]) ? 0 : in_.p[at];
+      Compare("softmax", at, Decode(y[at]), p, Rounding(p) + 4 * Unit(p));
     });
   }
 
   void CheckLogSoftmax() {
     E* const y = Out();
-    std::vector<T> high(high_.size()), low(low_.size());
-    LogSoftmax(kernels_, executor_, LogitsOfX(), y, high.data(), low.data());
+    std::vector<T> hi(hi_.size()), lo(lo_.size());
+    LogSoftmax(kernels_, executor_, LogitsOfX(), y, {hi.data(), lo.data()});
     ForElements([&](std::int64_t r, std::int64_t i, std::int64_t at) {
       const std::size_t row = static_cast<std::size_t>(r);
       const long double exact =
-          in_.Masked(r, i) ? -std::numeric_limits<long double>::infinity() : in_.z[at] - in_.log_sum[row];
-      Compare("log_softmax", at, Widen(y[at]), exact,
+          in_.Masked(r, i) ? -std::numeric_limits<long double>::infinity() : in_.z[at] - in_.lse[row];
+      Compare("log_softmax", at, Decode(y[at]), exact,
               Rounding(exact) + std::max({2 * Unit(exact), Unit(in_.maximum[row]), Least()}));
     });
-    if (high != high_ || low != low_) Fail("log_softmax's log-sum", 0, 0, 0);
+    if (hi != hi_ || lo != lo_) Fail("log_softmax's lse", 0, 0, 0);
   }
 
-  void CheckLogSumVjp() {
+  void CheckLogSumExpVjp() {
     E* const y = Out();
-    LogSumVjp(kernels_, executor_, LogitsOfX(), Sums(true), in_.factor.data(), y);
+    LogSumExpVjp(kernels_, executor_, LogitsOfX(), Sums(true), in_.factor.data(), y);
     ForElements([&](std::int64_t r, std::int64_t i, std::int64_t at) {
       const std::size_t row = static_cast<std::size_t>(r);
       const std::int64_t label = in_.labels[row] < 0 ? in_.labels[row] + in_.layout.n : in_.labels[row];
       const long double factor = in_.factor[row], exact = factor * (in_.p[at] - (i == label));
-      Compare("log-sum's VJP", at, Widen(y[at]), exact, Rounding(exact) + 4 * Unit(factor));
+      Compare("lse's VJP", at, Decode(y[at]), exact, Rounding(exact) + 4 * Unit(factor));
     });
   }
 
-  void CheckLogSumJvp() {
-    std::vector<T> out(high_.size());
-    LogSumJvp(kernels_, executor_, LogitsOfX(), Sums(true), in_.t.data(), out.data());
+  void CheckLogSumExpJvp() {
+    std::vector<T> out(hi_.size());
+    LogSumExpJvp(kernels_, executor_, LogitsOfX(), Sums(true), in_.t.data(), out.data());
     for (std::int64_t r = 0; r < rows_; ++r) {
       const std::size_t row = static_cast<std::size_t>(r);
       const std::int64_t label = in_.labels[row] < 0 ? in_.labels[row] + in_.layout.n : in_.labels[row];
       long double exact = 0, size = 0;
       for (std::int64_t i = 0; i < in_.layout.n; ++i) {
         const std::int64_t at = in_.At(r, i);
-        const long double t = Widen(in_.t[at]), term = (in_.p[at] - (i == label)) * t;
+        const long double t = Decode(in_.t[at]), term = (in_.p[at] - (i == label)) * t;
         exact += term;
         size += std::fabs(in_.p[at] * t) + (i == label ? std::fabs(t) : 0);
       }
-      Compare("log-sum's JVP", r, out[row], exact, 4 * Unit(size));
+      Compare("lse's JVP", r, out[row], exact, 4 * Unit(size));
     }
   }
 
@@ -234,12 +234,12 @@ class FamilyCheck {
     LogSoftmaxVjp(kernels_, executor_, LogitsOfX(), Sums(false), in_.t.data(), y);
     for (std::int64_t r = 0; r < rows_; ++r) {
       Sum<long double> total;
-      for (std::int64_t i = 0; i < in_.layout.n; ++i) total.Add(Widen(in_.t[in_.At(r, i)]));
-      const long double sum = total.high() + total.low();
+      for (std::int64_t i = 0; i < in_.layout.n; ++i) total.Add(Decode(in_.t[in_.At(r, i)]));
+      const long double sum = total.hi() + total.lo();
       for (std::int64_t i = 0; i < in_.layout.n; ++i) {
         const std::int64_t at = in_.At(r, i);
-        const long double t = Widen(in_.t[at]), exact = t - in_.p[at] * sum;
-        Compare("log_softmax's VJP", at, Widen(y[at]), exact,
+        const long double t = Decode(in_.t[at]), exact = t - in_.p[at] * sum;
+        Compare("log_softmax's VJP", at, Decode(y[at]), exact,
                 Rounding(exact) + 4 * Unit(std::max(std::fabs(t), std::fabs(sum))));
       }
     }
@@ -282,7 +282,7 @@ class FamilyCheck {
   const Family<E>& in_;
   Report& report_;
   std::int64_t rows_;
-  std::vector<T> high_, low_;
+  std::vector<T> hi_, lo_;
   GuardedArray<E> array_, out_;
   E* x_ = nullptr;
 };

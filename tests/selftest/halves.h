@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "ffi/ops/logsumexp.h"
+#include "ffi/ops/parallel_rows.h"
+#include "ffi/ops/softmax.h"
 #include "ffi/runtime/float_mode.h"
-#include "ffi/runtime/log_sum.h"
-#include "ffi/runtime/row_work.h"
-#include "ffi/runtime/softmax.h"
 #include "tests/selftest/support.h"
 
 namespace jax_softmax2p {
@@ -34,11 +34,11 @@ void CheckConversions(const std::vector<const Kernels*>& all, Report& report) {
   }
   for (const Kernels* kernels : all) {
     const ScopedFloatMode mode;
-    kernels->Of<E>().jacobian_write(ones.data(), t.data(), out.data(), kPatterns, SplitScalar<float>{0, 0},
+    kernels->Of<E>().jacobian_write(ones.data(), t.data(), out.data(), kPatterns, DoubleDouble<float>{0, 0},
                                     false);
     report.Of(*kernels).checks += kPatterns;
     for (int i = 0; i < kPatterns; ++i) {
-      const double expected = Widen(t[i]), actual = Widen(out[i]);
+      const double expected = Decode(t[i]), actual = Decode(out[i]);
       const bool flushed = actual == 0 && std::fabs(expected) < SmallestResult<E>();
       if (expected == actual || flushed || (std::isnan(expected) && std::isnan(actual))) continue;
       report.Fail(std::string(kernels->name) + " " + Element<E>::kName + " conversion of pattern " +
@@ -52,7 +52,7 @@ template <typename E>
 void CheckRounding(const std::vector<const Kernels*>& all, Report& report) {
   std::vector<float> z;
   for (int i = 0; i < kPatterns; ++i) {
-    const double value = Widen(E{static_cast<std::uint16_t>(i)});
+    const double value = Decode(E{static_cast<std::uint16_t>(i)});
     if (!std::isfinite(value) || std::fabs(value) < SmallestResult<E>()) continue;
     const float tie = static_cast<float>(value + std::copysign(UnitOf<E>(value) / 2, value));
     if (std::isinf(tie)) continue;
@@ -62,8 +62,8 @@ void CheckRounding(const std::vector<const Kernels*>& all, Report& report) {
   for (const Kernels* kernels : all) {
     {
       const ScopedFloatMode mode;
-      kernels->Of<E>().fused_row_write_log(z.data(), y.data(), static_cast<std::int64_t>(z.size()), {0, 0},
-                                           false);
+      kernels->Of<E>().logits_row_write_log(z.data(), y.data(), static_cast<std::int64_t>(z.size()),
+                                            {0, 0, 0}, false);
     }
     report.Of(*kernels).checks += static_cast<std::int64_t>(z.size());
     for (std::size_t i = 0; i < z.size(); ++i) {
@@ -99,17 +99,13 @@ class ValuesCheck {
   }
 
   void Check(const Kernels& kernels) {
-    InThisThread alone;
+    InlineExecutor this_thread;
     std::vector<E> y(x_.size()), logs(x_.size());
-    std::vector<float> high(static_cast<std::size_t>(rows_)), low(high.size());
-    Softmax(kernels, alone, Algorithm::kAuto, x_.data(), y.data(), {rows_, n_, 1});
-    Logits<E> logits;
-    logits.x = x_.data();
-    logits.dims = {rows_};
-    logits.rows = rows_;
-    logits.n = n_;
-    LogSoftmax(kernels, alone, logits, logs.data(), high.data(), low.data());
-    for (std::int64_t r = 0; r < rows_; ++r) CheckRow(kernels, r, y, logs, high, low);
+    std::vector<float> hi(static_cast<std::size_t>(rows_)), lo(hi.size());
+    const Logits<E> logits = PlainLogits(x_.data(), {rows_, n_, 1});
+    Softmax(kernels, this_thread, Algorithm::kAuto, logits, y.data());
+    LogSoftmax(kernels, this_thread, logits, logs.data(), {hi.data(), lo.data()});
+    for (std::int64_t r = 0; r < rows_; ++r) CheckRow(kernels, r, y, logs, hi, lo);
     report_.Of(kernels).checks += 2 * rows_ * n_ + rows_;
   }
 
@@ -119,40 +115,38 @@ class ValuesCheck {
     double maximum = -kInfinity;
     bool nan = false;
     for (std::int64_t i = 0; i < n_; ++i) {
-      nan = nan || std::isnan(Widen(row[i]));
-      maximum = std::max(maximum, Widen(row[i]));
+      nan = nan || std::isnan(Decode(row[i]));
+      maximum = std::max(maximum, Decode(row[i]));
     }
     Sum<double> rest;
     bool passed = false;
     for (std::int64_t i = 0; i < n_; ++i) {
-      if (passed || Widen(row[i]) != maximum) {
-        rest.Add(std::exp(Widen(row[i]) - maximum));
+      if (passed || Decode(row[i]) != maximum) {
+        rest.Add(std::exp(Decode(row[i]) - maximum));
       } else {
         passed = true;
       }
     }
     maximum_.push_back(maximum);
-    log_sum_.push_back(nan                   ? kNan
-                       : std::isinf(maximum) ? maximum
-                                             : maximum + std::log1p(rest.high() + rest.low()));
+    lse_.push_back(nan ? kNan : std::isinf(maximum) ? maximum : maximum + std::log1p(rest.hi() + rest.lo()));
   }
 
   void CheckRow(const Kernels& kernels, std::int64_t r, const std::vector<E>& y, const std::vector<E>& logs,
-                const std::vector<float>& high, const std::vector<float>& low) {
+                const std::vector<float>& hi, const std::vector<float>& lo) {
     const std::size_t row = static_cast<std::size_t>(r);
-    const double exact = log_sum_[row];
-    Compare(kernels, "log-sum", r, 0, double{high[row]} + double{low[row]}, exact, 0x1p-23);
+    const double exact = lse_[row];
+    Compare(kernels, "lse", r, 0, double{hi[row]} + double{lo[row]}, exact, 0x1p-23);
     for (std::int64_t i = 0; i < n_; ++i) {
       const std::size_t at = static_cast<std::size_t>(r * n_ + i);
       double ulp;
-      if (!Allowed(y[at], softmax_[at], ulp)) Fail(kernels, "softmax", r, i, Widen(y[at]), softmax_[at]);
+      if (!Allowed(y[at], softmax_[at], ulp)) Fail(kernels, "softmax", r, i, Decode(y[at]), softmax_[at]);
       const bool undefined = std::isnan(exact) || std::isinf(exact);
-      const double log = undefined ? kNan : Widen(x_[at]) - exact;
+      const double log = undefined ? kNan : Decode(x_[at]) - exact;
       const double tolerance =
           undefined ? 0
                     : UnitOf<E>(log) / 2 +
                           std::max({2 * UnitOf<float>(log), UnitOf<float>(maximum_[row]), 0x1p-24});
-      Compare(kernels, "log_softmax", r, i, Widen(logs[at]), log, tolerance);
+      Compare(kernels, "log_softmax", r, i, Decode(logs[at]), log, tolerance);
     }
   }
 
@@ -164,7 +158,7 @@ class ValuesCheck {
     // Beyond the type's largest, it rounds to infinity.
     E rounded;
     Encode(exact, rounded);
-    if (std::isinf(actual) && Widen(rounded) == actual) return;
+    if (std::isinf(actual) && Decode(rounded) == actual) return;
     Fail(kernels, what, r, i, actual, exact);
   }
 
@@ -181,7 +175,7 @@ class ValuesCheck {
   std::int64_t n_, abreast_, rows_;
   Report& report_;
   std::vector<E> x_;
-  std::vector<double> softmax_, maximum_, log_sum_;
+  std::vector<double> softmax_, maximum_, lse_;
 };
 
 template <typename E>

@@ -16,9 +16,9 @@
 #include <utility>
 #include <vector>
 
-#include "ffi/runtime/algorithm.h"
+#include "ffi/ops/algorithm.h"
+#include "ffi/ops/softmax.h"
 #include "ffi/runtime/dispatch.h"
-#include "ffi/runtime/softmax.h"
 #include "ffi/runtime/workers.h"
 #include "tests/selftest/current_case.h"
 #include "tests/selftest/fake_xla.h"
@@ -455,8 +455,9 @@ class Tests {
     const FakeBuffer expected = Output(XLA_FFI_DataType_F32, {3, 70000});
     const auto softmax = [&](const FakeBuffer& y) {
       Workers executor(4);
-      Softmax(*ActiveKernels().kernels, executor, Algorithm::kTwoPassReload, reinterpret_cast<float*>(x.data),
-              reinterpret_cast<float*>(y.data), Layout{3, 70000, 1});
+      Softmax(*ActiveKernels().kernels, executor, Algorithm::kTwoPassReload,
+              PlainLogits(reinterpret_cast<const float*>(x.data), {3, 70000, 1}),
+              reinterpret_cast<float*>(y.data));
     };
     softmax(expected);
     bool injected = true;

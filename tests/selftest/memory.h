@@ -10,10 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include "ffi/runtime/algorithm.h"
-#include "ffi/runtime/jacobian.h"
-#include "ffi/runtime/log_sum.h"
-#include "ffi/runtime/softmax.h"
+#include "ffi/ops/algorithm.h"
+#include "ffi/ops/logsumexp.h"
+#include "ffi/ops/softmax.h"
+#include "ffi/ops/softmax_jacobian.h"
 #include "tests/selftest/current_case.h"
 #include "tests/selftest/family.h"
 #include "tests/selftest/guard_pages.h"
@@ -61,24 +61,24 @@ class MemoryCheck {
     for (const NamedAlgorithm& named : kAlgorithms) {
       const Algorithm algorithm = named.algorithm;
       all.push_back({std::string("softmax ") + std::string(named.name), kOverX, [algorithm](MemoryCheck& c) {
-                       SoftmaxOfLogits(*c.kernels_, c.Threads(), algorithm, c.logits_, c.y_);
+                       Softmax(*c.kernels_, c.Threads(), algorithm, c.logits_, c.y_);
                      }});
     }
-    all.push_back({"log_sum", kApart,
-                   [](MemoryCheck& c) { LogSum(*c.kernels_, c.Threads(), c.logits_, c.high_, c.low_); }});
+    all.push_back({"lse", kApart,
+                   [](MemoryCheck& c) { LogSumExp(*c.kernels_, c.Threads(), c.logits_, {c.hi_, c.lo_}); }});
     all.push_back({"log_softmax", kOverX, [](MemoryCheck& c) {
-                     LogSoftmax(*c.kernels_, c.Threads(), c.logits_, c.y_, c.high_, c.low_);
+                     LogSoftmax(*c.kernels_, c.Threads(), c.logits_, c.y_, {c.hi_, c.lo_});
                    }});
     all.push_back({"log_sum_jvp", kApart, [](MemoryCheck& c) {
-                     LogSumJvp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.t_, c.out_);
+                     LogSumExpJvp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.t_, c.out_);
                    }});
     all.push_back({"log_sum_vjp", kOverX, [](MemoryCheck& c) {
-                     LogSumVjp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.factor_, c.y_);
+                     LogSumExpVjp(*c.kernels_, c.Threads(), c.logits_, c.Sums(true), c.factor_, c.y_);
                    }});
     all.push_back({"log_softmax_vjp", kOverT, [](MemoryCheck& c) {
                      LogSoftmaxVjp(*c.kernels_, c.Threads(), c.logits_, c.Sums(false), c.t_, c.y_);
                    }});
-    if (!in_->LogitsOf(nullptr).Plain()) return all;
+    if (in_->LogitsOf(nullptr).HasOperands()) return all;
     all.push_back({"Jacobian", kOverX, [](MemoryCheck& c) { c.RunJacobian(); }});
     all.push_back({"Jacobian", kOverT, [](MemoryCheck& c) { c.RunJacobian(); }});
     if (in_->layout.inner == 1 && in_->layout.n > 0) AddStreaming(all);
@@ -99,10 +99,10 @@ class MemoryCheck {
                      const ScopedFloatMode mode;
                      const KernelTable<E>& own = c.kernels_->Of<E>();
                      const std::int64_t n = c.in_->layout.n, rows = c.in_->layout.outer;
-                     if (n <= kShort) {
-                       own.short_matrices(c.logits_.x, c.y_, rows, static_cast<int>(n), 1, true);
+                     if (n <= kMaxSmall) {
+                       own.small_matrices(c.logits_.x, c.y_, rows, static_cast<int>(n), 1, true);
                      } else {
-                       own.row_write_log(c.logits_.x, c.y_, n * rows, {T{1}, T{2}}, true);
+                       own.row_write_log(c.logits_.x, c.y_, n * rows, {T{1}, T{2}, T{0}}, true);
                      }
                    }});
     all.push_back({"streaming Jacobian", kOverT, [](MemoryCheck& c) {
@@ -112,11 +112,11 @@ class MemoryCheck {
                    }});
   }
 
-  void RunJacobian() { Jacobian(kernels_->Of<E>(), Threads(), logits_.x, t_, y_, in_->layout); }
+  void RunJacobian() { SoftmaxJacobian(kernels_->Of<E>(), Threads(), logits_.x, t_, y_, in_->layout); }
 
   std::int64_t Size() const { return static_cast<std::int64_t>(in_->x.size()); }
-  Executor& Threads() { return Size() < kWorthSharing ? static_cast<Executor&>(alone_) : helpers_; }
-  LogSums<E> Sums(bool labelled) const { return {high_, low_, labelled ? labels_ : nullptr}; }
+  Executor& Threads() { return Size() < kMinParallel ? static_cast<Executor&>(this_thread_) : helpers_; }
+  LabelledLse<E> Sums(bool labelled) const { return {hi_, lo_, labelled ? labels_ : nullptr}; }
 
   void Run(const Operation& operation, Place place, Where where) {
     const FamilyCase& given = in_->given;
@@ -139,8 +139,8 @@ class MemoryCheck {
     if (where == kApart && Size() != 0) std::memset(y_, 0xa5, in_->x.size() * sizeof(E));
     const std::vector<T> zeros(in_->scale.size());
     factor_ = arrays_.factor.Prepare(in_->factor, place);
-    high_ = arrays_.high.Prepare(in_->factor, place);
-    low_ = arrays_.low.Prepare(zeros, place);
+    hi_ = arrays_.hi.Prepare(in_->factor, place);
+    lo_ = arrays_.lo.Prepare(zeros, place);
     out_ = arrays_.out.Prepare(zeros, place);
     labels_ = arrays_.labels.Prepare(in_->labels, place);
     logits_ = in_->LogitsOf(x);
@@ -152,26 +152,26 @@ class MemoryCheck {
   // All that the operation may have written.
   std::string Results() const {
     std::string bytes(reinterpret_cast<const char*>(y_), in_->x.size() * sizeof(E));
-    for (const T* const row : {high_, low_, out_}) {
+    for (const T* const row : {hi_, lo_, out_}) {
       bytes.append(reinterpret_cast<const char*>(row), in_->scale.size() * sizeof(T));
     }
     return bytes;
   }
 
   Report& report_;
-  InThisThread alone_;
+  InlineExecutor this_thread_;
   TwoHelpers helpers_;
   const FamilyInput<E>* in_ = nullptr;
   const Kernels* kernels_ = nullptr;
   struct {
     PagedArray<E> x, y, t, bias;
-    PagedArray<T> scale, factor, high, low, out;
+    PagedArray<T> scale, factor, hi, lo, out;
     PagedArray<std::int32_t> labels;
     PagedArray<std::uint8_t> where;
   } arrays_;
   Logits<E> logits_;
   E *y_ = nullptr, *t_ = nullptr;
-  T *factor_ = nullptr, *high_ = nullptr, *low_ = nullptr, *out_ = nullptr;
+  T *factor_ = nullptr, *hi_ = nullptr, *lo_ = nullptr, *out_ = nullptr;
   std::int32_t* labels_ = nullptr;
   std::string expected_;
 };

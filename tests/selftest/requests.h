@@ -40,7 +40,7 @@ inline const std::vector<Signature>& Signatures() {
   static const std::vector<Signature> all = {
       {"softmax", jax_softmax2p_softmax_v1, {kX}, {kX}, true, true},
       {"log_softmax", jax_softmax2p_log_softmax_v1, {kX}, {kX, kPerRow, kPerRow}},
-      {"log_sum", jax_softmax2p_log_sum_v1, {kX}, {kPerRow, kPerRow}},
+      {"lse", jax_softmax2p_log_sum_v1, {kX}, {kPerRow, kPerRow}},
       {"log_sum_jvp", jax_softmax2p_log_sum_jvp_v1, {kX, kPerRow, kPerRow, kLabels, kX}, {kPerRow}},
       {"log_sum_vjp", jax_softmax2p_log_sum_vjp_v1, {kX, kPerRow, kPerRow, kLabels, kPerRow}, {kX}},
       {"log_softmax_vjp", jax_softmax2p_log_softmax_vjp_v1, {kX, kPerRow, kPerRow, kNoLabels, kX}, {kX}},

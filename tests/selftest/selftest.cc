@@ -21,14 +21,14 @@
 #include <utility>
 #include <vector>
 
-#include "ffi/runtime/algorithm.h"
+#include "ffi/base/inline.h"
+#include "ffi/ops/algorithm.h"
+#include "ffi/ops/parallel_rows.h"
+#include "ffi/ops/softmax.h"
+#include "ffi/ops/softmax_jacobian.h"
 #include "ffi/runtime/dispatch.h"
 #include "ffi/runtime/float_mode.h"
-#include "ffi/runtime/jacobian.h"
 #include "ffi/runtime/parallel.h"
-#include "ffi/runtime/row_work.h"
-#include "ffi/runtime/softmax.h"
-#include "ffi/simd/inline.h"
 #include "tests/selftest/current_case.h"
 #include "tests/selftest/family.h"
 #include "tests/selftest/halves.h"
@@ -77,24 +77,20 @@ Way<E> ByAlgorithm(const NamedAlgorithm& named) {
   const bool three = algorithm == Algorithm::kThreePassRecompute || algorithm == Algorithm::kThreePassReload;
   return {std::string(named.name), three ? kThreePassBits : kTwoPassBits,
           [algorithm](const Kernels& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
-            Softmax(kernels, executor, algorithm, x, y, layout);
+            Softmax(kernels, executor, algorithm, PlainLogits(x, layout), y);
           }};
 }
 
 // Past the caches, which Softmax does for large arrays alone.
 template <typename E>
-Way<E> Streaming(bool maximum_first, bool reload, bool is_short) {
+Way<E> Streaming(bool maximum_first, bool reload, bool is_small) {
   const SoftmaxPlan plan{maximum_first, reload, true};
   return {std::string("streaming") + (maximum_first ? ", three passes" : "") + (reload ? ", reload" : ""),
-          is_short        ? kOwn
+          is_small        ? kOwn
           : maximum_first ? kThreePassBits
                           : kTwoPassBits,
           [plan](const Kernels& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
-            Logits<E> logits;
-            logits.x = x;
-            logits.rows = layout.outer;
-            logits.n = layout.n;
-            SoftmaxRows(kernels, executor, plan, logits, y);
+            SoftmaxRows(kernels, executor, plan, PlainLogits(x, layout), y);
           }};
 }
 
@@ -103,10 +99,10 @@ std::vector<Way<E>> WaysFor(const Layout& layout) {
   std::vector<Way<E>> ways;
   for (const NamedAlgorithm& named : kAlgorithms) ways.push_back(ByAlgorithm<E>(named));
   if (layout.inner != 1) return ways;
-  const bool is_short = layout.n <= kShort;
+  const bool is_small = layout.n <= kMaxSmall;
   for (const bool maximum_first : {false, true}) {
     for (const bool reload : {false, true}) {
-      ways.push_back(Streaming<E>(maximum_first, reload, is_short));
+      ways.push_back(Streaming<E>(maximum_first, reload, is_small));
     }
   }
   return ways;
@@ -156,8 +152,8 @@ class SoftmaxCheck {
   }
 
   void CheckOne(const Kernels& kernels, const Way<E>& way, const Setting& setting) {
-    InThisThread alone;
-    Executor& executor = setting.threads ? static_cast<Executor&>(helpers_) : alone;
+    InlineExecutor this_thread;
+    Executor& executor = setting.threads ? static_cast<Executor&>(helpers_) : this_thread;
     const std::int64_t size = static_cast<std::int64_t>(x_.size());
     using Array = GuardedArray<E>;
     const E* const x = x_array_.Prepare(x_, setting.x_offset, Array::kPoison);
@@ -200,8 +196,8 @@ class SoftmaxCheck {
     const std::int64_t column = i / matrix * layout_.inner + i % layout_.inner;
     char text[200];
     std::snprintf(text, sizeof text, "element %lld (x %.9g, of \"%s\") is %.17g, not %.17g: %.3f ULP",
-                  static_cast<long long>(i), static_cast<double>(Widen(x_[i])), ClassOf(column).name,
-                  static_cast<double>(Widen(y)), static_cast<double>(exact_[i]), ulp);
+                  static_cast<long long>(i), static_cast<double>(Decode(x_[i])), ClassOf(column).name,
+                  static_cast<double>(Decode(y)), static_cast<double>(exact_[i]), ulp);
     return text;
   }
 
@@ -263,7 +259,7 @@ void CheckSoftmax(const std::vector<const Kernels*>& all, bool quick, Report& re
     const std::vector<DataClass> classes = ClassesOf(extreme);
     for (const Layout& layout : layouts) {
       // Rows longer than these are computed one by one: extreme ones do not change what becomes of others.
-      if (extreme || layout.inner != 1 || layout.n <= kShort) check.Check(layout, classes);
+      if (extreme || layout.inner != 1 || layout.n <= kMaxSmall) check.Check(layout, classes);
     }
   }
 }
@@ -287,13 +283,13 @@ void Solve(std::int64_t rows, std::int64_t n, JacobianInput<E>& input) {
     Sum<long double> dot;
     double largest_t = 0, largest = 0;
     for (std::int64_t i = first; i < first + n; ++i) {
-      const double a = static_cast<double>(Widen(input.y[i])), b = static_cast<double>(Widen(input.t[i]));
+      const double a = static_cast<double>(Decode(input.y[i])), b = static_cast<double>(Decode(input.t[i]));
       dot.Add(a * b);
       dot.Add(std::fma(a, b, -(a * b)));
       largest_t = std::max(largest_t, std::fabs(b));
     }
     for (std::int64_t i = first; i < first + n; ++i) {
-      input.exact[i] = Widen(input.y[i]) * ((Widen(input.t[i]) - dot.high()) - dot.low());
+      input.exact[i] = Decode(input.y[i]) * ((Decode(input.t[i]) - dot.hi()) - dot.lo());
       largest = std::max(largest, static_cast<double>(std::fabs(input.exact[i])));
     }
     const double epsilon = std::numeric_limits<T>::epsilon();
@@ -366,15 +362,15 @@ class JacobianCheck {
   }
 
   void CheckOne(const Kernels& kernels, std::int64_t rows, std::int64_t n, bool threads, Out where) {
-    InThisThread alone;
-    Executor& executor = threads ? static_cast<Executor&>(helpers_) : alone;
+    InlineExecutor this_thread;
+    Executor& executor = threads ? static_cast<Executor&>(helpers_) : this_thread;
     const std::int64_t size = rows * n;
     using Array = GuardedArray<E>;
     E* const y = y_.Prepare(input_.y, static_cast<int>(n % 3), Array::kPoison);
     E* const t = t_.Prepare(input_.t, static_cast<int>(n % 5), Array::kPoison);
     E* const apart = out_.Prepare(size, static_cast<int>(n % 7), Array::kUnwritten);
     E* const out = where == kApart ? apart : where == kOverY ? y : t;
-    Jacobian(kernels.Of<E>(), executor, y, t, out, {rows / inner_, n, inner_});
+    SoftmaxJacobian(kernels.Of<E>(), executor, y, t, out, {rows / inner_, n, inner_});
 
     report_.Of(kernels).checks += size;
     const auto fail = [&](const std::string& what) {
@@ -388,11 +384,11 @@ class JacobianCheck {
     };
     if (!y_.GuardsIntact() || !t_.GuardsIntact() || !out_.GuardsIntact()) fail("wrote beyond the arrays");
     for (std::int64_t i = 0; i < size; ++i) {
-      const double error = std::fabs(static_cast<double>(Widen(out[i]) - input_.exact[i]));
+      const double error = std::fabs(static_cast<double>(Decode(out[i]) - input_.exact[i]));
       if (error <= input_.tolerance[i]) continue;
       char text[200];
       std::snprintf(text, sizeof text, "element %lld is %.17g, not %.17g, more than %.3g away",
-                    static_cast<long long>(i), static_cast<double>(Widen(out[i])),
+                    static_cast<long long>(i), static_cast<double>(Decode(out[i])),
                     static_cast<double>(input_.exact[i]), input_.tolerance[i]);
       return fail(text);
     }
@@ -436,9 +432,9 @@ constexpr double kLn2 = 0x1.62e42fefa39efp-1, kLog2E = 0x1.71547652b82fep0;
 // Without branches, for compilers to make vectors of.
 inline double MantissaError(double x, double s) {
   constexpr double kRounder = 0x1.8p52, kLowest = 0.70, kHighest = 1.52;
-  constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
+  constexpr double kLn2Hi = 0x1.62e42feep-1, kLn2Lo = 0x1.a39ef35793c76p-33;
   const double n = (x * kLog2E + kRounder) - kRounder;
-  const double r = (x - n * kLn2High) - n * kLn2Low;
+  const double r = (x - n * kLn2Hi) - n * kLn2Lo;
   double e = 1.0 / 6227020800;
   constexpr double kInverseFactorials[] = {
       1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
@@ -525,7 +521,7 @@ class EveryFloat {
     constexpr double kMargin = 4;
     const double nearest = std::min(std::fabs(x[0]), std::fabs(x[kChunk - 1]));
     const double furthest = std::max(std::fabs(x[0]), std::fabs(x[kChunk - 1]));
-    const bool trusted = std::abs(sum.exponent) < table_.max_exponent && !std::isnan(sum.mantissa.high);
+    const bool trusted = std::abs(sum.exponent) < table_.max_exponent && !std::isnan(sum.mantissa.hi);
     if (trusted && !(nearest <= limit_ + kMargin)) Fail("a sum beyond the exact range is not marked", x[0]);
     if (!trusted && furthest <= limit_ - kMargin) Fail("a sum is marked as beyond the exact range", x[0]);
   }

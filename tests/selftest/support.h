@@ -18,18 +18,11 @@
 #include <utility>
 #include <vector>
 
+#include "ffi/base/bit_cast.h"
 #include "ffi/runtime/dispatch.h"
 #include "ffi/runtime/parallel.h"
 
 namespace jax_softmax2p {
-
-template <typename To, typename From>
-To BitCast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
 
 // ---------------------------------------------------------------------------------------------------------
 // What was checked, and what failed.
@@ -132,10 +125,10 @@ T UnitOf(T x) {
   return UnitAt(x, Element<E>::kFraction, Element<E>::kLowest);
 }
 
-double Widen(float x) { return x; }
-long double Widen(double x) { return x; }
-double Widen(BFloat16 x) { return BitCast<float>(std::uint32_t{x.bits} << 16); }
-double Widen(Float16 x) {
+double Decode(float x) { return x; }
+long double Decode(double x) { return x; }
+double Decode(BFloat16 x) { return BitCast<float>(std::uint32_t{x.bits} << 16); }
+double Decode(Float16 x) {
   const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
   double magnitude = std::ldexp(fraction + (exponent == 0 ? 0 : 1024), std::max(exponent, 1) - 25);
   if (exponent == 31) magnitude = fraction == 0 ? HUGE_VAL : std::nan("");
@@ -298,8 +291,8 @@ class Sum {
     rest_ += std::fabs(sum_) >= std::fabs(x) ? (sum_ - sum) + x : (x - sum) + sum_;
     sum_ = sum;
   }
-  T high() const { return sum_; }
-  T low() const { return rest_; }
+  T hi() const { return sum_; }
+  T lo() const { return rest_; }
 
  private:
   T sum_ = 0, rest_ = 0;
@@ -321,16 +314,16 @@ void ExactSoftmax(const E* x, ExactOf<E>* y, std::int64_t n, std::int64_t stride
   T maximum = -std::numeric_limits<T>::infinity();
   bool undefined = false;
   for (std::int64_t i = 0; i < n; ++i) {
-    const T value = Widen(x[i * stride]);
+    const T value = Decode(x[i * stride]);
     undefined = undefined || std::isnan(value);
     maximum = std::max(maximum, value);
   }
   undefined = undefined || std::isinf(maximum);
   Sum<T> sum;
   for (std::int64_t i = 0; i < n && !undefined; ++i) {
-    sum.Add(y[i * stride] = ExpOfDifference<T>(Widen(x[i * stride]), maximum));
+    sum.Add(y[i * stride] = ExpOfDifference<T>(Decode(x[i * stride]), maximum));
   }
-  const T total = sum.high() + sum.low();
+  const T total = sum.hi() + sum.lo();
   for (std::int64_t i = 0; i < n; ++i) {
     y[i * stride] = undefined ? std::numeric_limits<T>::quiet_NaN() : y[i * stride] / total;
   }
@@ -343,7 +336,7 @@ inline bool flushes_halves = false;
 // Whether the contract allows y for `exact`, and y's error.
 template <typename E>
 bool Allowed(E y, ExactOf<E> exact, double& ulp) {
-  const ExactOf<E> value = Widen(y);
+  const ExactOf<E> value = Decode(y);
   ulp = 0;
   if (std::isnan(exact) || std::isnan(value)) return std::isnan(exact) && std::isnan(value);
   if (std::signbit(value)) return false;
@@ -367,7 +360,8 @@ template <typename E>
 bool Same(const E* a, const E* b, std::int64_t n) {
   if (std::memcmp(a, b, static_cast<std::size_t>(n) * sizeof(E)) == 0) return true;
   return std::equal(a, a + n, b, [](const E& one, const E& other) {
-    return std::memcmp(&one, &other, sizeof(E)) == 0 || (std::isnan(Widen(one)) && std::isnan(Widen(other)));
+    return std::memcmp(&one, &other, sizeof(E)) == 0 ||
+           (std::isnan(Decode(one)) && std::isnan(Decode(other)));
   });
 }
 

@@ -1,3 +1,6 @@
+// Softmax along an axis that is not the last, for logits without operands: panels of columns, without a
+// transpose.
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -5,15 +8,15 @@
 #include <type_traits>
 #include <vector>
 
-#include "ffi/runtime/row_work.h"
-#include "ffi/runtime/softmax.h"
+#include "ffi/ops/parallel_rows.h"
+#include "ffi/ops/softmax.h"
 
 namespace jax_softmax2p {
 namespace {
 
-// How a matrix [n, inner] is divided into columns of vectors. With inner less than a vector, `fold` rows are
-// seen as one, so that it is a whole number of vectors: every column appears `fold` times, and the sums of
-// its appearances are merged.
+// How a matrix [n, inner] is divided into columns of vectors. Where inner is less than a vector, `fold` rows
+// are taken as one, so that it is a whole number of vectors: every column appears `fold` times, and the sums
+// of its appearances are merged.
 struct Folding {
   Folding(const Layout& layout, int lanes)
       : fold(layout.inner >= lanes ? 1 : lanes / std::gcd(static_cast<int>(layout.inner), lanes)),
@@ -27,7 +30,7 @@ struct Folding {
   int tail;
 };
 
-// Columns side by side: their sums, and from those their results.
+// Both passes over columns side by side.
 template <typename E>
 class ColumnPanel {
   using T = ComputeOf<E>;
@@ -42,14 +45,14 @@ class ColumnPanel {
         inner_(layout.inner),
         segments_(std::max<std::int64_t>(1, CeilDiv(folding_.rows, kMaxPanelRows))),
         width_(width),
-        totals_(3 * segments_ * width),
+        sums_(3 * segments_ * width),
         maximum_(width),
         maxima_(segments_ * width) {}
 
-  // x and y are the panel's first elements; it has `width` columns, at most those of the constructor.
+  // x and y are the first elements of a panel of `width` columns, no more than the constructor was given.
   void Compute(const E* x, E* y, int width) {
     width_ = width;
-    // Where y has no room for what pass 1 keeps, it is recomputed.
+    // Where y has no room for what pass 1 keeps, the exponentials are recomputed.
     T* kept = nullptr;
     if constexpr (std::is_same_v<E, T>) {
       if (plan_.reload && x != y) kept = y;
@@ -57,24 +60,24 @@ class ColumnPanel {
     if (plan_.maximum_first) FindMaximum(x);
     Sum(x, kept, plan_.maximum_first ? maximum_.data() : nullptr, nullptr);
     const bool exact = AllExact();
-    if (!exact) SumLessMaximum(x);
+    if (!exact) SumMinusMaximum(x);
     Invert(exact);
     const T* const subtract = exact ? nullptr : maximum_.data();
     ForSegments([&](std::int64_t, std::int64_t at, const Panel& panel) {
-      kernels_.panel_write(x + at, kept == nullptr ? nullptr : kept + at, y + at, panel, Totals(0), subtract);
+      kernels_.panel_write(x + at, kept == nullptr ? nullptr : kept + at, y + at, panel, Sums(0), subtract);
     });
   }
 
  private:
-  PanelTotals<T> Totals(std::int64_t segment) {
-    T* const first = totals_.data() + 3 * segment * width_;
+  PanelSums<T> Sums(std::int64_t segment) {
+    T* const first = sums_.data() + 3 * segment * width_;
     return {first, first + width_, first + 2 * width_};
   }
 
-  // Columns that differ: the others repeat them.
+  // The number of columns that differ: the others repeat them.
   int Columns() const { return folding_.fold == 1 ? width_ : static_cast<int>(inner_); }
 
-  // Calls body(index, first element, panel) for parts that are short enough for the kernels.
+  // Calls body(index, first element, panel) for segments that are short enough for the kernels.
   template <typename Body>
   void ForSegments(const Body& body) {
     ParallelFor(executor_, segments_, [&](std::int64_t i) {
@@ -88,18 +91,18 @@ class ColumnPanel {
 
   void Sum(const E* x, T* kept, const T* maximum, const T* subtract) {
     ForSegments([&](std::int64_t i, std::int64_t at, const Panel& panel) {
-      kernels_.panel_sum(x + at, kept == nullptr ? nullptr : kept + at, panel, maximum, subtract, Totals(i));
+      kernels_.panel_sum(x + at, kept == nullptr ? nullptr : kept + at, panel, maximum, subtract, Sums(i));
     });
-    const PanelTotals<T> total = Totals(0);
-    for (std::int64_t i = 1; i < segments_; ++i) kernels_.panel_merge(total, Totals(i), width_);
+    const PanelSums<T> total = Sums(0);
+    for (std::int64_t i = 1; i < segments_; ++i) kernels_.panel_merge(total, Sums(i), width_);
     for (int i = 1; i < folding_.fold; ++i) {
       const std::int64_t at = i * inner_;
-      kernels_.panel_merge(total, {total.high + at, total.low + at, total.exponent + at}, Columns());
+      kernels_.panel_merge(total, {total.hi + at, total.lo + at, total.exponent + at}, Columns());
     }
   }
 
   bool AllExact() {
-    const T* const exponent = Totals(0).exponent;
+    const T* const exponent = Sums(0).exponent;
     return std::all_of(exponent, exponent + Columns(), [&](T e) { return IsExact(e); });
   }
   bool IsExact(T exponent) const { return std::abs(exponent) < static_cast<T>(kernels_.max_exponent); }
@@ -117,27 +120,27 @@ class ColumnPanel {
     for (int c = columns; c < width_; ++c) maximum_[c] = maximum_[c - columns];
   }
 
-  // The guard's way, as in softmax_rows.cc. Columns that do not need it have 0 subtracted, which changes
+  // The guard's third pass: see guarded_sum.h. Columns that do not need it have 0 subtracted, which changes
   // nothing.
-  void SumLessMaximum(const E* x) {
+  void SumMinusMaximum(const E* x) {
     FindMaximum(x);
     for (int c = 0; c < width_; ++c) {
-      if (IsExact(Totals(0).exponent[c % Columns()]) && !std::isinf(maximum_[c])) maximum_[c] = 0;
+      if (IsExact(Sums(0).exponent[c % Columns()]) && !std::isinf(maximum_[c])) maximum_[c] = 0;
     }
     Sum(x, nullptr, nullptr, maximum_.data());
   }
 
-  // Sums become scales.
+  // Turns sums into scales. A column whose maximum is infinite has no softmax: NaN.
   void Invert(bool exact) {
-    const PanelTotals<T> scale = Totals(0);
+    const PanelSums<T> scale = Sums(0);
     const int columns = Columns();
     kernels_.panel_invert(scale, columns);
     if (!exact) {
       for (int c = 0; c < columns; ++c) {
-        if (std::isinf(maximum_[c])) scale.high[c] = std::numeric_limits<T>::quiet_NaN();
+        if (std::isinf(maximum_[c])) scale.hi[c] = std::numeric_limits<T>::quiet_NaN();
       }
     }
-    for (T* const repeated : {scale.high, scale.low, scale.exponent}) {
+    for (T* const repeated : {scale.hi, scale.lo, scale.exponent}) {
       for (int c = columns; c < width_; ++c) repeated[c] = repeated[c - columns];
     }
   }
@@ -149,68 +152,72 @@ class ColumnPanel {
   std::int64_t inner_;
   std::int64_t segments_;
   int width_;
-  std::vector<T> totals_;
+  std::vector<T> sums_;
   std::vector<T> maximum_;
   std::vector<T> maxima_;
 };
 
-// Columns of so few elements are taken whole, many at a time: a panel's totals cost more than the columns do.
-constexpr std::int64_t kShortColumn = 32;
+// Columns of so few elements are taken whole, many at a time: a panel's sums cost more than the columns do.
+constexpr std::int64_t kMaxSmallColumn = 32;
 
 template <typename E>
-void ShortColumns(const KernelTable<E>& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
+void SmallColumns(const KernelTable<E>& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
   const std::int64_t matrix = layout.n * layout.inner;
   const std::int64_t width = std::min<std::int64_t>(kPanelWidth, layout.inner);
-  const std::int64_t abreast = CeilDiv(layout.inner, width);
-  ForWholeRows(executor, layout.outer * abreast, matrix / abreast, [&](std::int64_t first, std::int64_t end) {
-    for (std::int64_t p = first; p < end; ++p) {
-      const std::int64_t column = p % abreast * width, at = p / abreast * matrix + column;
-      kernels.short_columns(x + at, y + at, layout.inner, static_cast<int>(layout.n),
-                            static_cast<int>(std::min(width, layout.inner - column)));
-    }
-  });
+  const std::int64_t panels_per_matrix = CeilDiv(layout.inner, width);
+  ParallelForWholeRows(executor, layout.outer * panels_per_matrix, matrix / panels_per_matrix,
+                       [&](std::int64_t first, std::int64_t end) {
+                         for (std::int64_t p = first; p < end; ++p) {
+                           const std::int64_t column = p % panels_per_matrix * width,
+                                              at = p / panels_per_matrix * matrix + column;
+                           kernels.small_columns(x + at, y + at, layout.inner, static_cast<int>(layout.n),
+                                                 static_cast<int>(std::min(width, layout.inner - column)));
+                         }
+                       });
 }
 
 }  // namespace
 
 template <typename E>
-void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan, const E* x,
-                    E* y, const Layout& layout) {
-  if (layout.n <= kShortColumn && layout.inner >= kernels.lanes) {
-    return ShortColumns(kernels, executor, x, y, layout);
+void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan,
+                    const Logits<E>& logits, E* y) {
+  const Layout layout = logits.layout();
+  const E* const x = logits.x;
+  if (layout.n <= kMaxSmallColumn && layout.inner >= kernels.lanes) {
+    return SmallColumns(kernels, executor, x, y, layout);
   }
   const Folding folding(layout, kernels.lanes);
   // Wide, also where a panel then leaves the second-level cache between the passes: every row of a narrow one
   // is another page.
   const int width = static_cast<int>(std::min<std::int64_t>(kPanelWidth, folding.stride));
   const std::int64_t matrix = layout.n * layout.inner;
-  const std::int64_t abreast = folding.fold > 1 ? 1 : CeilDiv(layout.inner, width);
-  const std::int64_t panels = layout.outer * abreast;
-  const auto some = [&](std::int64_t first, std::int64_t end, Executor& for_segments) {
-    ColumnPanel<E> panel(kernels, for_segments, plan, layout, width);
+  const std::int64_t panels_per_matrix = folding.fold > 1 ? 1 : CeilDiv(layout.inner, width);
+  const std::int64_t panels = layout.outer * panels_per_matrix;
+  const auto body = [&](std::int64_t first, std::int64_t end, Executor& segments_executor) {
+    ColumnPanel<E> panel(kernels, segments_executor, plan, layout, width);
     for (std::int64_t p = first; p < end; ++p) {
-      const std::int64_t column = p % abreast * width, at = p / abreast * matrix + column;
+      const std::int64_t column = p % panels_per_matrix * width, at = p / panels_per_matrix * matrix + column;
       const std::int64_t rest = folding.stride - column;
       panel.Compute(x + at, y + at, static_cast<int>(std::min<std::int64_t>(width, rest)));
     }
   };
   if (folding.rows > kMaxPanelRows && panels < kManyRows * (executor.Helpers() + 1)) {
-    some(0, panels, executor);
+    body(0, panels, executor);
     return;
   }
-  ForWholeRows(executor, panels, matrix / abreast, [&](std::int64_t first, std::int64_t end) {
-    InThisThread alone;
-    some(first, end, alone);
-  });
+  ParallelForWholeRows(executor, panels, matrix / panels_per_matrix,
+                       [&](std::int64_t first, std::int64_t end) {
+                         InlineExecutor this_thread;
+                         body(first, end, this_thread);
+                       });
 }
 
-template void SoftmaxColumns(const KernelTable<float>&, Executor&, const SoftmaxPlan&, const float*, float*,
-                             const Layout&);
-template void SoftmaxColumns(const KernelTable<double>&, Executor&, const SoftmaxPlan&, const double*,
-                             double*, const Layout&);
-template void SoftmaxColumns(const KernelTable<BFloat16>&, Executor&, const SoftmaxPlan&, const BFloat16*,
-                             BFloat16*, const Layout&);
-template void SoftmaxColumns(const KernelTable<Float16>&, Executor&, const SoftmaxPlan&, const Float16*,
-                             Float16*, const Layout&);
+#define SOFTMAX2P_INSTANTIATE(E) \
+  template void SoftmaxColumns(const KernelTable<E>&, Executor&, const SoftmaxPlan&, const Logits<E>&, E*)
+SOFTMAX2P_INSTANTIATE(float);
+SOFTMAX2P_INSTANTIATE(double);
+SOFTMAX2P_INSTANTIATE(BFloat16);
+SOFTMAX2P_INSTANTIATE(Float16);
+#undef SOFTMAX2P_INSTANTIATE
 
 }  // namespace jax_softmax2p

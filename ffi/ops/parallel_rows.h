@@ -3,33 +3,25 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
+#include "ffi/base/layout.h"
 #include "ffi/runtime/float_mode.h"
 #include "ffi/runtime/parallel.h"
 
 namespace jax_softmax2p {
 
 // A row's sum is made of its segments' sums, in order, on however many threads: so the bits of a row depend
-// on its length alone. 128 KiB of float32, some 5 µs: at home in a thread's second-level cache.
+// on its length alone. 128 KiB of float32, some 5 µs: a segment stays in a thread's second-level cache.
 inline constexpr std::int64_t kSegment = 1 << 15;
-// Rows are handed out this many elements at a time, at least.
-inline constexpr std::int64_t kRowsChunk = 1 << 14;
-// Below this many elements, some 10 µs on one thread, the calling thread stays alone.
-inline constexpr std::int64_t kWorthSharing = 1 << 16;
+// Rows are handed out in grains of at least this many elements.
+inline constexpr std::int64_t kGrain = 1 << 14;
+// Below this many elements, some 10 µs on one thread, the calling thread works alone.
+inline constexpr std::int64_t kMinParallel = 1 << 16;
 // With this many rows a thread, whole rows keep every thread busy, and each stays in its thread's cache.
 inline constexpr std::int64_t kManyRows = 8;
 
-constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-class InThisThread : public Executor {
- public:
-  int Helpers() const override { return 0; }
-  void Schedule(std::function<void()> task) override { task(); }
-};
-
-// The segments of one row, on the threads of an executor.
+// The segments of one row of n elements, on the threads of an executor.
 class Segments {
  public:
   Segments(Executor& executor, std::int64_t n) : executor_(executor), n_(n) {}
@@ -71,38 +63,40 @@ class Segments {
   std::int64_t n_;
 };
 
-// Whether rows are better split among threads than handed out whole.
+// Whether rows of n elements are better split among threads than handed out whole.
 inline bool SplitsRows(const Executor& executor, std::int64_t rows, std::int64_t n) {
   return n > kSegment && rows < kManyRows * (executor.Helpers() + 1);
 }
 
-// Calls some(first row, end) until every row has had its turn, on as many threads as it is worth.
-template <typename Some>
-void ForWholeRows(Executor& executor, std::int64_t rows, std::int64_t n, const Some& some) {
-  if (rows * n < kWorthSharing) {
+// Calls body(first row, end) until all rows are done, whole rows of n elements on as many threads as are
+// worth it.
+template <typename Body>
+void ParallelForWholeRows(Executor& executor, std::int64_t rows, std::int64_t n, const Body& body) {
+  if (rows * n < kMinParallel) {
     const ScopedFloatMode mode;
-    some(0, rows);
+    body(0, rows);
     return;
   }
-  const std::int64_t chunk = CeilDiv(kRowsChunk, n);
-  ParallelFor(executor, CeilDiv(rows, chunk), [&](std::int64_t i) {
+  const std::int64_t grain = CeilDiv(kGrain, n);
+  ParallelFor(executor, CeilDiv(rows, grain), [&](std::int64_t i) {
     const ScopedFloatMode mode;
-    some(i * chunk, std::min(rows, (i + 1) * chunk));
+    body(i * grain, std::min(rows, (i + 1) * grain));
   });
 }
 
-// Calls some(first row, end, executor for their segments) likewise.
-template <typename Some>
-void ForRows(Executor& executor, std::int64_t rows, std::int64_t n, const Some& some) {
+// Calls body(first row, end, executor for the rows' segments) until all rows are done: with few long rows in
+// this thread, so that segments are shared out, otherwise as ParallelForWholeRows.
+template <typename Body>
+void ParallelForRows(Executor& executor, std::int64_t rows, std::int64_t n, const Body& body) {
   if (rows == 0 || n == 0) return;
   if (SplitsRows(executor, rows, n)) {
     const ScopedFloatMode mode;
-    some(0, rows, executor);
+    body(0, rows, executor);
     return;
   }
-  ForWholeRows(executor, rows, n, [&](std::int64_t first, std::int64_t end) {
-    InThisThread alone;
-    some(first, end, alone);
+  ParallelForWholeRows(executor, rows, n, [&](std::int64_t first, std::int64_t end) {
+    InlineExecutor this_thread;
+    body(first, end, this_thread);
   });
 }
 

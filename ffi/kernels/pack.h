@@ -4,41 +4,42 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "ffi/kernels/element.h"
-#include "ffi/simd/inline.h"
+#include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p {
 
 // For elements E, computed in V.
 template <typename V, typename E>
-class ColumnKernels {
+class PackKernels {
  public:
   // rows[c * n + i] = x[i * stride + c] for i < n and c < columns.
-  static void Gather(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows) {
+  static void Pack(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows) {
     ForBlocks(
         n, columns,
         [&](std::int64_t i, std::int64_t c, auto& block) {
-          V::LoadQuads(x + i * stride + c, stride, block);
-          SOFTMAX2P_UNROLL for (int q = 0; q < V::kQuad; ++q) block[q].Store(rows + (c + q) * n + i);
+          V::LoadTransposed(x + i * stride + c, stride, block);
+          SOFTMAX2P_UNROLL for (int q = 0; q < V::kTransposeRows; ++q) block[q].Store(rows + (c + q) * n + i);
         },
         [&](std::int64_t i, std::int64_t c) { rows[c * n + i] = x[i * stride + c]; });
   }
 
   // x[i * stride + c] = rows[c * n + i].
-  static void Scatter(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns) {
+  static void Unpack(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns) {
     ForBlocks(
         n, columns,
         [&](std::int64_t i, std::int64_t c, auto& block) {
-          SOFTMAX2P_UNROLL for (int q = 0; q < V::kQuad; ++q) block[q] = V::Load(rows + (c + q) * n + i);
-          V::StoreQuads(block, x + i * stride + c, stride);
+          SOFTMAX2P_UNROLL for (int q = 0; q < V::kTransposeRows; ++q) block[q] =
+              V::Load(rows + (c + q) * n + i);
+          V::StoreTransposed(block, x + i * stride + c, stride);
         },
         [&](std::int64_t i, std::int64_t c) { x[i * stride + c] = rows[c * n + i]; });
   }
 
  private:
-  // Calls vectors(i, c, registers) for blocks of kLanes by kQuad and one(i, c) for what those leave; there
-  // are no registers for the transposition of 16-bit elements. A block of rows at a time, so that of every
-  // line of x all columns are taken while it is in the first-level cache.
+  // Calls vectors(i, c, registers) for blocks of kLanes by kTransposeRows and one(i, c) for what those leave;
+  // there are no registers for the transposition of 16-bit elements. A block of rows at a time, so that of
+  // every line of x all columns are taken while it is in the first-level cache.
   template <typename Vectors, typename One>
   static SOFTMAX2P_INLINE void ForBlocks(std::int64_t n, std::int64_t columns, const Vectors& vectors,
                                          const One& one) {
@@ -48,8 +49,9 @@ class ColumnKernels {
       const std::int64_t rows = n - i < kRows ? n - i : kRows;
       std::int64_t c = 0;
       if constexpr (kVectors) {
-        V block[V::kQuad];
-        for (; rows == kRows && c + V::kQuad <= columns; c += V::kQuad) vectors(i, c, block);
+        V block[V::kTransposeRows];
+        for (; rows == kRows && c + V::kTransposeRows <= columns; c += V::kTransposeRows)
+          vectors(i, c, block);
       }
       for (; c < columns; ++c) {
         for (std::int64_t r = i; r < i + rows; ++r) one(r, c);

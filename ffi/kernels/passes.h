@@ -1,0 +1,115 @@
+// The inner loops of softmax down a column of vectors: its maximum, its sum (pass 1), its result (pass 2).
+//
+// Source: Dukhan & Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438: Algorithm 3 without a
+// maximum, 1 and 2 with it.
+//
+// Everything is a walk down a column, kLanes columns side by side; a contiguous row is one whose lanes are
+// merged at the end. Pass 1 adds e^x with the exponent of the largest x so far as reference. Scaling by
+// powers of two is exact, so a sum does not depend on the reference. Pass 2 recomputes e^x and scales, or, in
+// the reload algorithms, takes from memory the mantissas that pass 1 kept there: the same bits.
+//
+// Arguments that all loops share: `x` points to the first vector, `stride` is the distance of vectors in
+// elements, `rows` their number, `access` is how they are loaded, `ahead` how far they are fetched ahead.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "ffi/base/inline.h"
+#include "ffi/kernels/access.h"
+#include "ffi/kernels/exp_source.h"
+#include "ffi/kernels/lane_sum.h"
+
+namespace jax_softmax2p {
+
+// The largest of every lane. NaNs are passed over; a column of no rows gives -inf.
+template <typename V, typename Access, typename In, typename Stride>
+SOFTMAX2P_INLINE V MaxColumn(const Access& access, const In* x, Stride stride, std::int64_t rows) {
+  V ways[kUnroll];
+  for (V& way : ways) way = V::Broadcast(kMinusInfinity<V>);
+  std::int64_t i = 0;
+  for (; i + kUnroll <= rows; i += kUnroll) {
+    SOFTMAX2P_UNROLL for (int k = 0; k < kUnroll; ++k) ways[k] =
+        Max(access.Load(x + (i + k) * stride), ways[k]);
+  }
+  for (; i < rows; ++i) ways[0] = Max(access.Load(x + i * stride), ways[0]);
+  static_assert(kUnroll == 4);
+  return Max(Max(ways[0], ways[1]), Max(ways[2], ways[3]));
+}
+
+template <int K, typename V, typename Access, typename In, typename Kept, typename Stride, typename Far,
+          typename Read>
+SOFTMAX2P_INLINE void AddVectors(const Access& access, const In* x, Kept kept, Stride stride, Far ahead,
+                                 const Recompute<V, Read>& source, LaneSum<V>& sum) {
+  Prefetch<K>(x, stride, ahead);
+  const auto e = source.template At<K>(access, x, kept, stride);
+  if constexpr (!std::is_same_v<Kept, Discard>) {
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) access.Store(e.expm1[k], kept + k * stride);
+  }
+  sum.Add(e);
+}
+
+// Pass 1: adds e^read(x) to `sum`, and writes the mantissas to `kept` unless that is a Discard. No read(x)
+// may be above the maximum to which `sum` was rescaled.
+template <typename V, typename Access, typename In, typename Kept, typename Stride, typename Far,
+          typename Read>
+SOFTMAX2P_INLINE void AddColumn(const Access& access, const In* x, Kept kept, Stride stride, Far ahead,
+                                std::int64_t rows, const Read& read, LaneSum<V>& sum) {
+  const Recompute<V, Read> source(sum.reference(), read);
+  std::int64_t i = 0;
+  for (; i + kUnroll <= rows; i += kUnroll) {
+    AddVectors<kUnroll>(access, x + i * stride, kept + i * stride, stride, ahead, source, sum);
+  }
+  for (; i < rows; ++i) AddVectors<1>(access, x + i * stride, kept + i * stride, stride, ahead, source, sum);
+}
+
+// What pass 2 makes of the exponentials: (hi + lo)·e^x. lo·expm1 is too small to matter, and the 1 was never
+// added to expm1, so that there is one rounding to the result. The power comes last, lest a scale that
+// underflows spoil a result that does not.
+template <typename V>
+struct Scaler {
+  V hi, lo;
+
+  template <int K>
+  SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = Fma(hi, e.expm1[k], lo);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = (hi + y[k]) * e.pow2[k];
+  }
+};
+// The same where the source gives the results themselves.
+template <typename V>
+struct NoScaler {
+  template <typename Results, int K>
+  SOFTMAX2P_INLINE void operator()(const Results& r, V (&y)[K]) const {
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = r.v[k];
+  }
+};
+
+template <int K, typename V, typename Access, typename Out, typename In, typename E, typename Kept,
+          typename Stride, typename Far, typename Source, typename Scaling>
+SOFTMAX2P_INLINE void WriteVectors(const Access& access, const Out& out, const Source& source, const In* x,
+                                   Kept kept, E* y, Stride stride, Far ahead, const Scaling& scaler) {
+  Prefetch<K>(x, stride, ahead);
+  V v[K];
+  scaler(source.template At<K>(access, x, kept, stride), v);
+  SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) out.Store(v[k], y + k * stride);
+}
+
+// Pass 2: writes scaler(source(x)) to y through `out`. y may be x.
+template <typename V, typename Access, typename Out, typename In, typename E, typename Kept, typename Stride,
+          typename Far, typename Source, typename Scaling>
+SOFTMAX2P_INLINE void WriteColumn(const Access& access, const Out& out, const Source& source, const In* x,
+                                  Kept kept, E* y, Stride stride, Far ahead, std::int64_t rows,
+                                  const Scaling& scaler) {
+  std::int64_t i = 0;
+  for (; i + kUnroll <= rows; i += kUnroll) {
+    WriteVectors<kUnroll, V>(access, out, source, x + i * stride, kept + i * stride, y + i * stride, stride,
+                             ahead, scaler);
+  }
+  for (; i < rows; ++i) {
+    WriteVectors<1, V>(access, out, source, x + i * stride, kept + i * stride, y + i * stride, stride, ahead,
+                       scaler);
+  }
+}
+
+}  // namespace jax_softmax2p

@@ -1,0 +1,84 @@
+// Tiles of small rows: kLanes rows of up to kMaxSmall elements, transposed so that each has a lane.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "ffi/base/inline.h"
+#include "ffi/kernels/access.h"
+#include "ffi/kernels/table.h"
+
+namespace jax_softmax2p {
+
+// For elements of V. A tile is [m, kLanes]: element i of row l is tile[i * kLanes + l].
+template <typename V>
+class SmallTile {
+  using T = typename V::Scalar;
+
+ public:
+  // How many of `rest` rows fit a tile.
+  static SOFTMAX2P_INLINE int RowsOf(std::int64_t rest) {
+    return static_cast<int>(rest < V::kLanes ? rest : V::kLanes);
+  }
+
+  // Transposes `count` rows of m elements of type In, E or T, into a tile. Lanes from `count` on are 0.
+  template <typename In>
+  static SOFTMAX2P_INLINE void Load(const In* x, int count, int m, T* tile) {
+    if constexpr (std::is_same_v<In, T>) {
+      if (count == V::kLanes) return Transpose(x, m, tile);
+    }
+    T rows[kMaxSmall * V::kLanes];
+    const int elements = count * m;
+    ForVectors<V>(elements, [&](int, int at, const auto& access) { access.Load(x + at).Store(rows + at); });
+    for (int i = (elements + V::kLanes - 1) / V::kLanes * V::kLanes; i < m * V::kLanes; ++i) rows[i] = 0;
+    Transpose(rows, m, tile);
+  }
+
+  // The inverse. With `non_temporal`, for which y must be aligned to a vector, whole tiles are written past
+  // the caches.
+  template <typename E>
+  static SOFTMAX2P_INLINE void Store(const T* tile, int count, int m, E* y, bool non_temporal) {
+    if constexpr (std::is_same_v<E, T>) {
+      if (count == V::kLanes && !non_temporal) return TransposeBack(tile, m, y);
+    }
+    T rows[kMaxSmall * V::kLanes];
+    TransposeBack(tile, m, rows);
+    if (count == V::kLanes && non_temporal) {
+      for (int i = 0; i < m * V::kLanes; i += V::kLanes) V::Load(rows + i).Stream(y + i);
+    } else {
+      ForVectors<V>(count * m,
+                    [&](int, int at, const auto& access) { access.Store(V::Load(rows + at), y + at); });
+    }
+  }
+
+ private:
+  static SOFTMAX2P_INLINE void Transpose(const T* rows, int m, T* tile) {
+    V columns[V::kTransposeRows];
+    int i = 0;
+    for (; i + V::kTransposeRows <= m; i += V::kTransposeRows) {
+      V::LoadTransposed(rows + i, m, columns);
+      SOFTMAX2P_UNROLL for (int c = 0; c < V::kTransposeRows; ++c) {
+        columns[c].Store(tile + (i + c) * V::kLanes);
+      }
+    }
+    for (; i < m; ++i) {
+      for (int l = 0; l < V::kLanes; ++l) tile[i * V::kLanes + l] = rows[l * m + i];
+    }
+  }
+
+  static SOFTMAX2P_INLINE void TransposeBack(const T* tile, int m, T* rows) {
+    V columns[V::kTransposeRows];
+    int i = 0;
+    for (; i + V::kTransposeRows <= m; i += V::kTransposeRows) {
+      SOFTMAX2P_UNROLL for (int c = 0; c < V::kTransposeRows; ++c) {
+        columns[c] = V::Load(tile + (i + c) * V::kLanes);
+      }
+      V::StoreTransposed(columns, rows + i, m);
+    }
+    for (; i < m; ++i) {
+      for (int l = 0; l < V::kLanes; ++l) rows[l * m + i] = tile[i * V::kLanes + l];
+    }
+  }
+};
+
+}  // namespace jax_softmax2p

@@ -1,0 +1,70 @@
+// Pass 1 of a row, and the guard: a third pass for rows whose largest element is too large for two.
+//
+// Within |max·log2 e| < max_exponent (KernelTable; 2^17 with fused multiply-adds) the kernels' reduction of x
+// to n·ln 2 + t is exact. Beyond it, and where the sum is no number, the exponent of the sum says so, and the
+// guard sums e^(z - maximum) instead. At that size, by Sterbenz's lemma, z - maximum is exact wherever
+// e^(z - maximum) does not vanish. An infinite maximum is not subtracted: the sum is NaN then.
+//
+// The other half of the guard is in the kernels: x is clamped from below (kernels/exp.h), so that -inf and
+// the usual masks give 0, where the published algorithm would compute -inf + inf. small_matrices and panels
+// have the third pass of their own: GuardedColumn in kernels/small_softmax.h, SumMinusMaximum in
+// ops/softmax_columns.cc. kernels/unguarded_build.h compiles the clamp out, to measure it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "ffi/kernels/table.h"
+#include "ffi/ops/logits_row.h"
+#include "ffi/ops/parallel_rows.h"
+
+namespace jax_softmax2p {
+
+// What pass 1 finds: the sum of e^z, or of e^(z - maximum) where `subtract`, with z the logits of a row.
+template <typename T>
+struct GuardedRowSum : RowSum<T> {
+  bool subtract = false;
+};
+
+// The largest element of a row, NaNs passed over.
+template <typename E>
+ComputeOf<E> MaximumOfRow(const LogitsRow<E>& row, const Segments& segments) {
+  using T = ComputeOf<E>;
+  return segments.Reduce<T>([&](std::int64_t at, std::int64_t size) { return row.Maximum(at, size); },
+                            [](T& a, T b) { a = std::max(a, b); });
+}
+
+// Pass 1 without the guard. `kept` is null, or has row.size() elements for the mantissas.
+template <typename E>
+RowSum<ComputeOf<E>> SumOfRow(const LogitsRow<E>& row, const Segments& segments, ComputeOf<E>* kept,
+                              const KnownMaximum<ComputeOf<E>>& known) {
+  using Sum = RowSum<ComputeOf<E>>;
+  return segments.Reduce<Sum>(
+      [&](std::int64_t at, std::int64_t size) {
+        return row.Sum(at, size, kept == nullptr ? nullptr : kept + at, known);
+      },
+      [](Sum& a, const Sum& b) { a.Combine(b); });
+}
+
+// Pass 1 with the guard. With `maximum_first` the maximum is found before, as three passes have it. What is
+// kept is not to be used where the result says `subtract`.
+template <typename E>
+GuardedRowSum<ComputeOf<E>> GuardedSum(const LogitsRow<E>& row, const Segments& segments, int max_exponent,
+                                       ComputeOf<E>* kept, bool maximum_first) {
+  using T = ComputeOf<E>;
+  KnownMaximum<T> known;
+  if (maximum_first) known = {KnownMaximum<T>::kReference, MaximumOfRow(row, segments)};
+  GuardedRowSum<T> result{SumOfRow(row, segments, kept, known)};
+  if (std::abs(result.sum.exponent) < max_exponent) return result;
+  result.subtract = true;
+  if (std::isinf(result.maximum)) {
+    result.sum.mantissa.hi = std::numeric_limits<double>::quiet_NaN();
+  } else {
+    result.sum = SumOfRow(row, segments, nullptr, {KnownMaximum<T>::kSubtract, result.maximum}).sum;
+  }
+  return result;
+}
+
+}  // namespace jax_softmax2p

@@ -1,0 +1,183 @@
+#include "ffi/ops/logsumexp.h"
+
+#include <cmath>
+#include <limits>
+
+#include "ffi/kernels/log.h"
+#include "ffi/ops/column_tiles.h"
+#include "ffi/ops/guarded_sum.h"
+#include "ffi/ops/parallel_logits_rows.h"
+#include "ffi/ops/small_rows.h"
+
+namespace jax_softmax2p {
+namespace {
+
+// log(sum) is taken over the row's largest term, log1p(the sum of the others), so that it keeps its digits
+// where one element carries nearly all of the sum.
+template <typename E>
+LseTerms<ComputeOf<E>> LseOfRow(const KernelTable<E>& kernels, const LogitsRow<E>& row,
+                                const Segments& segments) {
+  using T = ComputeOf<E>;
+  const GuardedRowSum<T> row_sum = GuardedSum(row, segments, kernels.max_exponent, nullptr, false);
+  const CompensatedSum& mantissa = row_sum.sum.mantissa;
+  if (std::isnan(mantissa.hi)) return {row_sum.maximum, std::numeric_limits<T>::quiet_NaN(), 0};
+  // Of the largest element: e^(maximum - maximum), where that is subtracted.
+  T expm1 = 0, pow2 = 1;
+  if (!row_sum.subtract) kernels.exponential(row_sum.maximum, row_sum.sum.exponent, &expm1, &pow2);
+  const DoubleDouble<double> exact = LogOfSumOverLargest(mantissa.hi, mantissa.lo, pow2, expm1);
+  const DoubleDouble<T> log = ToDoubleDouble<T>(exact.hi, exact.lo);
+  return {row_sum.maximum, log.hi, log.lo};
+}
+
+// Adds the terms up. As in jax.nn's logsumexp, an infinite maximum is the lse, unless the row has a NaN,
+// which the maximum passes over.
+template <typename E>
+void WriteLse(const LseTerms<ComputeOf<E>>& terms, const LogitsRow<E>& row, Lse<ComputeOf<E>> lse,
+              std::int64_t r) {
+  using T = ComputeOf<E>;
+  T &hi = lse.hi[r], &lo = lse.lo[r];
+  const DoubleDouble<double> sum = TwoSum<double>(terms.maximum, terms.log);
+  hi = static_cast<T>(sum.hi + (sum.lo + static_cast<double>(terms.rest)));
+  lo = static_cast<T>(((sum.hi - static_cast<double>(hi)) + sum.lo) + static_cast<double>(terms.rest));
+  if (std::isfinite(hi)) return;
+  lo = 0;
+  if (std::isnan(hi) && std::isinf(terms.maximum) && !row.HasNan()) hi = terms.maximum;
+}
+
+// The lses of a few small rows, as ForSmallRows hands them over.
+template <typename E>
+class SmallRowsLse {
+  using T = ComputeOf<E>;
+
+ public:
+  SmallRowsLse(const Kernels& kernels, const Logits<E>& logits, std::int64_t first, std::int64_t count,
+               const T* z)
+      : kernels_(kernels), logits_(logits), first_(first), count_(count) {
+    const int n = static_cast<int>(logits.n);
+    if (z == nullptr) {
+      kernels.Of<E>().small_lse(logits.x + first * n, count, n, maximum, log, rest);
+    } else {
+      kernels.Of<T>().small_lse(z, count, n, maximum, log, rest);
+    }
+    // NaN is also the kernel's sign that a row needs the guard's third pass.
+    InlineExecutor this_thread;
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (!std::isnan(log[i])) continue;
+      const LogitsRow<E> row = Row(i);
+      const LseTerms<T> terms = LseOfRow(kernels.Of<E>(), row, Segments(this_thread, row.size()));
+      maximum[i] = terms.maximum;
+      log[i] = terms.log;
+      rest[i] = terms.rest;
+    }
+  }
+
+  LogitsRow<E> Row(std::int64_t i) const { return LogitsRow<E>(kernels_, logits_, first_ + i, nullptr); }
+
+  void Write(Lse<T> lse) const {
+    for (std::int64_t i = 0; i < count_; ++i) {
+      const DoubleDouble<T> sum = TwoSum(maximum[i], log[i]);
+      if (std::isfinite(sum.hi)) {
+        lse.hi[first_ + i] = sum.hi;
+        lse.lo[first_ + i] = sum.lo + rest[i];
+      } else {
+        WriteLse<E>({maximum[i], log[i], rest[i]}, Row(i), lse, first_ + i);
+      }
+    }
+  }
+
+  // LseTerms of row first + i.
+  T maximum[kLogitsBlock], log[kLogitsBlock], rest[kLogitsBlock];
+
+ private:
+  const Kernels& kernels_;
+  const Logits<E>& logits_;
+  std::int64_t first_;
+  std::int64_t count_;
+};
+
+template <typename E>
+void SmallLogSoftmax(const Kernels& kernels, Executor& executor, const Logits<E>& logits, E* y,
+                     Lse<ComputeOf<E>> lse, E masked) {
+  ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const ComputeOf<E>* z) {
+    const SmallRowsLse<E> rows(kernels, logits, first, count, z);
+    rows.Write(lse);
+    SmallMinusLse<E>(kernels, logits, first, count, z, y + first * logits.n, rows.maximum, rows.log, nullptr);
+    for (std::int64_t i = 0; logits.HasMask() && i < count; ++i) {
+      if (!std::isnan(rows.log[i])) continue;
+      rows.Row(i).FillMasked(y + (first + i) * logits.n, masked);
+    }
+  });
+}
+
+template <typename T>
+Lse<T> FromRow(const Lse<T>& lse, std::int64_t row) {
+  return {lse.hi + row, lse.lo + row};
+}
+
+}  // namespace
+
+template <typename E>
+void LogSumExp(const Kernels& kernels, Executor& executor, Logits<E> logits, Lse<ComputeOf<E>> lse) {
+  using T = ComputeOf<E>;
+  MergeDims(logits);
+  if (logits.inner > 1 && logits.n > 0) {
+    return ForColumnTiles<E>(kernels, executor, logits, nullptr,
+                             [&](const Logits<E>& rows, E*, Executor& rows_executor) {
+                               LogSumExp(kernels, rows_executor, rows, FromRow(lse, rows.first_row));
+                             });
+  }
+  if (HasSmallRows(logits)) {
+    return ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
+      SmallRowsLse<E>(kernels, logits, first, count, z).Write(lse);
+    });
+  }
+  ForLogitsRows(kernels, executor, logits,
+                [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+                  WriteLse(LseOfRow(kernels.Of<E>(), row, segments), row, lse, r);
+                });
+}
+
+template <typename E>
+void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, Lse<ComputeOf<E>> lse) {
+  using T = ComputeOf<E>;
+  if (logits.rows * logits.n == 0) return LogSumExp(kernels, executor, std::move(logits), lse);
+  MergeDims(logits);
+  AdviseHugePagesFor(logits, y);
+  if (logits.inner > 1) {
+    return ForColumnTiles(kernels, executor, logits, y,
+                          [&](const Logits<E>& rows, E* y_rows, Executor& rows_executor) {
+                            LogSoftmax(kernels, rows_executor, rows, y_rows, FromRow(lse, rows.first_row));
+                          });
+  }
+  const bool non_temporal = ExceedsCaches(logits);
+  const E masked = FromDouble<E>(-std::numeric_limits<double>::infinity());
+  if (HasSmallRows(logits)) return SmallLogSoftmax(kernels, executor, logits, y, lse, masked);
+  ForLogitsRows(kernels, executor, logits,
+                [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+                  const LseTerms<T> terms = LseOfRow(kernels.Of<E>(), row, segments);
+                  WriteLse(terms, row, lse, r);
+                  E* const results = y + r * logits.n + row.begin();
+                  segments.ForEach(non_temporal ? Order::kForward : Order::kBackward,
+                                   [&](std::int64_t at, std::int64_t size) {
+                                     row.WriteLog(at, size, results + at, terms, non_temporal);
+                                     if (non_temporal) FenceNonTemporalStores();
+                                   });
+                  if (!logits.HasMask()) return;
+                  if (std::isnan(terms.log)) {
+                    row.FillMasked(y + r * logits.n, masked);
+                  } else {
+                    row.FillOutside(y + r * logits.n, masked);
+                  }
+                });
+}
+
+#define SOFTMAX2P_INSTANTIATE(E)                                                    \
+  template void LogSumExp(const Kernels&, Executor&, Logits<E>, Lse<ComputeOf<E>>); \
+  template void LogSoftmax(const Kernels&, Executor&, Logits<E>, E*, Lse<ComputeOf<E>>)
+SOFTMAX2P_INSTANTIATE(float);
+SOFTMAX2P_INSTANTIATE(double);
+SOFTMAX2P_INSTANTIATE(BFloat16);
+SOFTMAX2P_INSTANTIATE(Float16);
+#undef SOFTMAX2P_INSTANTIATE
+
+}  // namespace jax_softmax2p

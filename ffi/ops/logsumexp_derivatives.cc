@@ -1,0 +1,303 @@
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "ffi/ops/column_tiles.h"
+#include "ffi/ops/logsumexp.h"
+#include "ffi/ops/parallel_logits_rows.h"
+#include "ffi/ops/small_rows.h"
+#include "ffi/runtime/memory.h"
+
+namespace jax_softmax2p {
+namespace {
+
+// factor·e^-lse, times e^z as the kernels compute it: no rounding of z - hi, which would cost an exponential
+// as many ULP as that is large. Beyond the kernels' exact range, and for what is no number, hi is subtracted
+// from z: there z - hi is exact wherever e^(z - hi) does not vanish.
+template <typename T>
+RowScale<T> ScaleFor(T hi, T lo, double factor, int max_exponent) {
+  constexpr double kLog2E = 0x1.71547652b82fep0;
+  constexpr double kLn2Hi = 0x1.62e42fefa39efp-1, kLn2Lo = 0x1.abc9e3b39803fp-56;
+  RowScale<T> scale{};
+  const double exponent = 2 * std::floor(static_cast<double>(hi) * (kLog2E / 2));
+  if (std::abs(exponent) < max_exponent - 2 && std::isfinite(factor)) {
+    const double rest = std::fma(-exponent, kLn2Hi, static_cast<double>(hi));
+    const double value = factor * std::exp(-rest);
+    const double missing = value * (exponent * kLn2Lo - static_cast<double>(lo));
+    scale.hi = static_cast<T>(value + missing);
+    scale.lo = static_cast<T>((value - static_cast<double>(scale.hi)) + missing);
+    scale.exponent = static_cast<int>(exponent);
+  } else {
+    scale.hi = static_cast<T>(factor);
+    scale.subtract = true;
+    scale.maximum = hi;
+    scale.rest = lo;
+  }
+  return scale;
+}
+
+// The index that a label means in a row of n elements; -1 where it is out of range.
+std::int64_t LabelIndex(std::int32_t label, std::int64_t n) {
+  const std::int64_t index = label < 0 ? label + n : label;
+  return index < n ? std::max<std::int64_t>(index, -1) : -1;
+}
+
+// A row's label and its logit z, which is read before a result is written over x.
+template <typename E>
+class Label {
+  using T = ComputeOf<E>;
+
+ public:
+  // `label` is null where the row has none.
+  Label(const LogitsRow<E>& row, std::int64_t n, const std::int32_t* label) {
+    if (label == nullptr) return;
+    index_ = LabelIndex(*label, n);
+    has_logit_ = index_ >= 0 && !row.IsMasked(index_);
+    if (has_logit_) row.ApplyOperands(index_ - row.begin(), 1, &z_);
+  }
+
+  // Replaces row_y[label] = factor·e^(z - lse) by factor·(e^(z - lse) - 1). Where e^(z - lse) is near 1, the
+  // difference is computed from z, since its rounding has no digits left.
+  void Write(E* row_y, T hi, T lo, T factor) const {
+    if (index_ < 0) return;
+    E& y = row_y[index_];
+    const double log_p = (static_cast<double>(z_) - static_cast<double>(hi)) - static_cast<double>(lo);
+    if constexpr (std::is_same_v<E, T>) {
+      if (has_logit_ && log_p < -0.7) {
+        y -= factor;
+        return;
+      }
+    }
+    y = FromDouble<E>(static_cast<double>(factor) * (has_logit_ ? std::expm1(log_p) : -1.0));
+  }
+
+ private:
+  std::int64_t index_ = -1;
+  bool has_logit_ = false;
+  T z_ = 0;
+};
+
+template <typename E>
+const std::int32_t* LabelOf(const LabelledLse<E>& lse, std::int64_t row) {
+  return lse.labels == nullptr ? nullptr : lse.labels + row;
+}
+
+template <typename E>
+LabelledLse<E> FromRow(const LabelledLse<E>& lse, std::int64_t row) {
+  return {lse.hi + row, lse.lo + row, LabelOf(lse, row)};
+}
+
+// <p, t> - t[label] of one row, from <p, t>.
+template <typename E>
+ComputeOf<E> MinusLabel(const CompensatedSum& dot, const std::int32_t* label, const E* t, std::int64_t n) {
+  double sum = dot.hi + dot.lo;
+  const std::int64_t index = label == nullptr ? -1 : LabelIndex(*label, n);
+  if (index >= 0) sum -= Widen(t[index]);
+  return static_cast<ComputeOf<E>>(sum);
+}
+
+template <typename E>
+void SmallLogSumExpVjp(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                       const LabelledLse<E>& lse, const ComputeOf<E>* factor, E* y) {
+  using T = ComputeOf<E>;
+  const std::int64_t n = logits.n;
+  ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
+    std::vector<Label<E>> labels;
+    if (lse.labels != nullptr) labels.reserve(static_cast<std::size_t>(count));
+    for (std::int64_t r = first; lse.labels != nullptr && r < first + count; ++r) {
+      labels.emplace_back(LogitsRow<E>(kernels, logits, r, nullptr), n, lse.labels + r);
+    }
+    SmallMinusLse(kernels, logits, first, count, z, y + first * n, lse.hi + first, lse.lo + first,
+                  factor + first);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t r = first + i;
+      if (logits.HasMask() && !(std::isfinite(lse.hi[r]) && std::isfinite(factor[r]))) {
+        LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});
+      }
+      if (labels.empty()) continue;
+      labels[static_cast<std::size_t>(i)].Write(y + r * n, lse.hi[r], lse.lo[r], factor[r]);
+    }
+  });
+}
+
+// Calls body(row number, p of the row as T) for small rows.
+template <typename E, typename Body>
+void ForSmallProbabilities(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                           const LabelledLse<E>& lse, const Body& body) {
+  using T = ComputeOf<E>;
+  const auto rows = [&](std::int64_t first, std::int64_t count, const T* z) {
+    T p[kLogitsBlock], ones[kLogitsBlock];
+    std::fill(ones, ones + count, T{1});
+    SmallMinusLse<E, T>(kernels, logits, first, count, z, p, lse.hi + first, lse.lo + first, ones);
+    for (std::int64_t i = 0; i < count; ++i) body(first + i, p + i * logits.n);
+  };
+  ForSmallRows(kernels, executor, logits, rows, SmallRowsAs::kCompute);
+}
+
+// <1, t> of a small row. Sums of so few floats in double need no compensation, and no vectors.
+template <typename E>
+double SmallSum(const KernelTable<E>& kernels, const E* t, std::int64_t n) {
+  if constexpr (std::is_same_v<E, double>) {
+    const CompensatedSum sum = kernels.sum(t, n);
+    return sum.hi + sum.lo;
+  } else {
+    double sum = 0;
+    for (std::int64_t i = 0; i < n; ++i) sum += Widen(t[i]);
+    return sum;
+  }
+}
+
+// t - p·<1, t> of row r. t and out point to the row's first element that takes part.
+template <typename E>
+void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, const Segments& segments,
+                        const LabelledLse<E>& lse, std::int64_t r, const E* t, E* out) {
+  using T = ComputeOf<E>;
+  const CompensatedSum sum = segments.Reduce<CompensatedSum>(
+      [&](std::int64_t at, std::int64_t size) { return kernels.sum(t + at, size); },
+      [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
+  const RowScale<T> scale = ScaleFor(lse.hi[r], lse.lo[r], sum.hi + sum.lo, kernels.max_exponent);
+  segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
+    row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
+      kernels.subtract(t + at + i, p, out + at + i, count);
+    });
+  });
+}
+
+}  // namespace
+
+template <typename E>
+void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
+                  const E* t, ComputeOf<E>* out) {
+  using T = ComputeOf<E>;
+  const std::int64_t n = logits.n;
+  if (logits.rows * n == 0) {
+    std::fill(out, out + logits.rows, T{0});
+    return;
+  }
+  MergeDims(logits);
+  const KernelTable<E>& table = kernels.Of<E>();
+  if (logits.inner > 1) {
+    return ForColumnTiles<E>(kernels, executor, logits, nullptr,
+                             [&](const Logits<E>& rows, E*, Executor& rows_executor) {
+                               ColumnTile<E> t_tile(table, n, logits.inner, rows.rows);
+                               t_tile.Pack(t, rows.first_row, rows.rows);
+                               LogSumExpJvp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
+                                            t_tile.rows(), out + rows.first_row);
+                             });
+  }
+  if (HasSmallRows(logits)) {
+    return ForSmallProbabilities(kernels, executor, logits, lse, [&](std::int64_t r, const T* p) {
+      const E* const row_t = t + r * n;
+      const bool fully_masked = logits.HasMask() && !std::isfinite(lse.hi[r]);
+      const CompensatedSum dot = fully_masked ? CompensatedSum{} : table.logits_dot(p, row_t, n);
+      out[r] = MinusLabel(dot, LabelOf(lse, r), row_t, n);
+    });
+  }
+  ForLogitsRows(kernels, executor, logits,
+                [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+                  const RowScale<T> scale = ScaleFor(lse.hi[r], lse.lo[r], 1, table.max_exponent);
+                  const E* const row_t = t + r * n;
+                  const CompensatedSum dot = segments.Reduce<CompensatedSum>(
+                      [&](std::int64_t at, std::int64_t size) {
+                        CompensatedSum sum;
+                        row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
+                          sum.Add(table.logits_dot(p, row_t + row.begin() + at + i, count));
+                        });
+                        return sum;
+                      },
+                      [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
+                  out[r] = MinusLabel(dot, LabelOf(lse, r), row_t, n);
+                });
+}
+
+template <typename E>
+void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
+                  const ComputeOf<E>* factor, E* y) {
+  using T = ComputeOf<E>;
+  if (logits.rows * logits.n == 0) return;
+  MergeDims(logits);
+  AdviseHugePagesFor(logits, y);
+  if (logits.inner > 1) {
+    return ForColumnTiles(kernels, executor, logits, y,
+                          [&](const Logits<E>& rows, E* y_rows, Executor& rows_executor) {
+                            LogSumExpVjp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
+                                         factor + rows.first_row, y_rows);
+                          });
+  }
+  if (HasSmallRows(logits)) return SmallLogSumExpVjp(kernels, executor, logits, lse, factor, y);
+  const bool non_temporal = ExceedsCaches(logits);
+  const int max_exponent = kernels.Of<E>().max_exponent;
+  ForLogitsRows(kernels, executor, logits,
+                [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+                  const T hi = lse.hi[r], lo = lse.lo[r];
+                  const RowScale<T> scale = ScaleFor(hi, lo, factor[r], max_exponent);
+                  E* const row_y = y + r * logits.n;
+                  const Label<E> label(row, logits.n, LabelOf(lse, r));
+                  segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
+                    row.Write(at, size, nullptr, row_y + row.begin() + at, scale, non_temporal);
+                    if (non_temporal) FenceNonTemporalStores();
+                  });
+                  if (logits.HasMask()) {
+                    if (std::isfinite(hi) && std::isfinite(factor[r])) {
+                      row.FillOutside(row_y, E{});
+                    } else {
+                      row.FillMasked(row_y, E{});
+                    }
+                  }
+                  label.Write(row_y, hi, lo, factor[r]);
+                });
+}
+
+template <typename E>
+void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
+                   const E* t, E* out) {
+  using T = ComputeOf<E>;
+  const std::int64_t n = logits.n;
+  if (logits.rows * n == 0) return;
+  MergeDims(logits);
+  AdviseHugePagesFor(logits, out);
+  const KernelTable<E>& table = kernels.Of<E>();
+  if (logits.inner > 1) {
+    return ForColumnTiles<E>(kernels, executor, logits, nullptr,
+                             [&](const Logits<E>& rows, E*, Executor& rows_executor) {
+                               ColumnTile<E> t_tile(table, n, logits.inner, rows.rows);
+                               t_tile.Pack(t, rows.first_row, rows.rows);
+                               LogSoftmaxVjp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
+                                             t_tile.rows(), t_tile.rows());
+                               t_tile.Unpack(out, rows.first_row, rows.rows);
+                             });
+  }
+  const auto fill_masked = [&](const LogitsRow<E>& row, std::int64_t r) {
+    if (!logits.HasMask()) return;
+    std::isfinite(lse.hi[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});
+  };
+  if (HasSmallRows(logits)) {
+    return ForSmallProbabilities(kernels, executor, logits, lse, [&](std::int64_t r, T* p) {
+      const T factor = static_cast<T>(SmallSum(table, t + r * n, n));
+      for (std::int64_t i = 0; i < n; ++i) p[i] *= factor;
+      table.subtract(t + r * n, p, out + r * n, n);
+      if (logits.HasMask()) fill_masked(LogitsRow<E>(kernels, logits, r, nullptr), r);
+    });
+  }
+  ForLogitsRows(kernels, executor, logits,
+                [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
+                  const std::int64_t at = r * n + row.begin();
+                  WriteLogSoftmaxVjp(table, row, segments, lse, r, t + at, out + at);
+                  fill_masked(row, r);
+                });
+}
+
+#define SOFTMAX2P_INSTANTIATE(E)                                                                    \
+  template void LogSumExpJvp(const Kernels&, Executor&, Logits<E>, const LabelledLse<E>&, const E*, \
+                             ComputeOf<E>*);                                                        \
+  template void LogSumExpVjp(const Kernels&, Executor&, Logits<E>, const LabelledLse<E>&,           \
+                             const ComputeOf<E>*, E*);                                              \
+  template void LogSoftmaxVjp(const Kernels&, Executor&, Logits<E>, const LabelledLse<E>&, const E*, E*)
+SOFTMAX2P_INSTANTIATE(float);
+SOFTMAX2P_INSTANTIATE(double);
+SOFTMAX2P_INSTANTIATE(BFloat16);
+SOFTMAX2P_INSTANTIATE(Float16);
+#undef SOFTMAX2P_INSTANTIATE
+
+}  // namespace jax_softmax2p

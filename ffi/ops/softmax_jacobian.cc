@@ -1,0 +1,79 @@
+#include "ffi/ops/softmax_jacobian.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "ffi/ops/column_tiles.h"
+#include "ffi/ops/parallel_rows.h"
+#include "ffi/runtime/memory.h"
+
+namespace jax_softmax2p {
+namespace {
+
+// The dot product as the kernel takes it. An infinite or NaN product leaves nothing sensible in `lo`, which
+// must not spoil `hi`.
+template <typename T>
+DoubleDouble<T> Rounded(const CompensatedSum& dot) {
+  DoubleDouble<T> rounded = ToDoubleDouble<T>(dot.hi, dot.lo);
+  if (!std::isfinite(rounded.lo)) rounded.lo = 0;
+  return rounded;
+}
+
+// Contiguous rows.
+template <typename E>
+void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
+                  std::int64_t rows, std::int64_t n, bool non_temporal) {
+  ParallelForRows(executor, rows, n, [&](std::int64_t first, std::int64_t end, Executor& segments_executor) {
+    const Segments segments(segments_executor, n);
+    for (std::int64_t r = first; r < end; ++r) {
+      const E *y_row = y + r * n, *t_row = t + r * n;
+      const auto dot = Rounded<ComputeOf<E>>(segments.Reduce<CompensatedSum>(
+          [&](std::int64_t begin, std::int64_t size) {
+            return kernels.dot(y_row + begin, t_row + begin, size);
+          },
+          [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); }));
+      segments.ForEach(Order::kForward, [&](std::int64_t begin, std::int64_t size) {
+        kernels.jacobian_write(y_row + begin, t_row + begin, out + r * n + begin, size, dot, non_temporal);
+        if (non_temporal && n > kSegment) FenceNonTemporalStores();
+      });
+    }
+    if (non_temporal) FenceNonTemporalStores();
+  });
+}
+
+}  // namespace
+
+template <typename E>
+void SoftmaxJacobian(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
+                     const Layout& layout) {
+  const std::int64_t n = layout.n, inner = layout.inner, columns = layout.outer * inner;
+  if (columns * n == 0) return;
+  AdviseHugePages(out, static_cast<std::size_t>(columns * n) * sizeof(E));
+  if (inner == 1) {
+    // In place the cache lines that are written are in a cache already.
+    const bool far = 3 * columns * n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
+    return JacobianRows(kernels, executor, y, t, out, columns, n, far && out != y && out != t);
+  }
+  ParallelForColumns(executor, columns, n,
+                     [&](std::int64_t first, std::int64_t end, std::int64_t width, Executor& rows_executor) {
+                       ColumnTile<E> y_tile(kernels, n, inner, width), t_tile(kernels, n, inner, width);
+                       for (; first < end; first += width) {
+                         const std::int64_t count = std::min(width, end - first);
+                         y_tile.Pack(y, first, count);
+                         t_tile.Pack(t, first, count);
+                         JacobianRows(kernels, rows_executor, y_tile.rows(), t_tile.rows(), t_tile.rows(),
+                                      count, n, false);
+                         t_tile.Unpack(out, first, count);
+                       }
+                     });
+}
+
+#define SOFTMAX2P_INSTANTIATE(E) \
+  template void SoftmaxJacobian(const KernelTable<E>&, Executor&, const E*, const E*, E*, const Layout&)
+SOFTMAX2P_INSTANTIATE(float);
+SOFTMAX2P_INSTANTIATE(double);
+SOFTMAX2P_INSTANTIATE(BFloat16);
+SOFTMAX2P_INSTANTIATE(Float16);
+#undef SOFTMAX2P_INSTANTIATE
+
+}  // namespace jax_softmax2p
