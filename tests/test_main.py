@@ -1,4 +1,4 @@
-"""The main job: ``python -m jax_softmax2p``."""
+"""The demonstration: ``python -m jax_softmax2p``."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def test_json(tmp_path):
 
 
 def test_root_of_the_checkout():
-    """Where the package's sources lie beside the caller, they must not hide the installed library."""
+    """A checkout in the current folder does not hide the installed library."""
     program = "from jax_softmax2p import native; print(native.unavailable_reason())"
     command = [sys.executable, "-W", "error", "-c", program]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

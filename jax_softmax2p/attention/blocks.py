@@ -40,7 +40,7 @@ def blockwise_attention(operands: Operands, band: Band | None, options: Options)
     Args:
       operands: the arrays, (B, K, G, T, ...).
       band: which keys the i-th query attends to; None: all.
-      options: as the caller has chosen.
+      options: the options; query_block_size overrides the limits of this module.
 
     Returns:
       The output and lse, or None, of (B, K, G, T, ...). Those of fully masked queries mean nothing, except
@@ -166,6 +166,7 @@ def _attend_range(
     operands = operands.slice_keys(keys)
 
     def single_block(operands: Operands, queries: range) -> Result:
+        # A band has no Band where it begins right of the first key in the first row. It becomes a mask there.
         shifted = None if band is None else shift_band(band, queries.start, keys.start)
         mask = None if shifted else range_mask(queries.start + jnp.arange(len(queries)))
         return attention_core(operands.slice_queries(queries), options, shifted, mask)

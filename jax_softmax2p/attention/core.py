@@ -27,7 +27,7 @@ def attention_core(
 
     Returns:
       The output, and lse or None, in query's layout. Those of fully masked queries mean nothing, except that
-      with dropout their output is the mean of the values that dropout keeps.
+      with dropout their output has equal weights for all keys.
     """
     sizes = operands.sizes
     # XLA copies the product before it goes into a custom call if it has a dimension of size 1 in front.
