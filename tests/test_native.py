@@ -89,7 +89,7 @@ def test_a_stack_of_outputs():
 
 def test_passes(isa):
     """Segments, vectors and what is left of them; as often as there are outputs."""
-    assert tuple(native._library.passes()) == native.PASSES
+    assert tuple(native._library.measurement.passes()) == native.PASSES
     x = cases.make("normal", 40_001, np.float32)
     maximum, wide = float(x.max()), x.astype(np.float64)
     out = np.full((2, x.size), np.nan, np.float32)
