@@ -22,8 +22,8 @@
 namespace jax_softmax2p {
 
 // How x is reduced to t = x - n·ln 2. Rows whose largest element has |n| beyond kMaxExponent need the guard's
-// third pass. Within it, n·kLn2Hi is exact, and so is x - n·kLn2Hi: its bits lie between 2^-1 and the last bit
-// of kLn2Hi. With kLn2Lo, n·ln 2 has more digits than t can show.
+// third pass. Within it, n·kLn2Hi is exact, and so is x - n·kLn2Hi: its bits lie between 2^-1 and the last
+// bit of kLn2Hi. With kLn2Lo, n·ln 2 has more digits than t can show.
 template <typename T, bool has_fma>
 struct Reduction;
 
