@@ -176,11 +176,7 @@ void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E*
 
 #define SOFTMAX2P_INSTANTIATE(E)                                                    \
   template void LogSumExp(const Kernels&, Executor&, Logits<E>, Lse<ComputeOf<E>>); \
-  template void LogSoftmax(const Kernels&, Executor&, Logits<E>, E*, Lse<ComputeOf<E>>)
-SOFTMAX2P_INSTANTIATE(float);
-SOFTMAX2P_INSTANTIATE(double);
-SOFTMAX2P_INSTANTIATE(BFloat16);
-SOFTMAX2P_INSTANTIATE(Float16);
-#undef SOFTMAX2P_INSTANTIATE
+  template void LogSoftmax(const Kernels&, Executor&, Logits<E>, E*, Lse<ComputeOf<E>>);
+SOFTMAX2P_FOR_EACH_ELEMENT(SOFTMAX2P_INSTANTIATE)
 
 }  // namespace jax_softmax2p
