@@ -17,43 +17,39 @@
 
 namespace jax_softmax2p {
 
-// The unevaluated sum hi + lo, where lo is small against hi.
+// a + b = hi + lo, exactly, for any a and b. All transforms return hi.
 template <typename T>
-struct DoubleDouble {
-  T hi;
-  T lo;
-};
-
-// a + b, exactly, for any a and b.
-template <typename T>
-SOFTMAX2P_INLINE DoubleDouble<T> TwoSum(T a, T b) {
+SOFTMAX2P_INLINE T TwoSum(T a, T b, T& lo) {
   const T hi = a + b;
   const T b_rounded = hi - a;
-  return {hi, (a - (hi - b_rounded)) + (b - b_rounded)};
+  lo = (a - (hi - b_rounded)) + (b - b_rounded);
+  return hi;
 }
 
-// a - b, exactly, for any a and b.
+// a - b = hi + lo, exactly, for any a and b.
 template <typename T>
-SOFTMAX2P_INLINE DoubleDouble<T> TwoDiff(T a, T b) {
+SOFTMAX2P_INLINE T TwoDiff(T a, T b, T& lo) {
   const T hi = a - b;
   const T b_rounded = hi - a;
-  return {hi, (a - (hi - b_rounded)) - (b + b_rounded)};
+  lo = (a - (hi - b_rounded)) - (b + b_rounded);
+  return hi;
 }
 
-// a + b, exactly, where |a| >= |b| or a is a multiple of b's last place.
+// a + b = hi + lo, exactly, where |a| >= |b| or a is a multiple of b's last place.
 template <typename T>
-SOFTMAX2P_INLINE DoubleDouble<T> FastTwoSum(T a, T b) {
+SOFTMAX2P_INLINE T FastTwoSum(T a, T b, T& lo) {
   const T hi = a + b;
-  return {hi, b - (hi - a)};
+  lo = b - (hi - a);
+  return hi;
 }
 
-// a·b, exactly, for vectors: with a fused multiply-add where V has one, otherwise with Dekker's product of
-// halves.
+// a·b = hi + lo, exactly, for vectors: with a fused multiply-add where V has one, otherwise with Dekker's
+// product of halves.
 template <typename V>
-SOFTMAX2P_INLINE DoubleDouble<V> TwoProd(V a, V b) {
+SOFTMAX2P_INLINE V TwoProd(V a, V b, V& lo) {
   const V hi = a * b;
   if constexpr (V::kHasFma) {
-    return {hi, Fms(a, b, hi)};
+    lo = Fms(a, b, hi);
   } else {
     using T = typename V::Scalar;
     constexpr long kSplit = (1L << (std::numeric_limits<T>::digits + 1) / 2) + 1;
@@ -61,9 +57,17 @@ SOFTMAX2P_INLINE DoubleDouble<V> TwoProd(V a, V b) {
     const V a_big = split * a, b_big = split * b;
     const V a_hi = a_big - (a_big - a), b_hi = b_big - (b_big - b);
     const V a_lo = a - a_hi, b_lo = b - b_hi;
-    return {hi, a_lo * b_lo - (((hi - a_hi * b_hi) - a_lo * b_hi) - a_hi * b_lo)};
+    lo = a_lo * b_lo - (((hi - a_hi * b_hi) - a_lo * b_hi) - a_hi * b_lo);
   }
+  return hi;
 }
+
+// The unevaluated sum hi + lo, where lo is small against hi.
+template <typename T>
+struct DoubleDouble {
+  T hi;
+  T lo;
+};
 
 // hi + lo, in a narrower type or in the same one: the error is some 2^-2p of hi for the p digits of T.
 template <typename T>

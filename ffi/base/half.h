@@ -29,6 +29,9 @@ struct ComputeType<double> {
 template <typename Element>
 using ComputeOf = typename ComputeType<Element>::type;
 
+// Applies a macro to every element type: for explicit instantiations of templates.
+#define SOFTMAX2P_FOR_EACH_ELEMENT(macro) macro(float) macro(double) macro(BFloat16) macro(Float16)
+
 // Widen converts to the compute type, exactly. Narrow rounds to nearest, ties to even.
 SOFTMAX2P_INLINE float Widen(float x) { return x; }
 SOFTMAX2P_INLINE double Widen(double x) { return x; }

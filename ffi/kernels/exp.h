@@ -1,18 +1,19 @@
-// e^x as (mantissa, exponent), the heart of every kernel: e^x = (1 + s)·2^n with n = round(x·log2 e),
-// or n = floor(x·log2 e + 13/32) where a table is used.
+// e^x as mantissa and exponent, the heart of every kernel: e^x = (1 + expm1)·2^n with n = round(x·log2 e), or
+// n = floor(x·log2 e + 13/32) where a table is used. The polynomials are here.
 //
-// Source: Dukhan & Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, section 4. Three
-// things differ from the paper, all for accuracy or speed:
+// Source: Dukhan & Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, section 4. Three things
+// differ from the paper, all for accuracy or speed:
 //
-// * The mantissa is kept as s = mantissa - 1, before the 1 would round it. The error of 1 + s in float32 is
-//   at most 0.44·2^-23, the sum of its steps' own roundings, against 0.5·2^-23 more had the 1 been added.
-//   That holds for every float with |n| <= Reduction<V>::kMaxExponent, NaN gives NaN, and sums of others are
-//   marked: `tests/selftest/run` checks it for all 2^32 patterns. Found there: 0.432 for AVX-512, 0.370 for
-//   AVX2, 0.407 for portable. For float64 the tests bound what follows from it.
-// * n is handed on as the ready power of two 2^(n - reference), read out of the lo bits of the sum that
+// * The mantissa is kept as expm1 = mantissa - 1, before the 1 would round it. The error of 1 + expm1 in
+//   float32 is at most 0.44·2^-23, the sum of the roundings of its steps, against 0.5·2^-23 more had the 1
+//   been added. That holds for every float with |n| <= Reduction<V>::kMaxExponent, NaN gives NaN, and sums of
+//   others are marked: `tests/selftest/run` checks it for all 2^32 patterns. Found there: 0.432 for AVX-512,
+//   0.370 for AVX2, 0.407 for portable. For float64 the tests bound what follows from it.
+// * n is handed on as the power of two 2^(n - reference), which is read out of the low bits of the sum that
 //   rounds x·log2 e. The reference is an even integer just below the largest n, so the power never overflows.
 // * x is clamped from below, where 2^(n - reference) is zero: -inf, finfo.min and the usual masks would
-//   otherwise become -inf + inf. NaN passes the clamp and poisons s.
+//   otherwise become -inf + inf. NaN passes the clamp and makes expm1 NaN. This is one half of the guard; the
+//   other is in ops/guarded_sum.h.
 #pragma once
 
 #include "ffi/base/inline.h"
@@ -20,10 +21,10 @@
 
 namespace jax_softmax2p {
 
-// Rows whose largest element has |n| beyond Reduction<V>::kMaxExponent are left to a max-subtracting
-// kernel. Within it, n·kLn2Hi is exact, and so is x - n·kLn2Hi: its bits lie between 2^-1 and the last
-// bit of kLn2Hi. kLn2Lo then brings the sum of both to more digits than n·ln 2 - x can show.
-template <typename T, bool fused>
+// How x is reduced to t = x - n·ln 2. Rows whose largest element has |n| beyond kMaxExponent need the guard's
+// third pass. Within it, n·kLn2Hi is exact, and so is x - n·kLn2Hi: its bits lie between 2^-1 and the last
+// bit of kLn2Hi. With kLn2Lo, n·ln 2 has more digits than t can show.
+template <typename T, bool has_fma>
 struct Reduction;
 
 template <typename T>
@@ -32,7 +33,7 @@ struct Format;
 template <>
 struct Format<float> {
   static constexpr int kBias = 127;
-  static constexpr float kRounder = 0x1.8p23f;  // adding it rounds to an integer, held in the lo bits
+  static constexpr float kRounder = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
   static constexpr float kLog2E = 0x1.715476p0f;
   static constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 };
@@ -50,7 +51,7 @@ struct Format<double> {
 template <typename T, int table_bits>
 struct Polynomial;
 
-// Lawson's iteration, each coefficient rounded before the next was fitted: 0.057·2^-24.
+// Fitted by Lawson's iteration, each coefficient rounded before the next was fitted: 0.057·2^-24.
 template <>
 struct Polynomial<float, 0> {
   static constexpr float kCoefficients[] = {0x1.fffffcp-2f, 0x1.55548cp-3f, 0x1.5558b8p-5f, 0x1.123e5ap-7f,
@@ -63,7 +64,7 @@ struct Polynomial<float, 4> {
   static constexpr float kCoefficients[] = {0x1.00022ap-1f, 0x1.555756p-3f};
 };
 
-// As the first: 0.038·2^-53.
+// Fitted as the first: 0.038·2^-53.
 template <>
 struct Polynomial<double, 0> {
   static constexpr double kCoefficients[] = {
@@ -105,11 +106,11 @@ struct Reduction<double, false> {
 template <typename V>
 using ReductionFor = Reduction<typename V::Scalar, V::kHasFma>;
 
-// 2^((j - 6)/16) - 1, for vectors that can look that up in a register: it spares the polynomial three of its
+// 2^((j - 6)/16) - 1, for vectors that can look it up in a register: it spares the polynomial three of its
 // five terms, and costs a lookup, a shift, a multiply-add and an addition. AVX-512: 0.107 ns an element in
-// pass 1 against 0.116 (Zen 5, 4096 float32). With AVX2's 8 entries the polynomial needs a term more: 0.224
-// against 0.209, so not there. Six steps below 1 and nine above keep s from -0.25 to 0.51, where floats are
-// fine enough for the rounding of the entries to cost nothing beside the polynomial's.
+// pass 1 against 0.116 (Zen 5, 4096 float32). With the 8 entries of AVX2 the polynomial needs a term more:
+// 0.224 against 0.209, so AVX2 does without. Six steps below 1 and nine above keep expm1 from -0.25 to 0.51,
+// where floats are so fine that the rounding of the entries costs nothing beside that of the polynomial.
 alignas(64) inline constexpr float kSixteenths[] = {-0x1.d4c6b0p-3f,
                                                     -0x1.8edba0p-3f,
                                                     -0x1.45d81ap-3f,
@@ -135,16 +136,16 @@ SOFTMAX2P_INLINE V PowerOfTwo(V n) {
   return ExponentFromLowBits(biased);
 }
 
-// e^x = (1 + s)·2^n for K vectors at a time. Every step is taken for all K before the next: a chain of some
-// ten dependent operations is too long for one vector after the other to fit a CPU's scheduler.
+// e^x = (1 + expm1)·2^n of K vectors. Every step is taken for all K before the next: one vector after the
+// other would be a chain of some ten dependent operations, too long for a CPU's scheduler.
 template <typename V, int K>
 struct ExtExp {
   V pow2[K];  // 2^(n - reference), zero where x was clamped
   V expm1[K];
 };
 
-// Takes x with n - reference <= 2, the reference an even integer of each lane's own: whether a tie rounds up
-// depends on its parity, and s from one pass must agree on n with the power from another.
+// Computes e^x for x with n - reference <= 2. Each lane has a reference of its own, an even integer: whether
+// a tie rounds up depends on its parity, and expm1 from one pass must agree on n with pow2 from another.
 template <typename V>
 class ExtExpKernel {
   using T = typename V::Scalar;
@@ -156,7 +157,7 @@ class ExtExpKernel {
       : lowest_((reference - V::Broadcast(F::kBias)) * V::Broadcast(static_cast<T>(F::kLn2))),
         rounder_(V::Broadcast(F::kRounder + F::kBias * kSteps + kBelow) - reference * V::Broadcast(kSteps)) {}
 
-  // The power alone, the same as operator() gives.
+  // The power alone, with the bits that operator() gives it.
   SOFTMAX2P_INLINE V Pow2(V x) const {
     if constexpr (kGuarded) x = Max(lowest_, x);
     return Exponent(Fma(x, V::Broadcast(F::kLog2E * kSteps), rounder_));
@@ -179,7 +180,7 @@ class ExtExpKernel {
     }
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.expm1[k] = Fma(t[k] * t[k], q[k], t[k]);
     if constexpr (kBits > 0) {
-      // (1 + h)(1 + s) - 1
+      // (1 + entry)·(1 + expm1) - 1
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) n[k] = e.pow2[k].Lookup(kSixteenths);
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.expm1[k] = Fma(n[k], e.expm1[k], e.expm1[k]) + n[k];
     }
@@ -196,9 +197,9 @@ class ExtExpKernel {
   using P = Polynomial<T, V::kTableBits>;
   static constexpr int kBits = V::kTableBits;
   static constexpr int kTerms = sizeof P::kCoefficients / sizeof P::kCoefficients[0];
-  // In which a power of two is divided.
+  // The steps in which a power of two is divided.
   static constexpr T kSteps = 1 << kBits;
-  // Of those, how many lie below 1 in the table.
+  // The number of steps that lie below 1 in the table.
   static constexpr T kBelow = kBits == 0 ? 0 : 6;
 
   V lowest_;

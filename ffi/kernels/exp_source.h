@@ -65,12 +65,12 @@ class RecomputeMinusLse {
     const V zero = V::Broadcast(0), minus_one = V::Broadcast(-1);
     V v[K], missing[K];
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-      const DoubleDouble<V> difference = TwoDiff(access.Load(x + k * stride), hi_);
+      V error;
+      const V difference = TwoDiff(access.Load(x + k * stride), hi_, error);
       // Max replaces the NaN that comes of infinities. What is missing is below an ULP where the power is
       // not 0. Where the power is 0, what is missing must be finite, so that their product is 0.
-      const DoubleDouble<V> both = FastTwoSum(difference.hi, Max(difference.lo - lo_, lowest));
-      v[k] = both.hi;
-      missing[k] = zero - Max(zero - Max(both.lo, minus_one), minus_one);
+      v[k] = FastTwoSum(difference, Max(error - lo_, lowest), missing[k]);
+      missing[k] = zero - Max(zero - Max(missing[k], minus_one), minus_one);
     }
     ExtExp<V, K> e = exponential_(v);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {

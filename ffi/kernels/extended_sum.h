@@ -15,22 +15,23 @@ SOFTMAX2P_INLINE double PowerOfTwo(int k) {
   return BitCast<double>(static_cast<std::uint64_t>(k + 1023) << 52);
 }
 
-// A double with twice the digits: float64 rows need them, float32 rows do not mind.
+// A sum of doubles with twice their digits, hi + lo (Ogita, Rump & Oishi's Sum2: see base/error_free.h).
+// float64 rows need it, and it costs float32 rows nothing.
 struct CompensatedSum {
   double hi = 0;
   double lo = 0;
 
   SOFTMAX2P_INLINE void Add(double x) {
-    const DoubleDouble<double> sum = TwoSum(hi, x);
-    hi = sum.hi;
-    lo += sum.lo;
+    double error;
+    hi = TwoSum(hi, x, error);
+    lo += error;
   }
   SOFTMAX2P_INLINE void Add(const CompensatedSum& other) {
     Add(other.hi);
     lo += other.lo;
   }
-  // The lanes of a vector. A double has digits to spare for a few floats, and pairs add up faster than a
-  // chain.
+  // Adds the lanes of a vector. A double has digits to spare for a few floats, and adding pairs is faster
+  // than a chain.
   template <typename V>
   SOFTMAX2P_INLINE void AddLanes(V v) {
     if constexpr (sizeof(typename V::Scalar) == sizeof(float)) {
@@ -47,8 +48,8 @@ struct CompensatedSum {
   }
 };
 
-// The paper's pair. A monoid under Combine with the default as its neutral element; what is not to be
-// trusted (a NaN, or an exponent beyond the kernel's range) has a NaN mantissa and stays so.
+// The pair of arXiv 2001.04438: mantissa·2^exponent. A monoid under Combine, with the default as its neutral
+// element. A NaN stays NaN, and an exponent beyond the kernels' range stays beyond it.
 struct ExtendedSum {
   static constexpr int kLowestExponent = -(1 << 30);
 

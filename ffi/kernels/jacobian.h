@@ -63,23 +63,27 @@ class JacobianKernels {
   }
 
  private:
-  // What is summed: At(i) gives the terms of element i and those after it, with their rounding errors.
+  // What is summed: At returns the terms of element i and those after it, and their rounding errors.
   template <typename In>
   struct Products {
     const In* y;
     const E* t;
-    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i) const {
-      return TwoProd(V::Load(y + i), V::Load(t + i));
+    SOFTMAX2P_INLINE V At(std::int64_t i, V& error) const {
+      return TwoProd(V::Load(y + i), V::Load(t + i), error);
     }
-    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i, int count) const {
-      return TwoProd(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0));
+    SOFTMAX2P_INLINE V At(std::int64_t i, int count, V& error) const {
+      return TwoProd(V::LoadPartial(y + i, count, 0), V::LoadPartial(t + i, count, 0), error);
     }
   };
   struct Terms {
     const E* t;
-    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i) const { return {V::Load(t + i), V::Broadcast(0)}; }
-    SOFTMAX2P_INLINE DoubleDouble<V> At(std::int64_t i, int count) const {
-      return {V::LoadPartial(t + i, count, 0), V::Broadcast(0)};
+    SOFTMAX2P_INLINE V At(std::int64_t i, V& error) const {
+      error = V::Broadcast(0);
+      return V::Load(t + i);
+    }
+    SOFTMAX2P_INLINE V At(std::int64_t i, int count, V& error) const {
+      error = V::Broadcast(0);
+      return V::LoadPartial(t + i, count, 0);
     }
   };
 
@@ -94,15 +98,16 @@ class JacobianKernels {
   static SOFTMAX2P_INLINE void SumBlock(const Source& source, std::int64_t i, std::int64_t n,
                                         CompensatedSum& total) {
     Accumulator even, odd;
+    V error;
     for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
-      even.Add(source.At(i));
-      odd.Add(source.At(i + V::kLanes));
+      even.Add(source.At(i, error), error);
+      odd.Add(source.At(i + V::kLanes, error), error);
     }
     if (i + V::kLanes <= n) {
-      even.Add(source.At(i));
+      even.Add(source.At(i, error), error);
       i += V::kLanes;
     }
-    if (i < n) odd.Add(source.At(i, static_cast<int>(n - i)));
+    if (i < n) odd.Add(source.At(i, static_cast<int>(n - i), error), error);
     even.AddTo(total);
     odd.AddTo(total);
   }
@@ -111,10 +116,11 @@ class JacobianKernels {
     V sum = V::Broadcast(0);
     V rest = V::Broadcast(0);
 
-    SOFTMAX2P_INLINE void Add(const DoubleDouble<V>& next) {
-      const DoubleDouble<V> larger = TwoSum(sum, next.hi);
-      rest = rest + (larger.lo + next.lo);
-      sum = larger.hi;
+    // `error` by reference: it is written while the other argument is computed.
+    SOFTMAX2P_INLINE void Add(V term, const V& error) {
+      V rounding;
+      sum = TwoSum(sum, term, rounding);
+      rest = rest + (rounding + error);
     }
     SOFTMAX2P_INLINE void AddTo(CompensatedSum& total) const {
       total.AddLanes(sum);

@@ -1,5 +1,5 @@
-// Sums of e^x in every lane of a vector, each lane with an exponent of its own: the paper's pair, kLanes
-// times.
+// Sums of e^x in every lane of a vector, each lane with an exponent of its own: the pair of arXiv 2001.04438,
+// kLanes times.
 #pragma once
 
 #include "ffi/base/error_free.h"
@@ -10,25 +10,24 @@
 
 namespace jax_softmax2p {
 
-// (hi + lo)·2^exponent in every lane, in twice the working precision. Exponents are integers held as
-// floating-point numbers; one beyond Reduction<V>::kMaxExponent either way marks a sum that is not to be
+// A sum in every lane, (hi + lo)·2^exponent, in twice the working precision. Exponents are integers held as
+// floating-point numbers. One beyond Reduction<V>::kMaxExponent, either way, marks a sum that is not to be
 // trusted. A monoid under Merge, with the lowest exponent and zeros as its neutral element.
 template <typename V>
-struct LaneTotal {
+struct LaneSums {
   V hi, lo, exponent;
 
-  SOFTMAX2P_INLINE void Merge(const LaneTotal& other) {
+  SOFTMAX2P_INLINE void Merge(const LaneSums& other) {
     const V highest = Max(exponent, other.exponent);
     const V own = PowerOfTwo<V>(exponent - highest), others = PowerOfTwo<V>(other.exponent - highest);
-    const DoubleDouble<V> sum = TwoSum(hi * own, other.hi * others);
-    const DoubleDouble<V> total = FastTwoSum(sum.hi, sum.lo + (lo * own + other.lo * others));
-    hi = total.hi;
-    lo = total.lo;
+    V error;
+    const V sum = TwoSum(hi * own, other.hi * others, error);
+    hi = FastTwoSum(sum, error + (lo * own + other.lo * others), lo);
     exponent = highest;
   }
 
-  // The lanes' sum.
-  SOFTMAX2P_INLINE ExtendedSum Reduce() const {
+  // The sum of the lanes.
+  SOFTMAX2P_INLINE ExtendedSum ReduceSum() const {
     constexpr int kMax = ReductionFor<V>::kMaxExponent;
     const auto highest = exponent.ReduceMax();
     const V power = PowerOfTwo<V>(exponent - V::Broadcast(highest));
@@ -39,25 +38,26 @@ struct LaneTotal {
     return total;
   }
 
-  // 1/(hi + lo) as a sum of two, for `Scaler`.
+  // Replaces hi + lo by 1/(hi + lo), also as a sum of two, for Scaler.
   SOFTMAX2P_INLINE void Invert() {
     const V one = V::Broadcast(1);
     const V inverse = one / hi;
-    const DoubleDouble<V> product = TwoProd(inverse, hi);
-    const V error = ((one - product.hi) - product.lo) - inverse * lo;
+    V product_lo;
+    const V product = TwoProd(inverse, hi, product_lo);
+    const V error = ((one - product) - product_lo) - inverse * lo;
     hi = inverse;
     lo = inverse * error;
   }
 };
 
-// Adds (1 + s)·2^(n - reference), with the error of every addition carried along in `rest`. The sum starts
-// at 8, above any term, so that its growth is what was added, exactly (Dekker's fast two-sum); what is
-// missing of the term then is power - added + s·power.
+// Adds e^x as (1 + expm1)·2^(n - reference), and carries the error of every addition along in `rest`. The sum
+// starts at 8, above any term, so that its growth is what was added, exactly (see FastTwoSum); what is then
+// missing of the term is pow2 - added + expm1·pow2.
 //
-// Good for kFold additions: `rest` itself is not compensated, and a bias that repeats itself makes its error
-// grow with their square, to 2^-26 of the sum.
+// Good for kFold additions of a lane: `rest` itself is not compensated, and a bias that repeats itself makes
+// its error grow with the square of their number, to 2^-26 of the sum.
 template <typename V>
-class LaneSum {
+class LaneAccumulator {
   using T = typename V::Scalar;
   static constexpr int kMaxExponent = ReductionFor<V>::kMaxExponent;
   static constexpr T kStart = 8;
@@ -65,23 +65,23 @@ class LaneSum {
  public:
   static constexpr int kFold = 2048;
 
-  // Sums of elements of up to `maximum`.
-  explicit SOFTMAX2P_INLINE LaneSum(V maximum) : reference_(Reference(maximum)) {}
-  // Of nothing yet.
-  SOFTMAX2P_INLINE LaneSum() : reference_(V::Broadcast(-kMaxExponent)) {}
+  // With room for elements x of up to `maximum`.
+  explicit SOFTMAX2P_INLINE LaneAccumulator(V maximum) : reference_(Reference(maximum)) {}
+  // With the lowest reference.
+  SOFTMAX2P_INLINE LaneAccumulator() : reference_(V::Broadcast(-kMaxExponent)) {}
 
   SOFTMAX2P_INLINE V reference() const { return reference_; }
 
-  // Makes room for elements of up to `maximum`.
+  // Raises the reference where needed, so that there is room for elements x of up to `maximum`.
   SOFTMAX2P_INLINE void Rescale(V maximum) {
     const V needed = Reference(maximum);
     if (!AnyGreater(needed, reference_)) return;
     const V raised = Max(reference_, needed), start = V::Broadcast(kStart);
     const V power = PowerOfTwo<V>(reference_ - raised);
     const V terms = (sum_ - start) * power;
-    const DoubleDouble<V> sum = TwoSum(start, terms);
-    sum_ = sum.hi;
-    rest_ = rest_ * power + sum.lo;
+    V error;
+    sum_ = TwoSum(start, terms, error);
+    rest_ = rest_ * power + error;
     reference_ = raised;
   }
 
@@ -96,14 +96,15 @@ class LaneSum {
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) rest_ = rest_ + Fma(e.expm1[k], e.pow2[k], missing[k]);
   }
 
-  SOFTMAX2P_INLINE LaneTotal<V> Total() const {
-    const DoubleDouble<V> total = FastTwoSum(sum_ - V::Broadcast(kStart), rest_);
-    return {total.hi, total.lo, reference_};
+  SOFTMAX2P_INLINE LaneSums<V> Sums() const {
+    V lo;
+    const V hi = FastTwoSum(sum_ - V::Broadcast(kStart), rest_, lo);
+    return {hi, lo, reference_};
   }
 
  private:
-  // The largest even integer not above maximum·log2 e, or the lowest exponent. Not above, so that a sum is 1
-  // at least, and a result whose power underflows does, too. Even: see ExtExpKernel.
+  // The largest even integer not above maximum·log2 e, or the lowest exponent. It is not above, so that a sum
+  // is at least 1, and a result underflows where its power does. It is even: see ExtExpKernel.
   static SOFTMAX2P_INLINE V Reference(V maximum) {
     V half = maximum * V::Broadcast(Format<T>::kLog2E / 2);
     if constexpr (kGuarded) half = Max(V::Broadcast(-kMaxExponent / 2), half);

@@ -1,4 +1,4 @@
-// Logarithms of sums, without branches, for compilers to make vectors of.
+// Logarithms of sums, without branches, so that compilers vectorise loops over them.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,12 @@
 
 namespace jax_softmax2p {
 
-// log(1 + t) for t from 0 on as hi + lo, to 2^-52 of itself or 2^-54, whichever is more. With 1 + t =
-// 2^k·(1 + f), 1 + f from sqrt(1/2) on, and s = f/(2 + f), it is k·ln 2 + 2·artanh(s), |s| < 0.172, where the
-// series needs 11 terms. f comes from t, and so keeps its digits where t is small. kLn2Hi has 32 digits:
-// its product with k is exact.
-SOFTMAX2P_INLINE DoubleDouble<double> LogOfOnePlus(double t) {
+// log(1 + t) = hi + lo for t >= 0; returns hi. The error is 2^-52 of the result or 2^-54, whichever is more.
+//
+// With 1 + t = 2^k·(1 + f), 1 + f >= sqrt(1/2), and s = f/(2 + f), the result is k·ln 2 + 2·artanh(s). Here
+// |s| < 0.172, and the series needs 11 terms. f is computed from t, and so keeps its digits where t is small.
+// kLn2Hi has 32 digits: its product with k is exact.
+SOFTMAX2P_INLINE double LogOfOnePlus(double t, double& lo) {
   constexpr std::uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kMagic = 0x4330000000000000,
                           kOne = 0x3ff0000000000000;
   const std::uint64_t k = (BitCast<std::uint64_t>(1 + t) - kSqrtHalf) >> 52;
@@ -26,14 +27,15 @@ SOFTMAX2P_INLINE DoubleDouble<double> LogOfOnePlus(double t) {
   double series = kTerms[0];
   SOFTMAX2P_UNROLL for (int i = 1; i < 10; ++i) series = series * square + kTerms[i];
   constexpr double kLn2Hi = 0x1.62e42feep-1, kLn2Lo = 0x1.a39ef35793c76p-33;
-  return FastTwoSum(exponent * kLn2Hi, s * square * series + (2 * s + exponent * kLn2Lo));
+  return FastTwoSum(exponent * kLn2Hi, s * square * series + (2 * s + exponent * kLn2Lo), lo);
 }
 
-// The log of a sum over its largest term, for a sum hi + lo and a largest term (1 + s)·power of it: never
-// below 0, and exactly 0 where the others vanish, since the errors of the term are in the sum, too.
-SOFTMAX2P_INLINE DoubleDouble<double> LogOfSumOverLargest(double hi, double lo, double power, double s) {
-  const double others = ((hi - power) + (lo - s * power)) / (power + s * power);
-  return LogOfOnePlus(others < 0 ? 0 : others);
+// The log of a sum over its largest term, as hi + lo; returns hi. The sum is (hi + lo) of its reference, the
+// largest term (1 + expm1)·pow2 of it. The result is never below 0, and exactly 0 where the other terms
+// vanish, since the errors of the largest term are in the sum, too.
+SOFTMAX2P_INLINE double LogOfSumOverLargest(double hi, double lo, double pow2, double expm1, double& log_lo) {
+  const double others = ((hi - pow2) + (lo - expm1 * pow2)) / (pow2 + expm1 * pow2);
+  return LogOfOnePlus(others < 0 ? 0 : others, log_lo);
 }
 
 }  // namespace jax_softmax2p

@@ -1,4 +1,4 @@
-// Columns as rows and back: a matrix of which some columns are copied, transposed.
+// Columns of a matrix copied into contiguous rows, and back.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace jax_softmax2p {
 
-// For elements E, computed in V.
+// For elements E. V is the vector type that E is computed in.
 template <typename V, typename E>
 class PackKernels {
  public:
@@ -37,9 +37,9 @@ class PackKernels {
   }
 
  private:
-  // Calls vectors(i, c, registers) for blocks of kLanes by kTransposeRows and one(i, c) for what those leave;
-  // there are no registers for the transposition of 16-bit elements. A block of rows at a time, so that of
-  // every line of x all columns are taken while it is in the first-level cache.
+  // Calls vectors(i, c, registers) for blocks of kLanes rows by kTransposeRows columns, and one(i, c) for
+  // what those leave, and for 16-bit elements, which vectors do not transpose. A block of rows is done for
+  // all columns before the next, while its cache lines of x are in the first-level cache.
   template <typename Vectors, typename One>
   static SOFTMAX2P_INLINE void ForBlocks(std::int64_t n, std::int64_t columns, const Vectors& vectors,
                                          const One& one) {

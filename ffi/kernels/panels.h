@@ -45,7 +45,7 @@ class PanelKernels {
 
   static void Merge(const PanelSums<T>& into, const PanelSums<T>& from, int width) {
     ForVectors<V>(width, [&](int, int at, const auto& access) {
-      LaneTotal<V> total = Load(access, into, at);
+      LaneSums<V> total = Load(access, into, at);
       total.Merge(Load(access, from, at));
       Store(access, total, into, at);
     });
@@ -53,7 +53,7 @@ class PanelKernels {
 
   static void Invert(const PanelSums<T>& sums, int width) {
     ForVectors<V>(width, [&](int, int at, const auto& access) {
-      LaneTotal<V> total = Load(access, sums, at);
+      LaneSums<V> total = Load(access, sums, at);
       total.Invert();
       Store(access, total, sums, at);
     });
@@ -109,15 +109,15 @@ class PanelKernels {
   template <typename Kept, typename Readers>
   static SOFTMAX2P_INLINE void SumPanel(const E* x, Kept kept, const Panel& panel, const T* maximum,
                                         const Readers& readers, const PanelSums<T>& sums) {
-    LaneSum<V> lane_sums[kVectors];
+    LaneAccumulator<V> accumulators[kVectors];
     const auto add = [&](int v, int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const auto read = readers.Reader(access, at);
       const E* const from = x + row * panel.stride + at;
       const V highest =
           maximum != nullptr ? access.Load(maximum + at) : MaxColumn<V>(access, from, panel.stride, rows);
-      lane_sums[v].Rescale(read(highest));
+      accumulators[v].Rescale(read(highest));
       AddColumn(access, from, kept + row * panel.stride + at, panel.stride, BlockRows(panel), rows, read,
-                lane_sums[v]);
+                accumulators[v]);
     };
     const std::int64_t block = BlockRows(panel);
     for (std::int64_t row = 0; row < panel.rows; row += block) {
@@ -125,17 +125,18 @@ class PanelKernels {
       ForVectors<V>(panel.width, [&](int v, int at, const auto& access) { add(v, at, access, row, rows); });
     }
     ForVectors<V>(panel.tail, [&](int v, int at, const auto& access) { add(v, at, access, panel.rows, 1); });
-    ForVectors<V>(panel.width,
-                  [&](int v, int at, const auto& access) { Store(access, lane_sums[v].Total(), sums, at); });
+    ForVectors<V>(panel.width, [&](int v, int at, const auto& access) {
+      Store(access, accumulators[v].Sums(), sums, at);
+    });
   }
 
   template <typename Access>
-  static SOFTMAX2P_INLINE LaneTotal<V> Load(const Access& access, const PanelSums<T>& sums, int at) {
+  static SOFTMAX2P_INLINE LaneSums<V> Load(const Access& access, const PanelSums<T>& sums, int at) {
     return {access.Load(sums.hi + at), access.Load(sums.lo + at), access.Load(sums.exponent + at)};
   }
   template <typename Access>
-  static SOFTMAX2P_INLINE void Store(const Access& access, const LaneTotal<V>& total,
-                                     const PanelSums<T>& sums, int at) {
+  static SOFTMAX2P_INLINE void Store(const Access& access, const LaneSums<V>& total, const PanelSums<T>& sums,
+                                     int at) {
     access.Store(total.hi, sums.hi + at);
     access.Store(total.lo, sums.lo + at);
     access.Store(total.exponent, sums.exponent + at);
@@ -146,7 +147,7 @@ class PanelKernels {
                                           const Panel& panel, const PanelSums<T>& scales) {
     const auto write = [&](int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const std::int64_t i = row * panel.stride + at;
-      const LaneTotal<V> scale = Load(access, scales, at);
+      const LaneSums<V> scale = Load(access, scales, at);
       WriteColumn<V>(access, access, sources.Source(access, at, scale.exponent), x + i, kept + i, y + i,
                      panel.stride, BlockRows(panel), rows, Scaler<V>{scale.hi, scale.lo});
     };

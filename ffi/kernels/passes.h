@@ -40,7 +40,7 @@ SOFTMAX2P_INLINE V MaxColumn(const Access& access, const In* x, Stride stride, s
 template <int K, typename V, typename Access, typename In, typename Kept, typename Stride, typename Far,
           typename Read>
 SOFTMAX2P_INLINE void AddVectors(const Access& access, const In* x, Kept kept, Stride stride, Far ahead,
-                                 const Recompute<V, Read>& source, LaneSum<V>& sum) {
+                                 const Recompute<V, Read>& source, LaneAccumulator<V>& sum) {
   Prefetch<K>(x, stride, ahead);
   const auto e = source.template At<K>(access, x, kept, stride);
   if constexpr (!std::is_same_v<Kept, Discard>) {
@@ -54,7 +54,7 @@ SOFTMAX2P_INLINE void AddVectors(const Access& access, const In* x, Kept kept, S
 template <typename V, typename Access, typename In, typename Kept, typename Stride, typename Far,
           typename Read>
 SOFTMAX2P_INLINE void AddColumn(const Access& access, const In* x, Kept kept, Stride stride, Far ahead,
-                                std::int64_t rows, const Read& read, LaneSum<V>& sum) {
+                                std::int64_t rows, const Read& read, LaneAccumulator<V>& sum) {
   const Recompute<V, Read> source(sum.reference(), read);
   std::int64_t i = 0;
   for (; i + kUnroll <= rows; i += kUnroll) {

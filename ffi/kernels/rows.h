@@ -77,7 +77,7 @@ class RowKernels {
   template <typename Kept, typename Read>
   static SOFTMAX2P_INLINE RowSum<T> SumRow(const E* x, Kept kept, std::int64_t n, const Read& read,
                                            const T* maximum) {
-    constexpr std::int64_t kElements = std::int64_t{LaneSum<V>::kFold} * V::kLanes;
+    constexpr std::int64_t kElements = std::int64_t{LaneAccumulator<V>::kFold} * V::kLanes;
     RowSum<T> row = SumFold(x, kept, n < kElements ? n : kElements, read, maximum);
     for (std::int64_t i = kElements; i < n; i += kElements) {
       const std::int64_t rest = n - i;
@@ -86,13 +86,13 @@ class RowKernels {
     return row;
   }
 
-  // The sum of so many elements as a LaneSum is good for.
+  // The sum of so many elements as a LaneAccumulator is good for.
   template <typename Kept, typename Read>
   static SOFTMAX2P_INLINE RowSum<T> SumFold(const E* x, Kept kept, std::int64_t n, const Read& read,
                                             const T* maximum) {
     const std::int64_t vectors = n / V::kLanes, end = vectors * V::kLanes;
     const Tail<V> rest{static_cast<int>(n - end)};
-    LaneSum<V> sum;
+    LaneAccumulator<V> sum;
     V highest = V::Broadcast(maximum != nullptr ? *maximum : kMinusInfinity<V>);
     if (maximum != nullptr) sum.Rescale(highest);
     std::int64_t v = 0;
@@ -109,7 +109,7 @@ class RowKernels {
       v += size;
     } while (v < vectors);
     if (rest.count != 0) AddColumn(rest, x + end, kept + end, kAdjacent<V>, Ahead<0>{}, 1, read, sum);
-    return {sum.Total().Reduce(), highest.ReduceMax()};
+    return {sum.Sums().ReduceSum(), highest.ReduceMax()};
   }
 
   template <typename Source, typename In, typename Kept, typename Scaling>

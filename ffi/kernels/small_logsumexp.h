@@ -25,9 +25,9 @@ class SmallLogSumExpKernels {
       const int count = Tile::RowsOf(outer - first);
       Tile::Load(x + first * n, count, n, tile);
       const V largest[1] = {MaxColumn<V>(FullVector<V>{}, tile, kAdjacent<V>, n)};
-      LaneSum<V> sum(largest[0]);
+      LaneAccumulator<V> sum(largest[0]);
       AddColumn(FullVector<V>{}, tile, Discard{}, kAdjacent<V>, Ahead<0>{}, n, Identity{}, sum);
-      const LaneTotal<V> total = sum.Total();
+      const LaneSums<V> total = sum.Sums();
       const ExtExp<V, 1> of_largest = ExtExpKernel<V>(sum.reference())(largest);
       T maxima[V::kLanes], sums[V::kLanes], rests[V::kLanes], exponents[V::kLanes];
       T powers[V::kLanes], mantissas[V::kLanes];
@@ -39,9 +39,7 @@ class SmallLogSumExpKernels {
       of_largest.pow2[0].Store(powers);
       of_largest.expm1[0].Store(mantissas);
       for (int l = 0; l < V::kLanes; ++l) {
-        const DoubleDouble<double> lane = LogOfSumOverLargest(sums[l], rests[l], powers[l], mantissas[l]);
-        logs[l] = lane.hi;
-        log_rests[l] = lane.lo;
+        logs[l] = LogOfSumOverLargest(sums[l], rests[l], powers[l], mantissas[l], log_rests[l]);
       }
       for (int l = 0; l < count; ++l) {
         const T size = exponents[l] < 0 ? -exponents[l] : exponents[l];

@@ -65,7 +65,7 @@ class SmallSoftmaxKernels {
 
   // What pass 1 finds of a column of vectors. `exact` is false where the guard wants the maximum subtracted.
   struct ColumnScale {
-    LaneTotal<V> scale;
+    LaneSums<V> scale;
     bool exact;
   };
 
@@ -88,10 +88,10 @@ class SmallSoftmaxKernels {
   }
 
   static SOFTMAX2P_INLINE ColumnScale Sum(const T* x, T* kept, int n, int stride) {
-    LaneSum<V> sum(MaxColumn<V>(FullVector<V>{}, x, stride, n));
+    LaneAccumulator<V> sum(MaxColumn<V>(FullVector<V>{}, x, stride, n));
     AddColumn(FullVector<V>{}, x, kept, stride, Ahead<0>{}, n, Identity{}, sum);
     const V limit = V::Broadcast(ReductionFor<V>::kMaxExponent - 1), reference = sum.reference();
-    LaneTotal<V> scale = sum.Total();
+    LaneSums<V> scale = sum.Sums();
     scale.Invert();
     return {scale, !AnyGreater(reference, limit) && !AnyGreater(V::Broadcast(0) - limit, reference)};
   }
@@ -103,12 +103,13 @@ class SmallSoftmaxKernels {
   }
 
   // The guard's third pass (see ops/guarded_sum.h), for the lanes that need it: the others have a maximum of
-  // 0 subtracted, which changes nothing. A lane whose maximum is infinite has no softmax: all NaN.
-  static void GuardedColumn(T* x, int n, int stride) {
+  // 0 subtracted, which changes nothing. A lane whose maximum is infinite has no softmax: all NaN. Out of
+  // line, since rows need it rarely.
+  static __attribute__((noinline)) void GuardedColumn(T* x, int n, int stride) {
     const V maximum = MaxColumn<V>(FullVector<V>{}, x, stride, n);
     T lanes[V::kLanes], references[V::kLanes];
     maximum.Store(lanes);
-    LaneSum<V>(maximum).reference().Store(references);
+    LaneAccumulator<V>(maximum).reference().Store(references);
     bool infinite[V::kLanes];
     for (int l = 0; l < V::kLanes; ++l) {
       infinite[l] = lanes[l] - lanes[l] != 0;
@@ -116,9 +117,9 @@ class SmallSoftmaxKernels {
       if (infinite[l] || size < ReductionFor<V>::kMaxExponent) lanes[l] = 0;
     }
     const SubtractMax<V> minus{V::Load(lanes)};
-    LaneSum<V> sum(minus(maximum));
+    LaneAccumulator<V> sum(minus(maximum));
     AddColumn(FullVector<V>{}, x, Discard{}, stride, Ahead<0>{}, n, minus, sum);
-    LaneTotal<V> scale = sum.Total();
+    LaneSums<V> scale = sum.Sums();
     scale.Invert();
     T hi[V::kLanes];
     scale.hi.Store(hi);

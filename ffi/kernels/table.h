@@ -19,7 +19,7 @@ namespace jax_softmax2p {
 inline constexpr int kMaxSmall = 128;
 // The most columns that a Panel has.
 inline constexpr int kPanelWidth = 256;
-// The most rows that a Panel has. More would cost a sum its accuracy: see LaneSum.
+// The most rows that a Panel has. More would cost a sum its accuracy: see LaneAccumulator.
 inline constexpr std::int64_t kMaxPanelRows = 2048;
 
 // What is known of a row's maximum before its sum.
@@ -121,9 +121,9 @@ struct KernelTable {
 
   // The largest element. NaNs are passed over; no elements give -inf.
   T (*row_max)(const E* x, std::int64_t n);
-  // Pass 1: the sum of e^x, for float to 2^-26 of itself (see LaneSum), and the maximum. Where `kept` is not
-  // null, the mantissas, expm1 of every e^x = (1 + expm1)·2^k, are written to kept[n] for row_write; `kept`
-  // may be y, and is ignored where the maximum is subtracted.
+  // Pass 1: the sum of e^x, for float to 2^-26 of itself (see LaneAccumulator), and the maximum. Where `kept`
+  // is not null, the mantissas, expm1 of every e^x = (1 + expm1)·2^k, are written to kept[n] for row_write;
+  // `kept` may be y, and is ignored where the maximum is subtracted.
   RowSum<T> (*row_sum)(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum);
   // Pass 2: y[n] as RowScale says. Where `kept` is not null, mantissas are loaded from it; it may be y.
   void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,

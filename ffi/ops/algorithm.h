@@ -10,9 +10,9 @@ namespace jax_softmax2p {
 enum class Algorithm {
   kAuto,
   kTwoPass,             // Algorithm 3 of arXiv 2001.04438: pass 2 recomputes every exponential
-  kTwoPassReload,       // pass 2 loads what pass 1 kept of every exponential
-  kThreePassRecompute,  // Algorithm 1: the maximum first, then as kTwoPass
-  kThreePassReload,     // Algorithm 2: the maximum first, then as kTwoPassReload
+  kTwoPassReload,       // pass 2 loads the mantissas that pass 1 kept
+  kThreePassRecompute,  // Algorithm 1: finds the maximum first, then as kTwoPass
+  kThreePassReload,     // Algorithm 2: finds the maximum first, then as kTwoPassReload
 };
 
 struct NamedAlgorithm {

@@ -24,8 +24,9 @@ LseTerms<ComputeOf<E>> LseOfRow(const KernelTable<E>& kernels, const LogitsRow<E
   // Of the largest element: e^(maximum - maximum), where that is subtracted.
   T expm1 = 0, pow2 = 1;
   if (!row_sum.subtract) kernels.exponential(row_sum.maximum, row_sum.sum.exponent, &expm1, &pow2);
-  const DoubleDouble<double> exact = LogOfSumOverLargest(mantissa.hi, mantissa.lo, pow2, expm1);
-  const DoubleDouble<T> log = ToDoubleDouble<T>(exact.hi, exact.lo);
+  double exact_lo;
+  const double exact_hi = LogOfSumOverLargest(mantissa.hi, mantissa.lo, pow2, expm1, exact_lo);
+  const DoubleDouble<T> log = ToDoubleDouble<T>(exact_hi, exact_lo);
   return {row_sum.maximum, log.hi, log.lo};
 }
 
@@ -36,9 +37,10 @@ void WriteLse(const LseTerms<ComputeOf<E>>& terms, const LogitsRow<E>& row, Lse<
               std::int64_t r) {
   using T = ComputeOf<E>;
   T &hi = lse.hi[r], &lo = lse.lo[r];
-  const DoubleDouble<double> sum = TwoSum<double>(terms.maximum, terms.log);
-  hi = static_cast<T>(sum.hi + (sum.lo + static_cast<double>(terms.rest)));
-  lo = static_cast<T>(((sum.hi - static_cast<double>(hi)) + sum.lo) + static_cast<double>(terms.rest));
+  double error;
+  const double sum = TwoSum<double>(terms.maximum, terms.log, error);
+  hi = static_cast<T>(sum + (error + static_cast<double>(terms.rest)));
+  lo = static_cast<T>(((sum - static_cast<double>(hi)) + error) + static_cast<double>(terms.rest));
   if (std::isfinite(hi)) return;
   lo = 0;
   if (std::isnan(hi) && std::isinf(terms.maximum) && !row.HasNan()) hi = terms.maximum;
@@ -75,10 +77,11 @@ class SmallRowsLse {
 
   void Write(Lse<T> lse) const {
     for (std::int64_t i = 0; i < count_; ++i) {
-      const DoubleDouble<T> sum = TwoSum(maximum[i], log[i]);
-      if (std::isfinite(sum.hi)) {
-        lse.hi[first_ + i] = sum.hi;
-        lse.lo[first_ + i] = sum.lo + rest[i];
+      T error;
+      const T sum = TwoSum(maximum[i], log[i], error);
+      if (std::isfinite(sum)) {
+        lse.hi[first_ + i] = sum;
+        lse.lo[first_ + i] = error + rest[i];
       } else {
         WriteLse<E>({maximum[i], log[i], rest[i]}, Row(i), lse, first_ + i);
       }
@@ -173,11 +176,7 @@ void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E*
 
 #define SOFTMAX2P_INSTANTIATE(E)                                                    \
   template void LogSumExp(const Kernels&, Executor&, Logits<E>, Lse<ComputeOf<E>>); \
-  template void LogSoftmax(const Kernels&, Executor&, Logits<E>, E*, Lse<ComputeOf<E>>)
-SOFTMAX2P_INSTANTIATE(float);
-SOFTMAX2P_INSTANTIATE(double);
-SOFTMAX2P_INSTANTIATE(BFloat16);
-SOFTMAX2P_INSTANTIATE(Float16);
-#undef SOFTMAX2P_INSTANTIATE
+  template void LogSoftmax(const Kernels&, Executor&, Logits<E>, E*, Lse<ComputeOf<E>>);
+SOFTMAX2P_FOR_EACH_ELEMENT(SOFTMAX2P_INSTANTIATE)
 
 }  // namespace jax_softmax2p

@@ -293,11 +293,7 @@ void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits,
                              ComputeOf<E>*);                                                        \
   template void LogSumExpVjp(const Kernels&, Executor&, Logits<E>, const LabelledLse<E>&,           \
                              const ComputeOf<E>*, E*);                                              \
-  template void LogSoftmaxVjp(const Kernels&, Executor&, Logits<E>, const LabelledLse<E>&, const E*, E*)
-SOFTMAX2P_INSTANTIATE(float);
-SOFTMAX2P_INSTANTIATE(double);
-SOFTMAX2P_INSTANTIATE(BFloat16);
-SOFTMAX2P_INSTANTIATE(Float16);
-#undef SOFTMAX2P_INSTANTIATE
+  template void LogSoftmaxVjp(const Kernels&, Executor&, Logits<E>, const LabelledLse<E>&, const E*, E*);
+SOFTMAX2P_FOR_EACH_ELEMENT(SOFTMAX2P_INSTANTIATE)
 
 }  // namespace jax_softmax2p

@@ -103,11 +103,7 @@ void Softmax(const Kernels& kernels, Executor& executor, Algorithm algorithm, Lo
 
 #define SOFTMAX2P_INSTANTIATE(E)                                      \
   template SoftmaxPlan PlanSoftmax<E>(Algorithm, const Layout&, int); \
-  template void Softmax(const Kernels&, Executor&, Algorithm, Logits<E>, E*)
-SOFTMAX2P_INSTANTIATE(float);
-SOFTMAX2P_INSTANTIATE(double);
-SOFTMAX2P_INSTANTIATE(BFloat16);
-SOFTMAX2P_INSTANTIATE(Float16);
-#undef SOFTMAX2P_INSTANTIATE
+  template void Softmax(const Kernels&, Executor&, Algorithm, Logits<E>, E*);
+SOFTMAX2P_FOR_EACH_ELEMENT(SOFTMAX2P_INSTANTIATE)
 
 }  // namespace jax_softmax2p

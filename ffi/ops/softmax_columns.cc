@@ -213,11 +213,7 @@ void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const Sof
 }
 
 #define SOFTMAX2P_INSTANTIATE(E) \
-  template void SoftmaxColumns(const KernelTable<E>&, Executor&, const SoftmaxPlan&, const Logits<E>&, E*)
-SOFTMAX2P_INSTANTIATE(float);
-SOFTMAX2P_INSTANTIATE(double);
-SOFTMAX2P_INSTANTIATE(BFloat16);
-SOFTMAX2P_INSTANTIATE(Float16);
-#undef SOFTMAX2P_INSTANTIATE
+  template void SoftmaxColumns(const KernelTable<E>&, Executor&, const SoftmaxPlan&, const Logits<E>&, E*);
+SOFTMAX2P_FOR_EACH_ELEMENT(SOFTMAX2P_INSTANTIATE)
 
 }  // namespace jax_softmax2p

@@ -69,11 +69,7 @@ void SoftmaxJacobian(const KernelTable<E>& kernels, Executor& executor, const E*
 }
 
 #define SOFTMAX2P_INSTANTIATE(E) \
-  template void SoftmaxJacobian(const KernelTable<E>&, Executor&, const E*, const E*, E*, const Layout&)
-SOFTMAX2P_INSTANTIATE(float);
-SOFTMAX2P_INSTANTIATE(double);
-SOFTMAX2P_INSTANTIATE(BFloat16);
-SOFTMAX2P_INSTANTIATE(Float16);
-#undef SOFTMAX2P_INSTANTIATE
+  template void SoftmaxJacobian(const KernelTable<E>&, Executor&, const E*, const E*, E*, const Layout&);
+SOFTMAX2P_FOR_EACH_ELEMENT(SOFTMAX2P_INSTANTIATE)
 
 }  // namespace jax_softmax2p

@@ -131,9 +131,8 @@ void SoftmaxRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& 
                   });
 }
 
-template void SoftmaxRows(const Kernels&, Executor&, const SoftmaxPlan&, const Logits<float>&, float*);
-template void SoftmaxRows(const Kernels&, Executor&, const SoftmaxPlan&, const Logits<double>&, double*);
-template void SoftmaxRows(const Kernels&, Executor&, const SoftmaxPlan&, const Logits<BFloat16>&, BFloat16*);
-template void SoftmaxRows(const Kernels&, Executor&, const SoftmaxPlan&, const Logits<Float16>&, Float16*);
+#define SOFTMAX2P_INSTANTIATE(E) \
+  template void SoftmaxRows(const Kernels&, Executor&, const SoftmaxPlan&, const Logits<E>&, E*);
+SOFTMAX2P_FOR_EACH_ELEMENT(SOFTMAX2P_INSTANTIATE)
 
 }  // namespace jax_softmax2p

@@ -13,8 +13,8 @@ namespace {
 
 constexpr bool HasAll(std::uint64_t value, std::uint64_t bits) { return (value & bits) == bits; }
 
-// The register states that the operating system saves: a CPU may have AVX where the system, or the
-// virtual machine's settings, do not allow it.
+// The register states that the operating system saves. A CPU may have AVX where the system, or the settings
+// of a virtual machine, do not allow it.
 std::uint64_t EnabledStates() {
   std::uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));

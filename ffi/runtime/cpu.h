@@ -1,4 +1,4 @@
-// What the CPU and the operating system let a program execute.
+// The instructions that the CPU and the operating system let a program execute.
 #pragma once
 
 namespace jax_softmax2p {

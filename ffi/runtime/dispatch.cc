@@ -15,7 +15,7 @@ struct Target {
   bool supported;
 };
 
-// Every instruction set of this build, best first. The tests and benchmarks read the list from here.
+// Every instruction set of this build, best first. Tests and benchmarks take the list from here.
 std::vector<Target> Targets() {
   return {
 #if defined(__x86_64__)

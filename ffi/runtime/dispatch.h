@@ -18,10 +18,11 @@ struct KernelChoice {
   std::string error;
 };
 
-// The kernels of the instruction set called `name`; `source` says in the error where the name came from.
+// The kernels of the instruction set called `name`. `source` says in the error where the name came from.
 KernelChoice FindKernels(std::string_view name, std::string_view source);
 
-// The best of SupportedKernels(), or what the environment variable JAX_SOFTMAX2P_ISA demands.
+// The kernels of the best instruction set, or of the one that the environment variable JAX_SOFTMAX2P_ISA
+// names.
 const KernelChoice& ActiveKernels();
 
 }  // namespace jax_softmax2p

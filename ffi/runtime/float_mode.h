@@ -1,3 +1,4 @@
+// The floating-point mode in which kernels run.
 #pragma once
 
 #if defined(__x86_64__)
@@ -6,8 +7,9 @@
 
 namespace jax_softmax2p {
 
-// For its lifetime: round to nearest, exceptions masked, subnormals read and written as zero. XLA's threads
-// flush subnormals and others do not; a row must have the same bits on either. Restores what it found.
+// For its lifetime the thread rounds to nearest, masks exceptions, and reads and writes subnormals as zero.
+// XLA's threads flush subnormals and others do not; a row must have the same bits on either. The destructor
+// restores the mode that was found.
 class ScopedFloatMode {
  public:
 #if defined(__x86_64__)

@@ -13,8 +13,8 @@ namespace jax_softmax2p {
 
 namespace {
 
-// What Linux says, or the C library (whose answer on AMD is the whole package's, not what one core reaches),
-// or a common size.
+// The size that Linux tells; else that of the C library, whose answer on AMD is the whole package's and not
+// what one core reaches; else a common size.
 std::int64_t CacheBytes(int level, int name, std::int64_t otherwise) {
   std::ifstream size("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(level) + "/size");
   std::int64_t kibibytes = 0;
@@ -46,7 +46,7 @@ void AdviseHugePages(void* data, std::size_t bytes) {
 #if defined(__linux__)
   constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
   // Time to touch every page of a fresh buffer, in 4 KiB pages and in huge ones (Zen 5, median of 9): 4
-  // MiB 1.17 and 0.06 ms, 32 MiB 9.8 and 1.1 ms, 256 MiB 77 and 11 ms. Anything smaller may hold no huge
+  // MiB 1.17 and 0.06 ms, 32 MiB 9.8 and 1.1 ms, 256 MiB 77 and 11 ms. A smaller buffer may hold no huge
   // page.
   constexpr std::size_t kWorthwhile = 2 * kHugePage;
   if (bytes < kWorthwhile) return;

@@ -10,7 +10,8 @@
 namespace jax_softmax2p {
 namespace {
 
-// Outlives the call: a helper that starts late finds no index left, and touches nothing else.
+// The state of one call. It outlives the call: a helper that starts late finds no index left, and touches
+// nothing else.
 class Shared {
  public:
   Shared(std::int64_t count, std::int64_t threads, const std::function<void(std::int64_t)>& body, Order order)
@@ -37,11 +38,12 @@ class Shared {
 
   bool Done() const { return done_.load(std::memory_order_acquire) == count_; }
 
-  // When all is done: the exception that came first, if one came. Only the caller keeps hold of it.
+  // The first exception, if there was one, when all is done. Only the caller may hold it then.
   std::exception_ptr TakeException() { return std::exchange(exception_, nullptr); }
 
  private:
-  // The pool that a helper belongs to would end the process, and the caller must not leave while others work.
+  // An exception must not leave: it would end the process in a pool's thread, and in the caller it would
+  // return while others work.
   void Run(std::int64_t index) noexcept {
     try {
       body_(index);
@@ -50,7 +52,7 @@ class Shared {
     }
   }
 
-  // On a cache line of its own: what many threads write, and the caller spins on.
+  // Each on a cache line of its own, since many threads write `taken`.
   struct alignas(64) Range {
     std::atomic<std::int64_t> taken{0};
     std::int64_t begin;
@@ -80,11 +82,11 @@ void ParallelFor(Executor& executor, std::int64_t count, const std::function<voi
   try {
     for (std::int64_t i = 1; i <= helpers; ++i) executor.Schedule([shared, i] { shared->Work(i); });
   } catch (...) {
-    // No memory for a task: those helpers that there are will do.
+    // There is no memory for a task. The helpers that there are will do.
   }
   shared->Work(0);
-  // What is left is being computed right now, and takes about as long as one index: microseconds. The
-  // yield is for machines with more runnable threads than cores.
+  // The indices that are left are being computed right now, which takes microseconds. The yield is for
+  // machines with more runnable threads than cores.
   constexpr int kSpins = 4096;
   for (int spins = 0; !shared->Done(); ++spins) {
     if (spins < kSpins) {

@@ -16,7 +16,8 @@ namespace {
 
 class Pool {
  public:
-  // There may be fewer where the system has no more threads, or no memory for them: helpers are optional.
+  // Starts threads until there are `threads`, or fewer where the system has no more, or no memory for them:
+  // helpers are optional.
   void Grow(int threads) {
     const std::lock_guard<std::mutex> lock(mutex_);
     try {
@@ -48,7 +49,8 @@ class Pool {
     }
   }
 
-  // For some tens of microseconds: waking a thread that sleeps takes as long as a small softmax.
+  // Waits for a task for some tens of microseconds: waking a thread that sleeps takes as long as a small
+  // softmax.
   void Spin() const {
     constexpr int kSpins = 2048;
     for (int i = 0; i < kSpins && waiting_.load(std::memory_order_relaxed) == 0; ++i) Pause();
@@ -61,10 +63,10 @@ class Pool {
   int threads_ = 0;
 };
 
-// Never destroyed: its threads outlive static destructors.
+// The pool is never destroyed: its threads outlive static destructors.
 std::atomic<Pool*> current{nullptr};
 
-// In a child process no thread but the caller's lives on, and locks stay as they were.
+// In a child process only the caller's thread lives on, and locks stay as they were: the pool is left behind.
 void ForgetPool() { current.store(nullptr); }
 
 Pool& CurrentPool() {

@@ -1,4 +1,4 @@
-// Threads of our own, for callers who bring none: the NumPy entry points and the self-test.
+// Threads of the library's own, for callers who bring none: the NumPy entry points and the self-test.
 #pragma once
 
 #include <functional>
@@ -7,11 +7,11 @@
 
 namespace jax_softmax2p {
 
-// Lends some of the process's worker threads, which start when first wanted and stay, so that a call need not
-// wait for threads to start. After a fork the child starts its own.
+// Lends worker threads of the process. They start when first wanted and stay, so that a call need not wait
+// for threads to start. After a fork the child process starts its own.
 class Workers : public Executor {
  public:
-  // Beyond so many threads a caller gets no more.
+  // The most threads that a caller gets.
   static constexpr int kMaxThreads = 64;
 
   // `threads` counts the caller's.

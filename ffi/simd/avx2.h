@@ -11,7 +11,7 @@
 
 namespace jax_softmax2p::avx2 {
 
-// A window into this table, sliding by `count` elements, is a mask of `count` leading lanes.
+// A mask of the first `count` lanes is a window into this table, `count` elements before the zeros.
 alignas(32) inline constexpr std::int32_t kMask32[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 alignas(32) inline constexpr std::int64_t kMask64[8] = {-1, -1, -1, -1};
 
@@ -32,7 +32,7 @@ struct F32 {
   }
   SOFTMAX2P_INLINE void Store(float* p) const { _mm256_storeu_ps(p, v); }
   SOFTMAX2P_INLINE void Stream(float* p) const { _mm256_stream_ps(p, v); }
-  // Not vmaskmovps, which AMD's cores run from microcode when it stores.
+  // Without vmaskmovps, which AMD's cores run from microcode when it stores.
   SOFTMAX2P_INLINE void StorePartial(float* p, int count) const {
     __m128 rest = _mm256_castps256_ps128(v);
     if (count & 4) {
@@ -153,7 +153,7 @@ struct F32 {
   SOFTMAX2P_INLINE __m128i Narrow(const Float16*) const {
     return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // Two 4x4 transpositions, one in each 128 bits.
+  // Does two 4x4 transpositions, one in each 128 bits.
   static SOFTMAX2P_INLINE void Transpose(__m256 (&r)[4]) {
     const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(r[0], r[1]));
     const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(r[0], r[1]));

@@ -122,7 +122,7 @@ struct F32 {
   SOFTMAX2P_INLINE __m256i Narrow(const Float16*) const {
     return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // Four 4x4 transpositions, one in each 128 bits.
+  // Does four 4x4 transpositions, one in each 128 bits.
   static SOFTMAX2P_INLINE void Transpose(__m512 (&r)[4]) {
     const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
     const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));

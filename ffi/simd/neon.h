@@ -87,7 +87,7 @@ struct F32 {
   friend SOFTMAX2P_INLINE F32 Fma(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Fnma(F32 a, F32 b, F32 c) { return {vfmsq_f32(c.v, a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Fms(F32 a, F32 b, F32 c) { return {vfmaq_f32(vnegq_f32(c.v), a.v, b.v)}; }
-  // Not vmaxq_f32, which returns NaN where either is.
+  // Without vmaxq_f32, which returns NaN where either is.
   friend SOFTMAX2P_INLINE F32 Max(F32 a, F32 b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 Floor(F32 a) { return {vrndmq_f32(a.v)}; }
   friend SOFTMAX2P_INLINE bool AnyGreater(F32 a, F32 b) { return vmaxvq_u32(vcgtq_f32(a.v, b.v)) != 0; }

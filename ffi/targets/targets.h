@@ -1,4 +1,5 @@
-// The instruction sets: one source each in this folder, listed best first in runtime/dispatch.cc.
+// The kernels of every instruction set: one source each in this folder, listed best first in
+// runtime/dispatch.cc.
 #pragma once
 
 #include "ffi/kernels/table.h"

@@ -1,4 +1,4 @@
-// What the program is doing, for when it is ended from outside: by a signal, or by a sanitizer.
+// The case that is being tested, to be printed when a signal or a sanitizer ends the program.
 #pragma once
 
 #include <signal.h>
@@ -16,7 +16,7 @@ namespace jax_softmax2p {
 
 inline char current_case[256];
 
-// As printf.
+// Sets the case; arguments as printf.
 __attribute__((format(printf, 1, 2))) inline void SetCurrentCase(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
@@ -31,8 +31,8 @@ inline void PrintCurrentCase(const char* what) {
   }
 }
 
-// Ends the program for a signal.
-inline void TellOfSignal(int signal) {
+// Prints the current case and ends the program.
+inline void ReportSignal(int signal) {
   PrintCurrentCase(signal == SIGALRM   ? "to return in time"
                    : signal == SIGABRT ? "not to abort"
                    : signal == SIGFPE  ? "not to divide by zero"
@@ -41,15 +41,15 @@ inline void TellOfSignal(int signal) {
   _exit(1);
 }
 
-// From now on the current case is told of where a signal or a sanitizer ends the program; SIGALRM comes
-// `seconds` from now. A sanitizer tells itself of accesses to memory that is not there.
+// From now on the current case is printed where a signal or a sanitizer ends the program. SIGALRM comes in
+// `seconds`. A sanitizer reports accesses to unmapped memory itself.
 inline void WatchCases(unsigned seconds) {
   std::fflush(stdout);
-  for (const int each : {SIGALRM, SIGABRT, SIGFPE, SIGILL}) signal(each, TellOfSignal);
+  for (const int each : {SIGALRM, SIGABRT, SIGFPE, SIGILL}) signal(each, ReportSignal);
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   __sanitizer_set_death_callback([] { PrintCurrentCase("what the sanitizer has reported"); });
 #else
-  for (const int each : {SIGSEGV, SIGBUS}) signal(each, TellOfSignal);
+  for (const int each : {SIGSEGV, SIGBUS}) signal(each, ReportSignal);
 #endif
   alarm(seconds);
 }

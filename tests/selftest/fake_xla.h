@@ -1,4 +1,5 @@
-// XLA as its FFI handlers see it: errors, call frames, and thread pools, of kinds that XLA has and others.
+// Stands in for XLA, as its FFI handlers see it: errors, call frames, and thread pools, some of kinds that
+// XLA does not have.
 #pragma once
 
 #include <chrono>
@@ -33,8 +34,8 @@ enum class Start {
   kRefused,      // there is no pool
   kInline,       // when scheduled, in the caller's thread
   kAtOnce,       // as soon as a thread is free
-  kLate,         // some time after
-  kReversed,     // the last first, when all are there or the handler has returned
+  kLate,         // a while after it was scheduled
+  kReversed,     // last to first, when all are scheduled or the handler has returned
   kAfterReturn,  // when the handler has returned and its buffers are gone
 };
 
@@ -56,7 +57,7 @@ class FakePool {
 
   const std::string& name() const { return name_; }
   Start start() const { return start_; }
-  // Tasks that were started after their handler had returned.
+  // The number of tasks that started after their handler had returned.
   std::int64_t late_tasks() const { return late_tasks_; }
 
   XLA_FFI_ExecutionContext* AsContext() { return reinterpret_cast<XLA_FFI_ExecutionContext*>(this); }
@@ -65,7 +66,7 @@ class FakePool {
   bool HasThreads() const { return start_ != Start::kRefused; }
   int Threads() const { return size_; }
 
-  // Whether the task is taken.
+  // Returns whether the task is taken.
   bool Schedule(XLA_FFI_Task* task, void* data) {
     if (start_ == Start::kRefused) return false;
     if (start_ == Start::kInline) {
@@ -77,12 +78,12 @@ class FakePool {
       const std::lock_guard<std::mutex> lock(mutex_);
       tasks_.push_back({task, data});
     }
-    // To all only where one task more lets others start: waking 64 threads takes longer than a task.
+    // All threads are woken only where one more task lets others start: waking 64 takes longer than a task.
     start_ == Start::kReversed ? ready_.notify_all() : ready_.notify_one();
     return true;
   }
 
-  // For when the handler has returned: runs what is left, and returns when nothing is.
+  // To be called when the handler has returned. Returns when all tasks are done.
   void Drain() {
     std::unique_lock<std::mutex> lock(mutex_);
     returned_ = true;
@@ -139,7 +140,7 @@ class FakePool {
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// The API's functions, as far as the handlers call them.
+// Those functions of the API that the handlers call.
 
 inline const XLA_FFI_Api& FakeApi() {
   static const XLA_FFI_Api api = [] {
@@ -172,7 +173,7 @@ inline const XLA_FFI_Api& FakeApi() {
 // ---------------------------------------------------------------------------------------------------------
 // Calls.
 
-// With memory of its own, which ends at a page without access, and is gone with the buffer.
+// A buffer with its own memory, which ends at a page without access and is unmapped with the buffer.
 struct FakeBuffer {
   FakeBuffer(XLA_FFI_DataType type, std::vector<std::int64_t> dimensions, std::size_t bytes)
       : dtype(type), dims(std::move(dimensions)), size(bytes), pages(bytes), data(pages.end() - bytes) {}
@@ -219,7 +220,7 @@ std::vector<void*> Addresses(std::vector<T>& all) {
   return addresses;
 }
 
-// An attribute as XLA hands it over.
+// An attribute as XLA passes it.
 struct XlaAttribute {
   XlaAttribute(const std::string& attribute_name, const Attribute& attribute)
       : name{attribute_name.data(), attribute_name.size()} {

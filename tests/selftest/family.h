@@ -1,5 +1,5 @@
-// Lses, logarithms, their derivatives, and all of these and softmax with operands and masks, along any
-// axis.
+// Tests logsumexp, log_softmax, their derivatives, and softmax, with every combination of operands and masks,
+// along any axis, against long double.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ struct FamilyCase {
   bool scale, bias, where, band;
 };
 
-// Inputs of one case.
+// The inputs of one case.
 template <typename E>
 struct FamilyInput {
   using T = ComputeOf<E>;
@@ -86,7 +86,7 @@ struct FamilyInput {
   std::vector<std::int32_t> labels;
 };
 
-// And the exact values of logits, of their lses and probabilities, in arrays like x.
+// The inputs of one case with the exact logits and probabilities, in arrays like x, and the lse of every row.
 template <typename E>
 struct Family : FamilyInput<E> {
   using T = ComputeOf<E>;
@@ -166,7 +166,7 @@ class FamilyCheck {
   }
   long double Unit(long double of) const { return UnitOf<T>(static_cast<double>(of)); }
 
-  // What the roundings of sums are worth in their logarithm.
+  // The error that the rounding of a sum makes in its logarithm.
   static long double Least() { return sizeof(T) == sizeof(float) ? 0x1p-24L : 0x1p-50L; }
 
   void CheckLogSumExp() {
@@ -245,7 +245,7 @@ class FamilyCheck {
     }
   }
 
-  // Half of a 16-bit result's own unit, or, where an emulator flushes subnormal halves, all of them.
+  // Half a unit of a 16-bit result, or, where an emulator flushes subnormal halves, the largest of those.
   static long double Rounding(long double exact) {
     if constexpr (!kIsHalf<E>) return 0;
     const double rounding = std::isinf(exact) ? 0 : UnitOf<E>(static_cast<double>(exact)) / 2;

@@ -49,7 +49,7 @@ ExemptFromFaults::~ExemptFromFaults() { --exemptions; }
 
 }  // namespace jax_softmax2p
 
-// All of them: a sanitizer's own would not come here.
+// All forms are replaced: those of a sanitizer would not call these.
 using jax_softmax2p::Allocate;
 using jax_softmax2p::AllocateOrThrow;
 void* operator new(std::size_t size) { return AllocateOrThrow(size, 1); }

@@ -1,4 +1,4 @@
-// Memory that runs out: every `new` of the program, in whichever thread, can be made to fail.
+// Makes memory run out: any `new` of the program, in whichever thread, can be made to fail.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace jax_softmax2p {
 
 enum class Failing { kOne, kAllFrom };
 
-// For its lifetime the k-th allocation from now, counted from 0, fails, or it and all after it.
+// For its lifetime the k-th allocation from now, counted from 0, fails, or that one and all after it.
 class AllocationFault {
  public:
   AllocationFault(Failing failing, std::int64_t k);
@@ -15,12 +15,11 @@ class AllocationFault {
   AllocationFault(const AllocationFault&) = delete;
   AllocationFault& operator=(const AllocationFault&) = delete;
 
-  // Whether it came so far.
+  // Whether an allocation has failed.
   bool Injected() const;
 };
 
-// For its lifetime no allocation of this thread fails or is counted: what belongs to the surroundings of a
-// test.
+// For its lifetime no allocation of this thread fails or is counted. For what belongs to the test itself.
 class ExemptFromFaults {
  public:
   ExemptFromFaults();

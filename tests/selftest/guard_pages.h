@@ -1,4 +1,4 @@
-// Memory that ends at a page without access, and begins after one.
+// Memory that begins after a page without access and ends at another.
 #pragma once
 
 #include <sys/mman.h>
@@ -13,7 +13,7 @@
 
 namespace jax_softmax2p {
 
-// Pages that may be accessed, between two that may not.
+// Pages with access, between two without.
 class GuardedPages {
  public:
   GuardedPages() = default;
@@ -46,9 +46,10 @@ class GuardedPages {
   std::size_t size_ = 0;
 };
 
-enum class Place { kApart, kAtBegin, kAtEnd };  // kApart: from the pages without access
+// Where an array lies: next to the page before it, next to the page after it, or to neither.
+enum class Place { kApart, kAtBegin, kAtEnd };
 
-// An array in such memory.
+// An array in guarded pages.
 template <typename E>
 class PagedArray {
  public:

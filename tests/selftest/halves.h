@@ -1,4 +1,5 @@
-// Every value of the 16-bit types: converted, rounded to, and as an element of rows.
+// Tests every value of the 16-bit types: its conversions, rounding to it, and rows that have it as an
+// element.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +19,13 @@ namespace jax_softmax2p {
 
 inline constexpr int kPatterns = 1 << 16;
 
-// Below this, results may be zero.
+// Results below this may be zero.
 template <typename E>
 double SmallestResult() {
   return flushes_halves && std::is_same_v<E, Float16> ? 0x1p-14 : 0x1p-126;
 }
 
-// All 16-bit patterns, converted and converted back: 1·((t - 0) - 0).
+// Converts all 16-bit patterns and converts them back, as 1·((t - 0) - 0).
 template <typename E>
 void CheckConversions(const std::vector<const Kernels*>& all, Report& report) {
   std::vector<E> ones(kPatterns), t(kPatterns), out(kPatterns);
@@ -47,7 +48,7 @@ void CheckConversions(const std::vector<const Kernels*>& all, Report& report) {
   }
 }
 
-// Around every tie between neighbours, float32 is rounded to nearest, ties to even: (z - 0) - 0 as E.
+// Rounds the floats around every tie between neighbours to E, as (z - 0) - 0: to nearest, ties to even.
 template <typename E>
 void CheckRounding(const std::vector<const Kernels*>& all, Report& report) {
   std::vector<float> z;
@@ -78,21 +79,21 @@ void CheckRounding(const std::vector<const Kernels*>& all, Report& report) {
   }
 }
 
-// Rows of `n`, each with `abreast` neighbouring values of the type, and numbers between -2 and 2.
+// Rows of `n` elements: `per_row` neighbouring values of the type, and numbers between -2 and 2.
 template <typename E>
 class ValuesCheck {
  public:
-  ValuesCheck(std::int64_t n, std::int64_t abreast, Report& report)
-      : n_(n), abreast_(abreast), rows_(kPatterns / abreast), report_(report) {
+  ValuesCheck(std::int64_t n, std::int64_t per_row, Report& report)
+      : n_(n), per_row_(per_row), rows_(kPatterns / per_row), report_(report) {
     const std::size_t size = static_cast<std::size_t>(rows_ * n_);
     x_.resize(size);
     softmax_.resize(size);
     for (std::int64_t r = 0; r < rows_; ++r) {
       E* const row = &x_[static_cast<std::size_t>(r * n_)];
       for (std::int64_t i = 0; i < n_; ++i) Encode(static_cast<double>(i * 7 % 13 - 6) / 3, row[i]);
-      // At another place in every row.
-      for (std::int64_t i = 0; i < abreast_; ++i) {
-        row[(r + i) % n_].bits = static_cast<std::uint16_t>(r * abreast_ + i);
+      // Their place differs from row to row.
+      for (std::int64_t i = 0; i < per_row_; ++i) {
+        row[(r + i) % n_].bits = static_cast<std::uint16_t>(r * per_row_ + i);
       }
       Solve(row, &softmax_[static_cast<std::size_t>(r * n_)]);
     }
@@ -155,7 +156,7 @@ class ValuesCheck {
     if (actual == exact || std::fabs(actual - exact) <= tolerance ||
         (std::isnan(actual) && std::isnan(exact)))
       return;
-    // Beyond the type's largest, it rounds to infinity.
+    // A result beyond the type's largest number rounds to infinity.
     E rounded;
     Encode(exact, rounded);
     if (std::isinf(actual) && Decode(rounded) == actual) return;
@@ -167,12 +168,12 @@ class ValuesCheck {
     char text[200];
     std::snprintf(text, sizeof text,
                   "%s %s %s of %lld, with patterns from %lld: element %lld is %.9g, not %.9g", kernels.name,
-                  Element<E>::kName, what, static_cast<long long>(n_), static_cast<long long>(r * abreast_),
+                  Element<E>::kName, what, static_cast<long long>(n_), static_cast<long long>(r * per_row_),
                   static_cast<long long>(i), actual, exact);
     report_.Fail(text);
   }
 
-  std::int64_t n_, abreast_, rows_;
+  std::int64_t n_, per_row_, rows_;
   Report& report_;
   std::vector<E> x_;
   std::vector<double> softmax_, maximum_, lse_;
@@ -182,11 +183,11 @@ template <typename E>
 void CheckHalves(const std::vector<const Kernels*>& all, Report& report) {
   CheckConversions<E>(all, report);
   CheckRounding<E>(all, report);
-  // Short rows have kernels of their own.
-  ValuesCheck<E> alone(5, 1, report), abreast(137, 16, report);
+  // Small rows have kernels of their own.
+  ValuesCheck<E> small(5, 1, report), large(137, 16, report);
   for (const Kernels* kernels : all) {
-    alone.Check(*kernels);
-    abreast.Check(*kernels);
+    small.Check(*kernels);
+    large.Check(*kernels);
   }
 }
 

@@ -86,7 +86,7 @@ class Tests {
     return bytes;
   }
 
-  // The call's results, which are gone with its other buffers before tasks that are late start.
+  // Runs a call and frees its buffers before late tasks start. `results` are the bytes of its results.
   Outcome RunAndForget(FakeCall call, FakePool& pool, std::string& results) {
     const Outcome outcome = call.Run(pool);
     results = Results(call);
@@ -113,7 +113,7 @@ class Tests {
     }
   }
 
-  // From many threads at once, on one pool.
+  // Calls from many threads at once, on one pool, give the same bits.
   void CheckConcurrentCalls() {
     FakePool& pool = PoolStarting(Start::kAtOnce, 5);
     for (const Signature& signature : Signatures()) {
@@ -138,7 +138,7 @@ class Tests {
       Dims dims;
       std::int64_t axis;
     };
-    // Rows shared out whole and in segments, columns likewise, and a few that stay in one thread.
+    // Rows that are shared out whole and in segments, columns that are, and a few that stay in one thread.
     std::vector<Shape> shapes = {
         {{260, 260}, -1}, {{1, 66000}, -1}, {{3, 100, 220}, -2}, {{1, 34000, 2}, -2}, {{4, 5}, -1}};
     if (!quick_) {
@@ -195,7 +195,7 @@ class Tests {
     const Outcome outcome = RunAndForget(std::move(call), PoolStarting(Start::kAtOnce, 5), results);
     ++refused_;
     if (outcome.ok()) return Fail("to be refused");
-    // A sentence.
+    // The message must be a sentence.
     if (outcome.message.size() < 20 || outcome.message.find(' ') == std::string::npos) Fail("to say why");
     if (results.find_first_not_of('\xa5') != std::string::npos) Fail("to leave its results alone");
   }
@@ -274,7 +274,7 @@ class Tests {
                    kMost = std::numeric_limits<std::int64_t>::max();
     for (const std::int64_t operands : {std::int64_t{0}, std::int64_t{3}, std::int64_t{6}, std::int64_t{8},
                                         std::int64_t{15}, std::int64_t{-1}, kLeast, kMost}) {
-      all.push_back({"operands that were not told of",
+      all.push_back({"a number of operands that differs from the attribute",
                      [operands](FakeCall& call) { call.attributes["operands"] = operands; }});
     }
     for (std::size_t i = first; i < first + 3; ++i) {
@@ -301,7 +301,7 @@ class Tests {
     }
   }
 
-  // Shapes that all buffers agree on, and no memory has.
+  // Shapes on which all buffers agree, and which no memory can hold.
   void CheckShapes() {
     constexpr std::int64_t kHalf = std::int64_t{1} << 32, kMost = std::numeric_limits<std::int64_t>::max();
     for (const Dims& dims : std::vector<Dims>{{kHalf, kHalf},
@@ -328,7 +328,7 @@ class Tests {
     }
   }
 
-  // ---- Calls of which anything may be wrong. Those that are taken stay within their buffers.
+  // ---- Random calls, valid or not. Those that are accepted stay within their buffers.
 
   void CheckRandomCalls() {
     std::string results;
@@ -357,7 +357,7 @@ class Tests {
     return kSizes[random.Next() % std::size(kSizes)];
   }
 
-  // One thing, with memory to match where memory can.
+  // Spoils one thing. Buffers get memory to match where there can be.
   static void Spoil(Random& random, FakeCall& call) {
     std::vector<FakeBuffer>& buffers = random.Next() % 3 == 0 ? call.results : call.arguments;
     const std::size_t place = random.Next() % buffers.size();
@@ -398,7 +398,7 @@ class Tests {
     buffers[place] = Input(type, dims);
   }
 
-  // ---- Memory that runs out: an error, or the same bits in another way.
+  // ---- Memory that runs out: a call gives an error, or the same bits.
 
   void CheckFaults() {
     std::vector<Request> requests;
@@ -424,7 +424,7 @@ class Tests {
     CheckFaultsOfWorkers();
   }
 
-  // Of each allocation in turn, until the call makes no more.
+  // Lets each allocation fail, one after the other, until the call makes no more.
   void CheckFaultsOf(const Request& request, FakePool& pool, Failing failing) {
     FakeCall call = Make(request);
     call.Run(pool);
@@ -449,7 +449,7 @@ class Tests {
     }
   }
 
-  // Threads of our own, which no handler uses.
+  // The library's own threads, which no handler uses.
   void CheckFaultsOfWorkers() {
     const FakeBuffer x = Input(XLA_FFI_DataType_F32, {3, 70000});
     const FakeBuffer expected = Output(XLA_FFI_DataType_F32, {3, 70000});

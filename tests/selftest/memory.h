@@ -1,5 +1,5 @@
-// That nothing outside of the arrays is read or written: every operation on arrays that end at pages without
-// access, and on arrays that begin after such, to the bit what it gives elsewhere.
+// Tests that nothing outside of the arrays is read or written: every operation on arrays that begin after a
+// page without access, and on arrays that end at one, gives the bits that it gives elsewhere.
 #pragma once
 
 #include <algorithm>
@@ -47,12 +47,12 @@ class MemoryCheck {
   }
 
  private:
-  // Where the result goes.
+  // Where the result is written.
   enum Where { kApart, kOverX, kOverT };
 
   struct Operation {
     std::string name;
-    Where in_place;  // where else than apart it may go
+    Where in_place;  // where else it may be written
     std::function<void(MemoryCheck&)> run;
   };
 
@@ -81,21 +81,21 @@ class MemoryCheck {
     if (in_->LogitsOf(nullptr).HasOperands()) return all;
     all.push_back({"Jacobian", kOverX, [](MemoryCheck& c) { c.RunJacobian(); }});
     all.push_back({"Jacobian", kOverT, [](MemoryCheck& c) { c.RunJacobian(); }});
-    if (in_->layout.inner == 1 && in_->layout.n > 0) AddStreaming(all);
+    if (in_->layout.inner == 1 && in_->layout.n > 0) AddNonTemporal(all);
     return all;
   }
 
-  // Past the caches, which the runtime writes when arrays are larger than those.
-  static void AddStreaming(std::vector<Operation>& all) {
+  // With non-temporal stores, which operations use for arrays larger than the caches.
+  static void AddNonTemporal(std::vector<Operation>& all) {
     for (const bool maximum_first : {false, true}) {
       for (const bool reload : {false, true}) {
         const SoftmaxPlan plan{maximum_first, reload, true};
-        all.push_back({"streaming softmax", kOverX, [plan](MemoryCheck& c) {
+        all.push_back({"softmax, non-temporal", kOverX, [plan](MemoryCheck& c) {
                          SoftmaxRows(*c.kernels_, c.Threads(), plan, c.logits_, c.y_);
                        }});
       }
     }
-    all.push_back({"streaming kernels", kOverX, [](MemoryCheck& c) {
+    all.push_back({"kernels, non-temporal", kOverX, [](MemoryCheck& c) {
                      const ScopedFloatMode mode;
                      const KernelTable<E>& own = c.kernels_->Of<E>();
                      const std::int64_t n = c.in_->layout.n, rows = c.in_->layout.outer;
@@ -105,7 +105,7 @@ class MemoryCheck {
                        own.row_write_log(c.logits_.x, c.y_, n * rows, {T{1}, T{2}, T{0}}, true);
                      }
                    }});
-    all.push_back({"streaming Jacobian", kOverT, [](MemoryCheck& c) {
+    all.push_back({"Jacobian, non-temporal", kOverT, [](MemoryCheck& c) {
                      const ScopedFloatMode mode;
                      c.kernels_->Of<E>().jacobian_write(c.logits_.x, c.t_, c.y_, c.Size(), {T{1}, T{2}},
                                                         true);
@@ -149,7 +149,7 @@ class MemoryCheck {
     if (in_->given.where) logits_.where.data = arrays_.where.Prepare(in_->where, place);
   }
 
-  // All that the operation may have written.
+  // The bytes of everything that the operation may have written.
   std::string Results() const {
     std::string bytes(reinterpret_cast<const char*>(y_), in_->x.size() * sizeof(E));
     for (const T* const row : {hi_, lo_, out_}) {
@@ -182,7 +182,7 @@ inline std::vector<Layout> MemoryLayouts(bool quick) {
   if (quick) {
     for (const std::int64_t n : {127, 128, 129, 143, 300}) layouts.push_back({3, n, 1});
   } else {
-    // What rows are divided by, in kernels and above them, and one less and more, and a vector's tail.
+    // The sizes by which kernels and operations divide rows, one less, one more, and with a tail.
     for (const std::int64_t block : {512, 1024, 2048, 4096, 8192, 16384, 32768, 65536}) {
       for (const std::int64_t n : {block - 1, block, block + 1, block + 23}) layouts.push_back({1, n, 1});
     }
@@ -199,7 +199,8 @@ inline std::vector<Layout> MemoryLayouts(bool quick) {
   return layouts;
 }
 
-// Which operands such arrays have: none, all, and at lengths that are likelier to go wrong each alone.
+// The operands that arrays of a layout have: none, all, and each by itself at lengths that are likelier to
+// fail.
 inline std::vector<FamilyCase> MemoryCases(const Layout& layout) {
   constexpr int kScale = 1, kBias = 2, kWhere = 4, kBand = 8, kArrays = kScale | kBias | kWhere;
   const bool rows = layout.inner == 1;

@@ -1,4 +1,4 @@
-// Calls of the FFI handlers that are in order, from which tests make those that are not.
+// Valid calls of the FFI handlers, from which tests make invalid ones.
 #pragma once
 
 #include <algorithm>
@@ -18,12 +18,12 @@ namespace jax_softmax2p {
 using Dims = std::vector<std::int64_t>;
 
 // ---------------------------------------------------------------------------------------------------------
-// What the handlers take.
+// The arguments, results and attributes of the handlers.
 
 enum class Kind {
   kX,       // x's type and shape
-  kPerRow,  // an element a row, of the type that x is computed in
-  kLabels,  // an int32 a row
+  kPerRow,  // one element for each row, of the type that x is computed in
+  kLabels,  // one int32 for each row
   kNoLabels,
 };
 
@@ -62,7 +62,7 @@ constexpr ElementType kTypes[] = {{"float32", XLA_FFI_DataType_F32, XLA_FFI_Data
 
 constexpr std::int64_t kScale = 1, kBias = 2, kWhere = 4;
 
-// A call that is in order.
+// A valid call.
 struct Request {
   const Signature* signature;
   ElementType type;
@@ -112,7 +112,7 @@ inline std::size_t SizeOf(XLA_FFI_DataType type) {
   }
 }
 
-// 0 where no memory could hold so many.
+// The number of elements; 0 where no memory could hold so many.
 inline std::size_t Count(const Dims& dims) {
   std::size_t count = 1;
   for (const std::int64_t size : dims) {
@@ -125,7 +125,7 @@ inline std::size_t Count(const Dims& dims) {
 
 template <typename E>
 std::vector<unsigned char> BytesOf(double (*value)(Random&)) {
-  constexpr std::size_t kElements = 1021;  // no multiple of any vector's
+  constexpr std::size_t kElements = 1021;  // not a multiple of any vector's
   std::vector<E> elements(kElements);
   Random random(sizeof(E));
   for (E& element : elements) {
@@ -139,7 +139,7 @@ std::vector<unsigned char> BytesOf(double (*value)(Random&)) {
   return {bytes, bytes + kElements * sizeof(E)};
 }
 
-// Numbers for arrays of a type, to be repeated.
+// The bytes that are repeated to fill arrays of a type.
 inline const std::vector<unsigned char>& ContentsOf(XLA_FFI_DataType type) {
   const auto normal = [](Random& r) { return r.Normal(); };
   static const std::vector<unsigned char> f32 = BytesOf<float>(normal), f64 = BytesOf<double>(normal),

@@ -55,13 +55,13 @@ std::string Describe(const Layout& layout) {
          std::to_string(layout.inner) + "]";
 }
 
-// Fewer elements than this are never shared out: the runtime's own limits are higher.
+// Fewer elements than this are never shared out: the operations' own limits are higher.
 constexpr std::int64_t kSharedElements = kSegment;
 
 // ---------------------------------------------------------------------------------------------------------
 // Softmax.
 
-// A way to the result. All with the same `bits`, but for kOwn, must agree bit by bit.
+// A way to compute the result. All with the same `bits`, other than kOwn, must agree bit by bit.
 enum Bits { kTwoPassBits, kThreePassBits, kOwn };
 
 template <typename E>
@@ -81,11 +81,11 @@ Way<E> ByAlgorithm(const NamedAlgorithm& named) {
           }};
 }
 
-// Past the caches, which Softmax does for large arrays alone.
+// With non-temporal stores, which Softmax uses only for large arrays.
 template <typename E>
-Way<E> Streaming(bool maximum_first, bool reload, bool is_small) {
+Way<E> NonTemporal(bool maximum_first, bool reload, bool is_small) {
   const SoftmaxPlan plan{maximum_first, reload, true};
-  return {std::string("streaming") + (maximum_first ? ", three passes" : "") + (reload ? ", reload" : ""),
+  return {std::string("non-temporal") + (maximum_first ? ", three passes" : "") + (reload ? ", reload" : ""),
           is_small        ? kOwn
           : maximum_first ? kThreePassBits
                           : kTwoPassBits,
@@ -102,7 +102,7 @@ std::vector<Way<E>> WaysFor(const Layout& layout) {
   const bool is_small = layout.n <= kMaxSmall;
   for (const bool maximum_first : {false, true}) {
     for (const bool reload : {false, true}) {
-      ways.push_back(Streaming<E>(maximum_first, reload, is_small));
+      ways.push_back(NonTemporal<E>(maximum_first, reload, is_small));
     }
   }
   return ways;
@@ -113,7 +113,7 @@ class SoftmaxCheck {
  public:
   SoftmaxCheck(const std::vector<const Kernels*>& all, Report& report) : all_(all), report_(report) {}
 
-  // Every way, with every instruction set, on columns of the classes in turn.
+  // Checks every way with every instruction set. Columns are of the classes, one after the other.
   void Check(const Layout& layout, const std::vector<DataClass>& classes) {
     layout_ = layout;
     classes_ = &classes;
@@ -258,7 +258,7 @@ void CheckSoftmax(const std::vector<const Kernels*>& all, bool quick, Report& re
   for (const bool extreme : {false, true}) {
     const std::vector<DataClass> classes = ClassesOf(extreme);
     for (const Layout& layout : layouts) {
-      // Rows longer than these are computed one by one: extreme ones do not change what becomes of others.
+      // Longer rows are computed one by one: extreme ones do not affect others, and need one run only.
       if (extreme || layout.inner != 1 || layout.n <= kMaxSmall) check.Check(layout, classes);
     }
   }
@@ -274,8 +274,8 @@ struct JacobianInput {
   std::vector<double> tolerance;
 };
 
-// What y·(t - <y, t>) may be off by: 4 ULP of the row's largest, half of a 16-bit result's own, and what the
-// dot product, in twice the working precision, leaves where t - <y, t> cancels.
+// The exact y·(t - <y, t>) and its tolerance: 4 ULP of the row's largest, half a unit of a 16-bit result, and
+// the error of the dot product, in twice the working precision, where t - <y, t> cancels.
 template <typename E>
 void Solve(std::int64_t rows, std::int64_t n, JacobianInput<E>& input) {
   using T = ComputeOf<E>;
@@ -301,8 +301,8 @@ void Solve(std::int64_t rows, std::int64_t n, JacobianInput<E>& input) {
   }
 }
 
-// Cotangents of three kinds, in turn: of any size; nearly constant, so that t - <y, t> cancels; and large
-// where y is.
+// Rows with cotangents of three kinds, one after the other: of any size; nearly constant, so that t - <y, t>
+// cancels; and large where y is large.
 template <typename E>
 JacobianInput<E> MakeJacobianInput(std::int64_t rows, std::int64_t n) {
   const std::size_t size = static_cast<std::size_t>(rows * n);
@@ -331,7 +331,7 @@ class JacobianCheck {
  public:
   JacobianCheck(const std::vector<const Kernels*>& all, Report& report) : all_(all), report_(report) {}
 
-  // Rows as columns, where `inner` of them lie side by side.
+  // With `inner` above 1, the rows are laid out as columns, `inner` of them side by side.
   void Check(std::int64_t rows, std::int64_t n, std::int64_t inner = 1) {
     input_ = MakeJacobianInput<E>(rows, n);
     inner_ = inner;
@@ -418,18 +418,18 @@ void CheckJacobian(const std::vector<const Kernels*>& all, bool quick, Report& r
 // ---------------------------------------------------------------------------------------------------------
 // e^x of every float.
 
-// Patterns that go through a kernel at a time: so few that the e^x of a chunk, as far as exponents are exact,
-// are within 2^32 of each other, since below 2^-127 of its row's largest an element counts as zero.
+// Patterns that go through a kernel at a time. They are so few that the e^x of a chunk, where exponents are
+// exact, are within 2^32 of each other: an element below 2^-127 of its row's largest counts as zero.
 constexpr int kChunk = 2048;
 constexpr std::uint32_t kChunks = (std::uint64_t{1} << 32) / kChunk;
 
-// What exp.h says of the error of 1 + s, in units of 2^-23.
+// The error of 1 + expm1 that kernels/exp.h states, in units of 2^-23. Here s stands for expm1.
 constexpr double kClaimedError = 0.44;
 constexpr double kLn2 = 0x1.62e42fefa39efp-1, kLog2E = 0x1.71547652b82fep0;
 
 // The error of s in e^x = (1 + s)·2^n, in units of 2^-23, for whichever n next to x·log2 e was meant: exp.h
-// takes the nearest, but for ties, or with its table one no further than 19/32 away, which bounds 1 + s.
-// Without branches, for compilers to make vectors of.
+// takes the nearest, other than for ties, or, with its table, one no further than 19/32 away, which bounds
+// 1 + s. There are no branches, so that compilers vectorise it.
 inline double MantissaError(double x, double s) {
   constexpr double kRounder = 0x1.8p52, kLowest = 0.70, kHighest = 1.52;
   constexpr double kLn2Hi = 0x1.62e42feep-1, kLn2Lo = 0x1.a39ef35793c76p-33;
@@ -444,12 +444,12 @@ inline double MantissaError(double x, double s) {
   const double same = std::fabs(mantissa - e), below = std::fabs(mantissa - 2 * e);
   const double above = std::fabs(mantissa - 0.5 * e), other = below < above ? below : above;
   const double error = (same < other ? same : other) * 0x1p23;
-  // Not less and not more, for NaN.
+  // HUGE_VAL where s is out of range or NaN.
   return mantissa >= kLowest ? mantissa <= kHighest ? error : HUGE_VAL : HUGE_VAL;
 }
 
-// In as wide vectors as the CPU has: this takes nearly all of the time. Where sanitizers are, the choice of a
-// clone would come before they are ready.
+// Compiled for the widest vectors that the CPU has, since this takes nearly all of the time. Not with
+// sanitizers, which would not be ready when the clone is chosen.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && \
     !defined(__SANITIZE_THREAD__)
 __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -496,7 +496,7 @@ class EveryFloat {
     for (int i = 0; i < kChunk; ++i) {
       if (std::isnan(x[i]) && !std::isnan(s[i])) Fail("s is not NaN", x[i]);
     }
-    // Above 0 the kernel is not meant for this exponent.
+    // The kernel is not meant for positive x with this exponent.
     if (first >> 31 == 0 && !std::isnan(x[kChunk - 1])) return;
     table_.row_write(x, nullptr, y, kChunk, RowScale<float>{1, 0, 0, false, 0, 0}, false);
     for (int i = 0; i < kChunk; ++i) {
@@ -506,7 +506,7 @@ class EveryFloat {
   }
 
   void CheckMantissas(const float* x, const float* s, LargestError& largest) {
-    // Sizes grow with patterns.
+    // |x| grows with the pattern.
     const float* const end =
         std::partition_point(x, x + kChunk, [&](float v) { return std::fabs(v) <= limit_; });
     double errors[kChunk];
@@ -516,7 +516,7 @@ class EveryFloat {
     if (size != 0 && *worst > largest.error) largest = {*worst, x[worst - errors]};
   }
 
-  // Sums beyond the exact range must be known by their exponent, others not be taken for such.
+  // The exponent of a sum must mark it where it is beyond the exact range, and only there.
   void CheckFlag(const float* x, const ExtendedSum& sum) {
     constexpr double kMargin = 4;
     const double nearest = std::min(std::fabs(x[0]), std::fabs(x[kChunk - 1]));
@@ -546,8 +546,8 @@ class EveryFloat {
 
 struct Options {
   bool quick = false, exhaustive = false, list = false;
-  // That emulator makes subnormal halves zero where MXCSR flushes, and a masked load of it touches what it
-  // leaves out: the real CPU's do neither. On that, these kernels are held to the rest anyway.
+  // QEMU 7.2 makes subnormal halves zero where MXCSR flushes, and its masked loads touch what they leave out.
+  // Real CPUs do neither. The kernels are held to everything else there.
   bool emulated_x86 = false;
   std::vector<const Kernels*> kernels = SupportedKernels();
   std::string error;
@@ -579,8 +579,7 @@ Options Parse(int count, char** arguments) {
 template <typename E>
 void CheckElement(const Options& options, Report& report) {
   CheckSoftmax<E>(options.kernels, options.quick, report);
-  // Most of the Jacobian's small results are such halves: under that emulator there is nothing to hold them
-  // to.
+  // Most of the Jacobian's small results are subnormal halves, which the emulator flushes.
   if (!options.emulated_x86 || !std::is_same_v<E, Float16>)
     CheckJacobian<E>(options.kernels, options.quick, report);
   CheckFamily<E>(options.kernels, options.quick, report);
@@ -601,7 +600,7 @@ int Main(const Options& options) {
     for (const Kernels* kernels : options.kernels) EveryFloat(*kernels, report).Check();
     return report.Finish();
   }
-  // First: what writes beyond its arrays might end the program before they can tell.
+  // This comes first: what writes beyond its arrays might end the program before other tests report it.
   if (!options.emulated_x86) {
     CheckMemory<float>(options.kernels, options.quick, report);
     CheckMemory<double>(options.kernels, options.quick, report);

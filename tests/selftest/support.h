@@ -1,4 +1,4 @@
-// What the self-tests share: reports, element types, inputs, exact results, and the surroundings of a call.
+// What the self-tests share: reports, element types, inputs, exact results, threads and guarded arrays.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@
 namespace jax_softmax2p {
 
 // ---------------------------------------------------------------------------------------------------------
-// What was checked, and what failed.
+// Reports: what was checked, and what failed.
 
 struct Tally {
   std::int64_t checks = 0;
@@ -68,7 +68,7 @@ class Report {
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// Element types: what they mean, and correct rounding to them.
+// Element types: decoding, and correct rounding. Written apart from ffi/base/half.h, which they test.
 
 template <typename E>
 struct Element;
@@ -106,14 +106,14 @@ using ExactOf = typename Element<E>::Exact;
 template <typename E>
 inline constexpr bool kIsHalf = sizeof(E) == 2;
 
-// The unit in the last place at x, of a format with that many fraction bits and that lowest exponent.
+// The unit in the last place of x in a format with `fraction` bits and `lowest` as its lowest exponent.
 template <typename T>
 T UnitAt(T x, int fraction, int lowest) {
   int exponent = lowest + 1;
   if (x != 0) std::frexp(x, &exponent);
   return std::ldexp(T{1}, std::max(exponent - 1, lowest) - fraction);
 }
-// Without the library's functions, which took a sixth of the tests' time.
+// The same without the library's functions, which took a sixth of the tests' time.
 inline double UnitAt(double x, int fraction, int lowest) {
   const int exponent = static_cast<int>(BitCast<std::uint64_t>(x) >> 52 & 0x7ff) - 1023;
   const int unit = std::max(exponent, lowest) - fraction;
@@ -135,7 +135,7 @@ double Decode(Float16 x) {
   return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 
-// x rounded to nearest, ties to even, where E's range does not end.
+// x rounded to nearest, ties to even, as if E's range had no end.
 template <typename E>
 double RoundTo(double x) {
   const double unit = UnitOf<E>(x);
@@ -198,14 +198,14 @@ class Random {
   }
   // In [-1, 1).
   double Uniform() { return static_cast<double>(static_cast<std::int64_t>(Next())) * 0x1p-63; }
-  // Bell-shaped, of variance 1.
+  // With a bell-shaped distribution of variance 1.
   double Normal() { return Uniform() + Uniform() + Uniform(); }
 
  private:
   std::uint64_t state_;
 };
 
-// What a row is filled with. Values are cut to the element type's range.
+// Makes the elements of a row. Values are clamped to the element type's range.
 struct DataClass {
   const char* name;
   double (*value)(Random& random, std::int64_t i, std::int64_t n);
@@ -238,7 +238,7 @@ constexpr DataClass kOrdinary[] = {
        return i >= n - n / 3 ? kFarBelow : r.Normal();
      }},
 };
-// Some of these take the guard's way, and take it for the rows beside them, too.
+// Some of these need the guard's third pass, which kernels then also take for the rows beside them.
 constexpr DataClass kExtreme[] = {
     {"±1000", [](Random& r, std::int64_t, std::int64_t) { return 1000 * r.Uniform(); }},
     {"drift",
@@ -256,7 +256,7 @@ constexpr DataClass kExtreme[] = {
     {"all -inf", [](Random&, std::int64_t, std::int64_t) { return -kInfinity; }},
 };
 
-// The classes that the columns of an array take in turn.
+// The classes that are given to the columns of an array, one after the other.
 inline std::vector<DataClass> ClassesOf(bool extreme) {
   std::vector<DataClass> classes(std::begin(kOrdinary), std::end(kOrdinary));
   if (extreme) classes.insert(classes.end(), std::begin(kExtreme), std::end(kExtreme));
@@ -282,7 +282,7 @@ void Fill(const DataClass& data, Random& random, E* x, std::int64_t n, std::int6
 // ---------------------------------------------------------------------------------------------------------
 // Exact results.
 
-// Neumaier's sum: T's own precision, whatever the number of terms.
+// Neumaier's sum: as precise as T, whatever the number of terms.
 template <typename T>
 class Sum {
  public:
@@ -298,7 +298,7 @@ class Sum {
   T sum_ = 0, rest_ = 0;
 };
 
-// e^(x - maximum), with what the difference loses to rounding.
+// e^(x - maximum), corrected for the rounding of the difference.
 template <typename T>
 T ExpOfDifference(T x, T maximum) {
   const T difference = x - maximum;
@@ -342,7 +342,8 @@ bool Allowed(E y, ExactOf<E> exact, double& ulp) {
   if (std::signbit(value)) return false;
   if (flushes_halves && std::is_same_v<E, Float16> && value == 0 && exact < 0x1p-14) return true;
   if (value == 0 && !std::is_same_v<E, Float16>) {
-    // Below the normal range of what the row is computed in, and where rounding may take a result there.
+    // A result may be flushed to zero below the normal range of the compute type, or where rounding takes it
+    // there.
     constexpr int kLowest = Element<E>::kLowest;
     if (exact < std::ldexp(ExactOf<E>{1}, kLowest) + 4 * UnitOf<ComputeOf<E>>(ExactOf<E>{0})) return true;
   }
@@ -355,7 +356,7 @@ bool Allowed(E y, ExactOf<E> exact, double& ulp) {
   }
 }
 
-// The same bits, but for those of NaNs.
+// Whether the bits are the same, other than those of NaNs.
 template <typename E>
 bool Same(const E* a, const E* b, std::int64_t n) {
   if (std::memcmp(a, b, static_cast<std::size_t>(n) * sizeof(E)) == 0) return true;
@@ -366,9 +367,9 @@ bool Same(const E* a, const E* b, std::int64_t n) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Surroundings of a call.
+// Threads and arrays for a call.
 
-// Two threads beside the caller's.
+// An executor with two threads beside the caller's.
 class TwoHelpers : public Executor {
  public:
   TwoHelpers() {
@@ -413,7 +414,7 @@ class GuardedArray {
  public:
   // NaN in every type: an input that is read too far poisons the results.
   static constexpr unsigned char kPoison = 0xff;
-  // A number in every type: what is not written is noticed where NaN is right, too.
+  // A number in every type: an element that was not written is noticed even where NaN is right.
   static constexpr unsigned char kUnwritten = 0xa5;
 
   E* Prepare(std::int64_t n, int offset, unsigned char fill) {

@@ -1,4 +1,4 @@
-// The passes of which the algorithms consist, one at a time: for measuring them.
+// Runs the passes of which the algorithms consist one at a time, to measure them.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,12 @@
 namespace jax_softmax2p {
 
 enum class Pass {
-  kMax,            // three passes: the maximum
-  kSumExp,         // three passes: the sum, the maximum being known
-  kExpStore,       // three-pass reload: the same, and what is computed of every exponential is kept
-  kScale,          // the reload algorithms: the result, from what was kept
-  kExtendedSum,    // two passes: the sum
-  kExtendedWrite,  // the recomputing algorithms: the result
+  kMax,            // of three passes: finds the maximum
+  kSumExp,         // of three passes: sums, with the maximum known
+  kExpStore,       // of three-pass reload: sums, with the maximum known, and keeps the mantissas
+  kScale,          // of the reload algorithms: writes the result from the mantissas that were kept
+  kExtendedSum,    // of two passes: sums
+  kExtendedWrite,  // of the recomputing algorithms: writes the result
 };
 
 struct NamedPass {
@@ -36,9 +36,10 @@ inline std::optional<Pass> FindPass(std::string_view name) {
   return std::nullopt;
 }
 
-// Runs a pass over a row, in the segments and with the stores that its algorithm would have. `maximum` is
-// what the algorithm knows by then. What writes the result writes e^x·2^-floor(maximum·log2 e) to y; kScale
-// takes what kExpStore left there. Returns the maximum or the sum, if the pass finds one.
+// Runs a pass over the row x[n], in the segments and with the stores that its algorithm would have. `maximum`
+// is that of the row, for passes that follow kMax. A pass that writes the result writes
+// e^x·2^-floor(maximum·log2 e) to y[n]; kScale takes what kExpStore left there. Returns the maximum or the
+// sum, if the pass finds one.
 std::optional<double> RunPass(const Kernels& kernels, Executor& executor, Pass pass, const float* x, float* y,
                               std::int64_t n, float maximum);
 
