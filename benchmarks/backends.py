@@ -14,10 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import memory
+from benchmarks import memory, operations, small
 from benchmarks.cases import Case
-from benchmarks.operations import GRADIENTS, OPERATIONS
+from benchmarks.operations import GRADIENTS
+from benchmarks.programs import PROGRAMS, TRACINGS, compiled, temporary_bytes
 from jax_softmax2p import native
+
+OPERATIONS = {**operations.OPERATIONS, **small.OPERATIONS}
+"""Operations of all tables, by the name that a case gives."""
 
 
 def cores() -> int:
@@ -54,16 +58,21 @@ class Backend(abc.ABC):
     def _bind(self, case: Case, x: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
         """Implements :meth:`bind`."""
 
+    def temporary_bytes(self) -> int | None:
+        """The temporary memory of what was bound last; None where that is unknown."""
+        return None
+
 
 class Ours(Backend):
-    """This package's function, in jit."""
+    """This package's function, in jit or eagerly."""
 
-    def __init__(self, name: str = "ours"):
+    def __init__(self, name: str = "ours", *, jits: bool = True):
         self.name = name
+        self._jits = jits
 
     def _bind(self, case, x, out):
         operation = OPERATIONS[case.operation]
-        return _jitted(operation.ours(case.axis), x, *operation.operands(case))
+        return _on_device(operation.ours(case.axis), x, *operation.operands(case), jits=self._jits)
 
 
 class OursPlain(Backend):
@@ -73,17 +82,45 @@ class OursPlain(Backend):
     computes = False
 
     def _bind(self, case, x, out):
-        return _jitted(OPERATIONS["softmax"].ours(case.axis), x)
+        return _on_device(OPERATIONS["softmax"].ours(case.axis), x)
 
 
 class JaxNN(Backend):
-    """JAX's own function, or optax's, in jit."""
+    """JAX's own function, or optax's, in jit or eagerly."""
 
     name = "jax.nn"
 
+    def __init__(self, *, jits: bool = True):
+        self._jits = jits
+
     def _bind(self, case, x, out):
         operation = OPERATIONS[case.operation]
-        return _jitted(operation.jax_nn(case.axis), x, *operation.operands(case))
+        return _on_device(operation.jax_nn(case.axis), x, *operation.operands(case), jits=self._jits)
+
+
+class TracedProgram(Backend):
+    """A program of ``benchmarks.programs``, in jit, traced as one of its ``TRACINGS`` says.
+
+    The program makes its own arguments from the case's shape.
+    """
+
+    def __init__(self, tracing: str):
+        importlib.import_module("optax")
+        self.name = tracing
+        self._program: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+
+    def _bind(self, case, x, out):
+        self._program = function, arguments = PROGRAMS[case.operation].instantiate(case.shape, case.dtype)
+        jitted = jax.jit(function)
+        with TRACINGS[self.name]():
+            jitted(*arguments)  # Later calls take what this one has traced.
+        return lambda: jax.block_until_ready(jitted(*arguments))
+
+    def temporary_bytes(self):
+        """See :meth:`Backend.temporary_bytes`."""
+        if self._program is None:
+            return None
+        return temporary_bytes(compiled(*self._program, self.name))
 
 
 class AddOne(Backend):
@@ -93,7 +130,7 @@ class AddOne(Backend):
     computes = False
 
     def _bind(self, case, x, out):
-        return _jitted(lambda x: x + 1, x)
+        return _on_device(lambda x: x + 1, x)
 
 
 class Torch(Backend):
@@ -108,6 +145,7 @@ class Torch(Backend):
     def _bind(self, case, x, out):
         operation = OPERATIONS[case.operation]
         tensors = [self._torch.from_dlpack(_device_array(v)) for v in (x, *operation.operands(case))]
+        assert operation.torch is not None
         function = operation.torch(case.axis)
         differentiates = case.operation in GRADIENTS
 
@@ -320,6 +358,8 @@ def _device_array(x: np.ndarray) -> jax.Array:
     return jax.device_put(x, may_alias=True)
 
 
-def _jitted(function: Callable[..., Any], *operands: np.ndarray) -> Callable[[], Any]:
-    jitted, arrays = jax.jit(function), [_device_array(operand) for operand in operands]
-    return lambda: jax.block_until_ready(jitted(*arrays))
+def _on_device(function: Callable[..., Any], *operands: np.ndarray, jits: bool = True) -> Callable[[], Any]:
+    """A call of the function, in jit or eagerly, with operands on the device."""
+    called = jax.jit(function) if jits else function
+    arrays = [_device_array(operand) for operand in operands]
+    return lambda: jax.block_until_ready(called(*arrays))

@@ -10,9 +10,15 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
+def size(value: float) -> str:
+    """Formats a number of bytes in KiB or MiB."""
+    return f"{value / 2**10:.1f} KiB" if value < 2**20 else f"{value / 2**20:,.1f} MiB"
+
+
 QUANTITIES = {
     "seconds": duration,
     "bytes": lambda value: f"{value / 2**20:.1f} MiB",
+    "temporaries": size,
     "ULP": lambda value: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}",
 }
 """Functions that format a measurement, by quantity."""

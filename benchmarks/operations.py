@@ -28,7 +28,7 @@ class Operation(NamedTuple):
       operands: makes the operands beside x from the case.
       ours: makes this package's function from the axis.
       jax_nn: makes the function of JAX or optax.
-      torch: makes the function of tensors.
+      torch: makes the function of tensors, where torch is a peer.
       scipy: makes the function of NumPy arrays, where SciPy has one.
       onnx: makes ONNX nodes from ``onnx.helper.make_node`` and the case, where ONNX has the operation. Their
         input is "x", or "x", "operand 0" and so on; their output is "y".
@@ -37,7 +37,7 @@ class Operation(NamedTuple):
     operands: Callable[[Case], Sequence[np.ndarray]]
     ours: Callable[[int], Function]
     jax_nn: Callable[[int], Function]
-    torch: Callable[[int], Function]
+    torch: Callable[[int], Function] | None = None
     scipy: Callable[[int], Function] | None = None
     onnx: Callable[[Function, Case], Sequence[Any]] | None = None
 

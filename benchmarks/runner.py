@@ -59,12 +59,14 @@ class Ratio(NamedTuple):
       numerators: the names of backends, of which the fastest counts.
       denominator: the name of a backend.
       overhead: the name of a backend whose time is subtracted from both.
+      least: smaller values count as this one, because differences below it do not matter.
     """
 
     name: str
     numerators: tuple[str, ...]
     denominator: str
     overhead: str | None = None
+    least: float = float("-inf")
 
     def backends(self) -> set[str]:
         """The names of all backends that it needs."""
@@ -74,7 +76,8 @@ class Ratio(NamedTuple):
         """The ratio, from the median time of each backend."""
         overhead = medians[self.overhead] if self.overhead else 0.0
         best = min(medians[name] for name in self.numerators)
-        return (best - overhead) / (medians[self.denominator] - overhead)
+        above, below = (max(x - overhead, self.least) for x in (best, medians[self.denominator]))
+        return above / below
 
 
 class Goal(NamedTuple):
@@ -259,6 +262,12 @@ def _peak_bytes(backends: Mapping[str, Worker], outputs: Mapping[str, int], effo
     return samples if all(samples.values()) else {}
 
 
+def _temporary_bytes(backends: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
+    sizes = {name: backend.temporary_bytes() for name, backend in backends.items()}
+    known = {name: [float(size)] for name, size in sizes.items() if size is not None}
+    return known if known.keys() == sizes.keys() else {}
+
+
 def _ulp_errors(backends: Mapping[str, Worker], outputs: Mapping[str, int], effort: Effort) -> Samples:
     return {name: [backend.ulp_error()] for name, backend in backends.items()}
 
@@ -266,6 +275,7 @@ def _ulp_errors(backends: Mapping[str, Worker], outputs: Mapping[str, int], effo
 MEASURES: dict[str, Callable[[Mapping[str, Worker], Mapping[str, int], Effort], Samples]] = {
     "seconds": _seconds,
     "bytes": _peak_bytes,
+    "temporaries": _temporary_bytes,
     "ULP": _ulp_errors,
 }
 """Functions that measure a case, by quantity. Each quantity has an entry in ``formatting.QUANTITIES``."""
@@ -302,6 +312,7 @@ class _TableWriter:
         self._ratios = [ratio.name for ratio in run.ratios]
         columns = [*self._backends, *self._ratios]
         self._widths = [max(10, len(column)) for column in columns]
+        self._first_width = max([40, *(len(case.name) for case in table.cases)])
         self._write("case", columns)
 
     def write(self, row: Row) -> None:
@@ -309,4 +320,4 @@ class _TableWriter:
 
     def _write(self, first: str, columns: Sequence[str]) -> None:
         texts = (f"{column:>{width}}" for column, width in zip(columns, self._widths, strict=True))
-        self._progress.write(f"{first:>40}  {'  '.join(texts)}")
+        self._progress.write(f"{first:>{self._first_width}}  {'  '.join(texts)}")

@@ -22,29 +22,26 @@ from benchmarks.backends import (
     cores,
 )
 from benchmarks.cases import CASES, SHORT_ROWS, SMALL_CALL, Case
+from benchmarks.drop_in import programs, small
 from benchmarks.memory_traffic import PAPER_BEST_OVER_TWO_PASS
+from benchmarks.ratios import (
+    AUTO_OVER_COPY,
+    AUTO_OVER_READ_AND_COPY,
+    BEST_OVER_TWO_PASS,
+    JAX_OVER_OURS,
+    ORT_OVER_OURS,
+    OURS_OVER_ADD,
+    OURS_OVER_PLAIN,
+    OURS_OVER_READ,
+    OVER_OURS,
+    RELOAD_OVER_AUTO,
+    SPEED_UP,
+    TORCH_OVER_OURS,
+)
 from benchmarks.results import Figure, Row
 from benchmarks.runner import STATISTICS, Goal, Ratio, Summary, Table
 from benchmarks.scaling import slopes
 from jax_softmax2p import native
-
-JAX_OVER_OURS = Ratio("jax.nn / ours", ("jax.nn",), "ours")
-TORCH_OVER_OURS = Ratio("torch / ours", ("torch",), "ours")
-OURS_OVER_READ = Ratio("ours / read", ("ours",), "read")
-OURS_OVER_PLAIN = Ratio("ours / plain", ("ours",), "plain")
-OURS_OVER_ADD = Ratio("ours / (x + 1)", ("ours",), "x + 1")
-
-THREE_PASS = ("three_pass_recompute", "three_pass_reload")
-BEST_OVER_TWO_PASS = Ratio("best three-pass / two_pass", THREE_PASS, "two_pass")
-AUTO_OVER_READ_AND_COPY = Ratio("auto / (read + copy)", ("auto",), "read + copy")
-RELOAD_OVER_AUTO = Ratio("reload / auto net of the call", ("three_pass_reload",), "auto", overhead="a call")
-AUTO_OVER_COPY = Ratio("auto / copy", ("auto",), "non-temporal copy")
-SPEED_UP = Ratio("1 thread / 2 threads", ("1 thread",), "2 threads")
-
-ORT_OVER_OURS = Ratio("onnxruntime / ours", ("onnxruntime",), "ours")
-OPENVINO_OVER_OURS = Ratio("openvino / ours", ("openvino",), "ours")
-SCIPY_OVER_OURS = Ratio("scipy / ours", ("scipy",), "ours")
-OVER_OURS = (JAX_OVER_OURS, TORCH_OVER_OURS, ORT_OVER_OURS, OPENVINO_OVER_OURS, SCIPY_OVER_OURS)
 
 THREADS = 2
 """The number of threads in targets for several threads. XLA and torch use as many as there are cores."""
@@ -240,6 +237,8 @@ SECTIONS: dict[str, Callable[[Sequence[str]], list[Table]]] = {
     "layouts": layouts,
     "family": family,
     "attention": attention,
+    "small": small,
+    "programs": programs,
     "kernels": kernels,
     "paper": paper,
     "peers": peers,

@@ -79,7 +79,12 @@ class _Server:
             return self._prepare(request)
         if isinstance(request, int):
             return _seconds_per_call(self._call, request)
-        return {"peak_bytes": self._peak_bytes, "ulp_error": self._ulp_error}[request]()
+        measurements = {
+            "peak_bytes": self._peak_bytes,
+            "temporary_bytes": self._backend.temporary_bytes,
+            "ulp_error": self._ulp_error,
+        }
+        return measurements[request]()
 
     def _prepare(self, case: Case) -> Prepared:
         self._call = lambda: None  # The previous call holds the arrays of the previous case.

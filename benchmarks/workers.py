@@ -100,6 +100,10 @@ class Worker:
         """Returns by how much the process grows during a call; None where the system does not tell."""
         return self._request("peak_bytes")
 
+    def temporary_bytes(self) -> int | None:
+        """Returns the temporary memory of the compiled call; None where that is unknown."""
+        return self._request("temporary_bytes")
+
     def ulp_error(self) -> float:
         """Returns the largest error of a softmax against float64, in units of the last place."""
         return self._request("ulp_error")

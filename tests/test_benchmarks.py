@@ -240,14 +240,22 @@ def test_bits_of_results():
 
 
 def imported_names(statement):
-    """The modules, or members of the packages benchmarks and jax_softmax2p, that a statement imports."""
+    """The modules, or members of the packages of this project, that a statement imports."""
     if isinstance(statement, ast.Import):
         return [alias.name for alias in statement.names]
     if not isinstance(statement, ast.ImportFrom):
         return []
     if statement.module in ("benchmarks", "jax_softmax2p"):
         return [f"{statement.module}.{alias.name}" for alias in statement.names]
+    if statement.module == "benchmarks.programs":
+        return [statement.module, *(f"{statement.module}.{alias.name}" for alias in statement.names)]
     return [statement.module]
+
+
+def source_file(module):
+    """The file of a module or package; None if it is another member of a package."""
+    path = ROOT / module.replace(".", "/")
+    return next(filter(pathlib.Path.is_file, (path.with_suffix(".py"), path / "__init__.py")), None)
 
 
 def test_worker_processes_import_public_names_only():
@@ -255,9 +263,10 @@ def test_worker_processes_import_public_names_only():
     public = {"jax_softmax2p", *(f"jax_softmax2p.{name}" for name in jax_softmax2p.__all__)}
     modules, imported = ["benchmarks.worker_process"], set()
     for module in modules:
-        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+        tree = ast.parse(source_file(module).read_text(encoding="utf-8"))
         names = {name for statement in tree.body for name in imported_names(statement)}
-        modules += sorted(name for name in names if name.startswith("benchmarks.") and name not in modules)
+        own = (name for name in names if name.startswith("benchmarks.") and source_file(name))
+        modules += sorted(name for name in own if name not in modules)
         imported |= {name for name in names if name.startswith("jax_softmax2p")}
-    assert "benchmarks.operations" in modules
+    assert {"benchmarks.operations", "benchmarks.programs.sequences"} <= set(modules)
     assert imported <= public
