@@ -1,4 +1,4 @@
-"""Imports and includes point down only: see the storeys below. A file of no storey fails."""
+"""Imports and includes point down only: see the layers below. A file of no layer fails."""
 
 import ast
 import graphlib
@@ -11,7 +11,7 @@ PACKAGE = ROOT / "jax_softmax2p"
 FFI = ROOT / "ffi"
 
 # From the top. A module or package that is named here stands for all within.
-PYTHON_STOREYS = (
+PYTHON_LAYERS = (
     ("__main__",),
     ("demo",),
     ("__init__", "measure"),
@@ -28,7 +28,7 @@ PYTHON_STOREYS = (
 # What only measures is for the demonstration, the benchmarks and the tests.
 MEASURING = {"measure": {"__main__", "demo"}}
 
-FFI_STOREYS = (
+FFI_LAYERS = (
     ("module.cc",),
     ("handlers",),
     ("ops",),
@@ -40,9 +40,9 @@ FFI_STOREYS = (
 )
 
 
-def storey_of(name, storeys):
-    found = [level for level, names in enumerate(storeys) if name in names]
-    assert found, f"{name} is in no storey"
+def layer_of(name, layers):
+    found = [level for level, names in enumerate(layers) if name in names]
+    assert found, f"{name} is in no layer"
     return found[0]
 
 
@@ -55,7 +55,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def top(module):
-    """The module or package within ours, by which storeys are named."""
+    """The module or package within ours, by which layers are named."""
     return module.split(".")[1]
 
 
@@ -88,16 +88,16 @@ def known_module(name):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_python_imports_point_down(module):
-    level = storey_of(top(module), PYTHON_STOREYS)
+    level = layer_of(top(module), PYTHON_LAYERS)
     for imported in imported_modules(MODULES[module]):
         if top(imported) == top(module):
             continue
-        assert storey_of(top(imported), PYTHON_STOREYS) > level, f"{module} imports {imported}"
+        assert layer_of(top(imported), PYTHON_LAYERS) > level, f"{module} imports {imported}"
         assert top(module) in MEASURING.get(top(imported), {top(module)}), f"{module} imports {imported}"
 
 
 def test_python_imports_have_no_circle():
-    """Within packages either, of which no storey tells."""
+    """Nor have those within a package, where layers do not apply."""
     imports = {module: imported_modules(path) - {module} for module, path in MODULES.items()}
     list(graphlib.TopologicalSorter(imports).static_order())
 
@@ -113,7 +113,7 @@ SOURCES = sorted(path for path in FFI.rglob("*") if path.is_file())
 
 
 def folder(path):
-    """The folder of ffi/, or the file in ffi/ itself, by which storeys are named."""
+    """The folder of ffi/, or the file in ffi/ itself, by which layers are named."""
     return path.relative_to(FFI).parts[0]
 
 
@@ -127,10 +127,10 @@ def included_files(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(FFI)))
 def test_includes_point_down(path):
-    level = storey_of(folder(path), FFI_STOREYS)
+    level = layer_of(folder(path), FFI_LAYERS)
     for included in included_files(path):
         if folder(included) != folder(path):
-            assert storey_of(folder(included), FFI_STOREYS) > level, f"{path.name} includes {included}"
+            assert layer_of(folder(included), FFI_LAYERS) > level, f"{path.name} includes {included}"
 
 
 def test_includes_have_no_circle():
