@@ -121,7 +121,7 @@ def as_logits(
         x = _as_inexact(x, axes, mask)
     # That of the formula, jnp.exp(x * scale + bias).
     dtype = jax.eval_shape(jnp.exp, jax.ShapeDtypeStruct((), promoted or x.dtype)).dtype
-    wide = jnp.float32 if _has_no_infinity(dtype) else dtype
+    wide = jnp.float32 if _is_narrower_than_16_bits(dtype) else dtype
     x = x.astype(wide)
     check_native_support(chosen, x.dtype)
     named = {
@@ -266,8 +266,8 @@ def _as_inexact(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:
     return -(x_max - x).astype(unsigned).astype(jax.eval_shape(jnp.exp, x).dtype)
 
 
-def _has_no_infinity(dtype: np.dtype) -> bool:
-    """Some formats of 8 bits and fewer have nothing below every number, to mask with."""
+def _is_narrower_than_16_bits(dtype: np.dtype) -> bool:
+    """Computed in float32; some of these formats lack -inf for masking."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
 

@@ -170,11 +170,11 @@ def softmax_jacobian_derivative(y: Array, t: Array, y_dot: Array, *, axis: int) 
 
 
 def one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """Boolean, of ``shape``: True at the labels, which count from the end below 0, and are nowhere out of
-    range.
+    """Boolean, of ``shape``: True at the labels.
 
     Args:
-      labels: integers, of the shape without the axis.
+      labels: integers, of the shape without the axis. Those below 0 count from the end; out-of-range labels
+        match no class.
       shape: of the result.
       axis: along which labels count.
     """

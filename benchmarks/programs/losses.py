@@ -9,7 +9,7 @@ from benchmarks.programs.program import Program, integers, normal, with_gradient
 TEMPERATURE = 4.0
 
 IGNORED = 255
-"""The label of a pixel that counts for nothing."""
+"""The label of pixels that the loss leaves out."""
 
 
 def contrastive(shape, rng):
@@ -90,7 +90,7 @@ def label_smoothing(shape, rng):
 
 
 def sampled_softmax(shape, rng):
-    """The label against classes that were drawn, eight times as many being there. Shape: batch, samples."""
+    """Cross-entropy of the label against a sample of an eighth of the classes. Shape: batch, samples."""
     import optax
 
     batch, samples = shape

@@ -1,9 +1,9 @@
 """The compiled library: loading it, registering its FFI targets, and finding out whether they run here.
 
 Importing this module loads the library and registers its FFI targets with XLA, so that programs
-serialised by ``jax.export`` find them; unless jaxlib is older than the headers that the library was built
-with, as the registration, which waits for XLA's start, would keep JAX from starting on the CPU at all.
-Whether the runtime then accepts the targets is found out on first use, by a tiny call.
+serialised by ``jax.export`` find them. Registration is skipped when jaxlib is older than the headers that the
+library was built with; it would stop JAX's CPU client from starting. Whether the runtime then accepts the
+targets is found out on first use, by a tiny call.
 """
 
 import functools

@@ -34,7 +34,7 @@ def check_derivatives(x: Array, axis_names: tuple[str, ...]) -> None:
 def reduce_lse(lse: Lse, axis_names: tuple[str, ...]) -> Lse:
     """The lse of whole rows from those of their shards: two all-reduces of one number a row.
 
-    As exact as hi + lo is: of e^(z + rest), with rest below an ULP of z, it takes two terms of the series.
+    As exact as hi + lo is: it approximates e^(z + rest) by e^z·(1 + rest), with rest below an ULP of z.
     """
     largest = _or_zero(jax.lax.pmax(lse.hi, axis_names))
     z, rest = subtract_max(lse, largest)

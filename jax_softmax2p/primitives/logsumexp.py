@@ -58,8 +58,8 @@ def logsumexp_jvp(
       x: as in :func:`logsumexp`.
       hi: of the lse, and lo.
       lo: as hi.
-      labels: int32 of hi's shape, or :func:`no_labels`. Below 0 they count from the end; out of range, none
-        is there.
+      labels: int32 of hi's shape, or :func:`no_labels`. Those below 0 count from the end;
+        out-of-range labels match no class.
       t: a tangent of the logits, of x's shape and dtype.
       operands: as in :func:`logsumexp`.
       params: as in :func:`logsumexp`.
@@ -77,7 +77,7 @@ def logsumexp_vjp(
 def combine_shards(lse: Lse, *, implementation: Any, **_: Any) -> Lse:
     """The lse of whole rows from those of their shards, which lie along the first axis.
 
-    As exact as hi + lo is: of e^(z + rest), with rest below an ULP of z, it takes two terms of the series.
+    As exact as hi + lo is: it approximates e^(z + rest) by e^z·(1 + rest), with rest below an ULP of z.
     """
     params = {"axis": -lse.hi.ndim, "spec": OperandSpec(), "implementation": implementation}
     largest = collectives.finite_max(lse.hi)

@@ -1,6 +1,7 @@
-"""mask_to_zero_p: an array with 0 where logits are masked; and tangents of logits, which have that.
+"""mask_to_zero_p: an array with 0 where logits are masked; and tangents of logits, which need it.
 
-As a select it would have JAX keep an array of zeros for the backward pass, and of a band its mask.
+A primitive rather than jnp.where, whose transpose would save an array of zeros (and a Band's mask as an
+array) as residuals.
 """
 
 from collections.abc import Sequence
