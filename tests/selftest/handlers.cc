@@ -345,7 +345,7 @@ class Tests {
       if (random.Next() % 4 == 0) request.after = RandomSize(random);
       request.algorithm = kAlgorithms[random.Next() % std::size(kAlgorithms)].name;
       FakeCall call = Make(request);
-      if (random.Next() % 2 == 0) Spoil(random, call);
+      if (random.Next() % 2 == 0) Corrupt(random, call);
       Begin("random call " + std::to_string(i) + ", " + Describe(request));
       const bool done = RunAndForget(std::move(call), *pools_[random.Next() % pools_.size()], results).ok();
       ++(done ? random_done_ : random_refused_);
@@ -357,8 +357,8 @@ class Tests {
     return kSizes[random.Next() % std::size(kSizes)];
   }
 
-  // Spoils one thing. Buffers get memory to match where there can be.
-  static void Spoil(Random& random, FakeCall& call) {
+  // Corrupts one buffer or attribute. A corrupted buffer gets memory to match where there can be.
+  static void Corrupt(Random& random, FakeCall& call) {
     std::vector<FakeBuffer>& buffers = random.Next() % 3 == 0 ? call.results : call.arguments;
     const std::size_t place = random.Next() % buffers.size();
     XLA_FFI_DataType type = buffers[place].dtype;

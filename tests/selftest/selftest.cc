@@ -444,7 +444,7 @@ inline double MantissaError(double x, double s) {
   const double same = std::fabs(mantissa - e), below = std::fabs(mantissa - 2 * e);
   const double above = std::fabs(mantissa - 0.5 * e), other = below < above ? below : above;
   const double error = (same < other ? same : other) * 0x1p23;
-  // HUGE_VAL where s is out of range or NaN.
+  // HUGE_VAL where s is out of range. Compares with >= and <= so that NaN fails.
   return mantissa >= kLowest ? mantissa <= kHighest ? error : HUGE_VAL : HUGE_VAL;
 }
 
@@ -547,7 +547,7 @@ class EveryFloat {
 struct Options {
   bool quick = false, exhaustive = false, list = false;
   // QEMU 7.2 makes subnormal halves zero where MXCSR flushes, and its masked loads touch what they leave out.
-  // Real CPUs do neither. The kernels are held to everything else there.
+  // Real CPUs do neither; all other checks still apply.
   bool emulated_x86 = false;
   std::vector<const Kernels*> kernels = SupportedKernels();
   std::string error;

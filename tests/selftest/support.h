@@ -238,7 +238,7 @@ constexpr DataClass kOrdinary[] = {
        return i >= n - n / 3 ? kFarBelow : r.Normal();
      }},
 };
-// Some of these need the guard's third pass, which kernels then also take for the rows beside them.
+// Some of these trigger the third pass, also for rows in the same vector.
 constexpr DataClass kExtreme[] = {
     {"±1000", [](Random& r, std::int64_t, std::int64_t) { return 1000 * r.Uniform(); }},
     {"drift",
