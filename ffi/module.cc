@@ -124,6 +124,7 @@ nb::dict PlanOf(const std::string& dtype, std::int64_t outer, std::int64_t n, st
     const SoftmaxPlan plan = PlanSoftmax<E>(chosen, {outer, n, inner}, kernels.Of<E>().lanes);
     properties["maximum_first"] = plan.maximum_first;
     properties["reload"] = plan.reload;
+    // The key is part of a documented result, so it keeps the name that non-temporal stores had at first.
     properties["stream"] = plan.non_temporal;
   });
   return properties;

@@ -13,7 +13,7 @@ namespace jax_softmax2p {
 // i - before to i + after take part; a negative attribute is no limit. The attribute `axis` counts from the
 // end; a band needs -1. Results that belong to a row are counted over x's other dimensions.
 
-// y = softmax(logits). Attribute `algorithm`: see runtime/algorithm.h.
+// y = softmax(logits). Attribute `algorithm`: see ops/algorithm.h.
 extern "C" XLA_FFI_Error* jax_softmax2p_softmax_v1(XLA_FFI_CallFrame* call_frame);
 
 // y = log(softmax(logits)), and the lse of every row as hi + lo, both of the type that x is computed in.

@@ -6,9 +6,9 @@
 //
 // * The mantissa is kept as expm1 = mantissa - 1, before the 1 would round it. The error of 1 + expm1 in
 //   float32 is at most 0.44·2^-23, the sum of the roundings of its steps, against 0.5·2^-23 more had the 1
-//   been added. That holds for every float with |n| <= Reduction<V>::kMaxExponent, NaN gives NaN, and sums of
-//   others are marked: `tests/selftest/run` checks it for all 2^32 patterns. Found there: 0.432 for AVX-512,
-//   0.370 for AVX2, 0.407 for portable. For float64 the tests bound what follows from it.
+//   been added. That holds for every float with |n| <= ReductionFor<V>::kMaxExponent, NaN gives NaN, and sums
+//   of others are marked: `tests/selftest/run` checks it for all 2^32 patterns. Found there: 0.432 for
+//   AVX-512, 0.370 for AVX2, 0.407 for portable. For float64 the tests bound what follows from it.
 // * n is handed on as the power of two 2^(n - reference), which is read out of the low bits of the sum that
 //   rounds x·log2 e. The reference is an even integer just below the largest n, so the power never overflows.
 // * x is clamped from below, where 2^(n - reference) is zero: -inf, finfo.min and the usual masks would
@@ -197,12 +197,14 @@ class ExtExpKernel {
   using P = Polynomial<T, V::kTableBits>;
   static constexpr int kBits = V::kTableBits;
   static constexpr int kTerms = sizeof P::kCoefficients / sizeof P::kCoefficients[0];
-  // The steps in which a power of two is divided.
+  // Table steps per octave.
   static constexpr T kSteps = 1 << kBits;
-  // The number of steps that lie below 1 in the table.
+  // Entries for 2^f with f < 0.
   static constexpr T kBelow = kBits == 0 ? 0 : 6;
 
   V lowest_;
+  // Adding it to x·log2 e·kSteps rounds x·log2 e to 1/kSteps and leaves the biased exponent n - reference,
+  // with the table index below it, in the low mantissa bits.
   V rounder_;
 };
 

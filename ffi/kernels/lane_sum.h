@@ -11,7 +11,7 @@
 namespace jax_softmax2p {
 
 // A sum in every lane, (hi + lo)·2^exponent, in twice the working precision. Exponents are integers held as
-// floating-point numbers. One beyond Reduction<V>::kMaxExponent, either way, marks a sum that is not to be
+// floating-point numbers. One beyond ReductionFor<V>::kMaxExponent, either way, marks a sum that is not to be
 // trusted. A monoid under Merge, with the lowest exponent and zeros as its neutral element.
 template <typename V>
 struct LaneSums {

@@ -55,13 +55,13 @@ class RowKernels {
                     bool non_temporal) {
     const V exponent = V::Broadcast(static_cast<T>(scale.exponent));
     const Scaler<V> scaler{V::Broadcast(scale.hi), V::Broadcast(scale.lo)};
-    if (scale.subtract) {
-      const SubtractLse<V> minus{V::Broadcast(scale.maximum), V::Broadcast(scale.rest)};
-      WriteRow(Recompute<V, SubtractLse<V>>(exponent, minus), x, Discard{}, y, n, scaler, non_temporal);
+    if (scale.subtract_shift) {
+      const SubtractLse<V> minus{V::Broadcast(scale.shift_hi), V::Broadcast(scale.shift_lo)};
+      WriteFrom(Recompute<V, SubtractLse<V>>(exponent, minus), x, Discard{}, y, n, scaler, non_temporal);
     } else if (kept != nullptr) {
-      WriteRow(Reload<V>(exponent), x, kept, y, n, scaler, non_temporal);
+      WriteFrom(Reload<V>(exponent), x, kept, y, n, scaler, non_temporal);
     } else {
-      WriteRow(Recompute<V, Identity>(exponent, Identity{}), x, Discard{}, y, n, scaler, non_temporal);
+      WriteFrom(Recompute<V, Identity>(exponent, Identity{}), x, Discard{}, y, n, scaler, non_temporal);
     }
   }
 
@@ -69,7 +69,7 @@ class RowKernels {
   template <typename In>
   static void WriteLog(const In* x, E* y, std::int64_t n, const LseTerms<T>& lse, bool non_temporal) {
     const SubtractLse<V> minus{V::Broadcast(lse.maximum), V::Broadcast(lse.log)};
-    WriteRow(NoExp<V, SubtractLse<V>>{minus}, x, Discard{}, y, n, NoScaler<V>{}, non_temporal);
+    WriteFrom(NoExp<V, SubtractLse<V>>{minus}, x, Discard{}, y, n, NoScaler<V>{}, non_temporal);
   }
 
  private:
@@ -113,8 +113,8 @@ class RowKernels {
   }
 
   template <typename Source, typename In, typename Kept, typename Scaling>
-  static SOFTMAX2P_INLINE void WriteRow(const Source& source, const In* x, Kept kept, E* y, std::int64_t n,
-                                        const Scaling& scaler, bool non_temporal) {
+  static SOFTMAX2P_INLINE void WriteFrom(const Source& source, const In* x, Kept kept, E* y, std::int64_t n,
+                                         const Scaling& scaler, bool non_temporal) {
     const auto part = [&](std::int64_t i, int count) {
       const Tail<V> access{count};
       WriteVectors<1, V>(access, access, source, x + i, kept + i, y + i, kAdjacent<V>, Ahead<0>{}, scaler);

@@ -34,16 +34,16 @@ struct KnownMaximum {
   T value = 0;
 };
 
-// How pass 2 makes results of a row: y = (hi + lo)·2^-exponent·e^x. Where `subtract`, x is read as
-// (x - maximum) - rest.
+// How pass 2 makes results of a row: y = (hi + lo)·2^-exponent·e^x. Where `subtract_shift`, x is read as
+// (x - shift_hi) - shift_lo. The shift is the row's maximum, or its lse as hi and lo.
 template <typename T>
 struct RowScale {
   T hi;
   T lo;
   int exponent;
-  bool subtract;
-  T maximum;
-  T rest;
+  bool subtract_shift;
+  T shift_hi;
+  T shift_lo;
 };
 
 // `width` columns of `rows` elements each, element i of column c at x[c + i * stride], and one element more

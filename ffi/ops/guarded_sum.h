@@ -5,10 +5,16 @@
 // guard sums e^(z - maximum) instead. At that size, by Sterbenz's lemma, z - maximum is exact wherever
 // e^(z - maximum) does not vanish. An infinite maximum is not subtracted: the sum is NaN then.
 //
-// The other half of the guard is in the kernels: x is clamped from below (kernels/exp.h), so that -inf and
-// the usual masks give 0, where the published algorithm would compute -inf + inf. small_matrices and panels
-// have the third pass of their own: GuardedColumn in kernels/small_softmax.h, SumMinusMaximum in
-// ops/softmax_columns.cc. kernels/unguarded_build.h compiles the clamp out, to measure it.
+// The other parts of the guard:
+//
+// * kernels/exp.h: ExtExpKernel clamps x from below, so that -inf and the usual masks give 0, where the
+//   published algorithm would compute -inf + inf.
+// * kernels/lane_sum.h: LaneAccumulator::Reference clamps the exponent of a sum from below alike.
+// * kernels/small_softmax.h: GuardedColumn is the third pass of small matrices and columns.
+// * ops/softmax_columns.cc: SumMinusMaximum is the third pass of panels.
+// * kernels/small_logsumexp.h: a log that is NaN tells the caller that a row needs the third pass.
+// * ops/logsumexp_derivatives.cc: ScaleFromLse has the lse subtracted beyond the exact range.
+// * kernels/unguarded_build.h compiles both clamps out, to measure what they cost.
 #pragma once
 
 #include <algorithm>

@@ -161,7 +161,7 @@ class LogitsRow {
   }
 
  private:
-  // Finds the row's place in every operand, and the elements that are not masked for certain.
+  // Finds the row's place in every operand, and the range outside which every element is masked.
   void FindOperands(const Logits<E>& logits, std::int64_t row) {
     std::int64_t scale = 0, bias = 0, where = 0, rest = row;
     for (std::size_t d = logits.dims.size(); d-- > 0;) {
@@ -207,7 +207,7 @@ class LogitsRow {
     return buffer;
   }
 
-  // Calls body(place among the `size` from `at`, z, their number, the largest of them or more).
+  // Calls body(place among the `size` from `at`, z, their number, an upper bound of their maximum).
   template <typename Body>
   void ForBlocks(std::int64_t at, std::int64_t size, const Body& body) const {
     if (z_ != nullptr) return body(0, z_ + at, size, maximum_);

@@ -28,7 +28,7 @@ template <typename E>
 void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, Lse<ComputeOf<E>> lse);
 
 // What the derivatives below are those of: lse - z[label], or lse alone where `labels` is null. A label below
-// 0 counts from the end of its row; one out of range is nowhere.
+// 0 counts from the end of its row; out-of-range labels match no class.
 template <typename E>
 struct LabelledLse {
   const ComputeOf<E>* hi;

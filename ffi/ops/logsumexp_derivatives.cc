@@ -12,11 +12,11 @@
 namespace jax_softmax2p {
 namespace {
 
-// factor·e^-lse, times e^z as the kernels compute it: no rounding of z - hi, which would cost an exponential
-// as many ULP as that is large. Beyond the kernels' exact range, and for what is no number, hi is subtracted
-// from z: there z - hi is exact wherever e^(z - hi) does not vanish.
+// factor·e^-lse, by which the kernels multiply e^z. That avoids rounding z - hi, which would cost about
+// |z - hi| ULP. Beyond the kernels' exact range, and where the lse or the factor is not finite, hi is
+// subtracted from z: there z - hi is exact wherever e^(z - hi) does not vanish.
 template <typename T>
-RowScale<T> ScaleFor(T hi, T lo, double factor, int max_exponent) {
+RowScale<T> ScaleFromLse(T hi, T lo, double factor, int max_exponent) {
   constexpr double kLog2E = 0x1.71547652b82fep0;
   constexpr double kLn2Hi = 0x1.62e42fefa39efp-1, kLn2Lo = 0x1.abc9e3b39803fp-56;
   RowScale<T> scale{};
@@ -30,9 +30,9 @@ RowScale<T> ScaleFor(T hi, T lo, double factor, int max_exponent) {
     scale.exponent = static_cast<int>(exponent);
   } else {
     scale.hi = static_cast<T>(factor);
-    scale.subtract = true;
-    scale.maximum = hi;
-    scale.rest = lo;
+    scale.subtract_shift = true;
+    scale.shift_hi = hi;
+    scale.shift_lo = lo;
   }
   return scale;
 }
@@ -156,7 +156,7 @@ void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, 
   const CompensatedSum sum = segments.Reduce<CompensatedSum>(
       [&](std::int64_t at, std::int64_t size) { return kernels.sum(t + at, size); },
       [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
-  const RowScale<T> scale = ScaleFor(lse.hi[r], lse.lo[r], sum.hi + sum.lo, kernels.max_exponent);
+  const RowScale<T> scale = ScaleFromLse(lse.hi[r], lse.lo[r], sum.hi + sum.lo, kernels.max_exponent);
   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
     row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
       kernels.subtract(t + at + i, p, out + at + i, count);
@@ -196,7 +196,7 @@ void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
   }
   ForLogitsRows(kernels, executor, logits,
                 [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-                  const RowScale<T> scale = ScaleFor(lse.hi[r], lse.lo[r], 1, table.max_exponent);
+                  const RowScale<T> scale = ScaleFromLse(lse.hi[r], lse.lo[r], 1, table.max_exponent);
                   const E* const row_t = t + r * n;
                   const CompensatedSum dot = segments.Reduce<CompensatedSum>(
                       [&](std::int64_t at, std::int64_t size) {
@@ -231,7 +231,7 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
   ForLogitsRows(kernels, executor, logits,
                 [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
                   const T hi = lse.hi[r], lo = lse.lo[r];
-                  const RowScale<T> scale = ScaleFor(hi, lo, factor[r], max_exponent);
+                  const RowScale<T> scale = ScaleFromLse(hi, lo, factor[r], max_exponent);
                   E* const row_y = y + r * logits.n;
                   const Label<E> label(row, logits.n, LabelOf(lse, r));
                   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {

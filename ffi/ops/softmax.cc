@@ -15,16 +15,18 @@ template <typename E>
 SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes) {
   const std::int64_t elements = layout.outer * layout.n * layout.inner;
   const std::int64_t row_bytes = layout.n * static_cast<std::int64_t>(sizeof(E) + sizeof(ComputeOf<E>));
-  // x and y leave the caches between one call and the next: y is better written past them. What pass 1 keeps
-  // must then not leave the second-level cache, and neither where it needs memory of its own.
-  const bool far = 2 * elements * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
-  const bool near_row = row_bytes <= SecondLevelCacheBytes() / 2;
+  // Where x and y together exceed the last-level cache, y is better written past the caches. Reloading then
+  // pays only where a row and its mantissas fit the second-level cache; so it does where the mantissas need
+  // memory beside y, as those of 16-bit elements do.
+  const bool exceeds_llc = 2 * elements * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
+  const bool row_fits_l2 = row_bytes <= SecondLevelCacheBytes() / 2;
   SoftmaxPlan plan{};
   switch (algorithm) {
     case Algorithm::kAuto:
       // Columns are better recomputed: (4096, 1000) along its first axis takes 0.25 ns an element so, on two
       // threads, and 0.41 with reload (Zen 5, AVX-512).
-      plan.reload = layout.inner < lanes && (near_row || (!far && std::is_same_v<E, ComputeOf<E>>));
+      plan.reload =
+          layout.inner < lanes && (row_fits_l2 || (!exceeds_llc && std::is_same_v<E, ComputeOf<E>>));
       break;
     case Algorithm::kTwoPass:
       break;
@@ -38,7 +40,7 @@ SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes) {
       plan.maximum_first = plan.reload = true;
       break;
   }
-  plan.non_temporal = far && (near_row || !plan.reload);
+  plan.non_temporal = exceeds_llc && (row_fits_l2 || !plan.reload);
   return plan;
 }
 

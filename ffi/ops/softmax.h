@@ -9,7 +9,10 @@
 
 namespace jax_softmax2p {
 
-// How an array is computed.
+// How an array is computed. `reload` is a wish. Pass 2 recomputes the exponentials all the same where the
+// operands of a row are applied block by block (LogitsRow::IsReloadable), where there is no memory for
+// scratch, where the guard subtracts the maximum, and in columns whose y has no room for the mantissas:
+// 16-bit elements, and y in place of x. The kernels for small rows, matrices and columns ignore it.
 struct SoftmaxPlan {
   bool maximum_first;  // three passes
   bool reload;         // pass 1 keeps the mantissas of the exponentials, and pass 2 loads them

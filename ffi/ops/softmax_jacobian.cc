@@ -51,8 +51,8 @@ void SoftmaxJacobian(const KernelTable<E>& kernels, Executor& executor, const E*
   AdviseHugePages(out, static_cast<std::size_t>(columns * n) * sizeof(E));
   if (inner == 1) {
     // In place the cache lines that are written are in a cache already.
-    const bool far = 3 * columns * n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
-    return JacobianRows(kernels, executor, y, t, out, columns, n, far && out != y && out != t);
+    const bool exceeds_llc = 3 * columns * n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
+    return JacobianRows(kernels, executor, y, t, out, columns, n, exceeds_llc && out != y && out != t);
   }
   ParallelForColumns(executor, columns, n,
                      [&](std::int64_t first, std::int64_t end, std::int64_t width, Executor& rows_executor) {

@@ -23,7 +23,7 @@ constexpr std::int64_t kMaxInterleavedRow = 1 << 11;
 
 // 1/sum as a T and what that T leaves out.
 template <typename T>
-RowScale<T> ScaleFor(const GuardedRowSum<T>& row_sum) {
+RowScale<T> ScaleFromSum(const GuardedRowSum<T>& row_sum) {
   const CompensatedSum& mantissa = row_sum.sum.mantissa;
   const double inverse = 1 / mantissa.hi;
   const double error = (std::fma(-inverse, mantissa.hi, 1.0) - inverse * mantissa.lo) * inverse;
@@ -32,8 +32,8 @@ RowScale<T> ScaleFor(const GuardedRowSum<T>& row_sum) {
   scale.hi = rounded.hi;
   scale.lo = rounded.lo;
   scale.exponent = row_sum.sum.exponent;
-  scale.subtract = row_sum.subtract;
-  if (row_sum.subtract) scale.maximum = row_sum.maximum;
+  scale.subtract_shift = row_sum.subtract;
+  if (row_sum.subtract) scale.shift_hi = row_sum.maximum;
   return scale;
 }
 
@@ -90,8 +90,8 @@ class RowsSoftmax {
     T* const buffer =
         buffer_size_ == 0 || scratch_ == nullptr ? nullptr : scratch_.get() + r % slots_ * buffer_size_;
     const LogitsRow<E>& row = rows_[r % slots_].emplace(kernels_, logits_, r, buffer);
-    return ScaleFor(GuardedSum(row, Segments(executor_, row.size()), kernels_.Of<E>().max_exponent,
-                               Kept(r, row), plan_.maximum_first));
+    return ScaleFromSum(GuardedSum(row, Segments(executor_, row.size()), kernels_.Of<E>().max_exponent,
+                                   Kept(r, row), plan_.maximum_first));
   }
 
   // Pass 2.

@@ -1,36 +1,37 @@
 // The vector types F32 and F64 for any machine, on the compilers' vector extension (SSE2 on x86-64).
 //
 // Every header in this folder defines, in a namespace of its own, the same two types with the same members,
-// which kernels/ takes as its template parameter V. The contract beyond the obvious:
+// which kernels/ takes as its template parameter V. A type holds one register as its member `v`, and its
+// number of lanes is a constant: for vectors of variable length, such as SVE's, a header fixes one width, and
+// runtime/cpu.cc must check at run time that the CPU has that. The contract beyond the obvious:
 //
 //   Scalar, kLanes       The element type, and the elements of a vector.
 //   Load, Store          From and to Scalar*. In F32 also from and to 16-bit elements, which are converted,
 //                        exactly one way and to nearest even the other. No alignment beyond the element's.
-//   LoadPartial          Loads the first `count` elements, 0 <= count < kLanes, and `fill` in the other
-//   lanes.
+//   LoadPartial          Loads the first `count` elements, 0 <= count < kLanes, and `fill` in the others.
 //                        No other element is touched.
 //   StorePartial         Stores the first `count` elements. No other element is touched.
-//   Stream               Stores past the caches, to an address that is aligned to what a vector takes there.
-//                        The caller ends with a fence: FenceNonTemporalStores() of runtime/memory.h. It is a
-//                        Store where there are no such stores.
+//   Stream               Stores past the caches, to an address aligned to the vector. The caller ends with
+//                        FenceNonTemporalStores() of runtime/memory.h. It is a Store where there are no such
+//                        stores.
 //   LoadTransposed       Loads kTransposeRows adjacent elements (16 bytes) from each of kLanes rows, `stride`
 //                        apart, as kTransposeRows vectors: lane l of columns[c] is p[l * stride + c].
 //   StoreTransposed      The inverse of LoadTransposed.
 //   Where(where, a, b)   In every lane, a if where[lane] is not 0, otherwise b.
-//   Fma(a, b, c)         a*b + c, and Fnma(a, b, c): c - a*b. Rounded once, except here, where each step
-//                        rounds.
+//   Fma(a, b, c)         a*b + c, rounded once, except here, where each step rounds.
+//   Fnma(a, b, c)        c - a*b, rounded as Fma.
 //   Fms(a, b, c)         a*b - c, rounded once. Only where kHasFma.
-//   Max(a, b)            The larger of each lane, or b where either is NaN: the order of the arguments
-//   decides
+//   Max(a, b)            The larger of each lane, or b where either is NaN: the order of the arguments says
 //                        what becomes of NaN.
 //   Floor(a)             For |a| < 2^22 in F32, 2^51 in F64.
 //   AnyGreater(a, b)     Whether a > b in any lane.
 //   ReduceMax            The largest lane. None may be NaN.
 //   ReduceSum            Only in F32: the sum of the lanes in double, halves of the vector pairwise.
 //   ExponentFromLowBits  Moves the low integer bits of a lane into the exponent field: 2^(low bits - bias).
-//   kTableBits           0, or b where there are Lookup(table), the entry of an aligned table of 2^b that the
-//                        lowest b bits of a lane choose, and AboveLookup(), the integer bits above those.
-//   kHasFma              Whether Fma rounds once. Reduction<V> in kernels/exp.h depends on it.
+//   kTableBits           0, or b where there are Lookup and AboveLookup.
+//   Lookup(table)        The entry of an aligned table of 2^b that the lowest b bits of a lane choose.
+//   AboveLookup()        The integer bits above those b.
+//   kHasFma              Whether Fma rounds once. ReductionFor<V> in kernels/exp.h depends on it.
 #pragma once
 
 #include <cstdint>
