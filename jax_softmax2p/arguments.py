@@ -1,6 +1,7 @@
 """What users pass, checked and brought into the form that the primitives take."""
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from jax_softmax2p.reference import ScaleBiasMask, compute_dtype
 Array = jax.Array
 Axis = int | Sequence[int] | None
 Where = jax.typing.ArrayLike | Band | None
+_INT32 = np.iinfo(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +160,59 @@ def as_numeric_array(x: jax.typing.ArrayLike, name: str = "x") -> Array:
     if not jnp.issubdtype(array.dtype, jnp.number):
         raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
     return array
+
+
+def as_labels(labels: jax.typing.ArrayLike) -> Array:
+    """Integers of any dtype as int32, to whose range they saturate.
+
+    There are at most 2^31 - 1 classes, so a number that int32 cannot hold names no class, and neither does
+    the number to which it saturates. A cast would wrap it around to a number that may name one.
+
+    Raises:
+      TypeError: labels are not integers.
+    """
+    if isinstance(labels, np.ndarray | np.generic) and labels.dtype.kind in "iu":
+        # Without jax_enable_x64, JAX would cut 64 bits down to 32.
+        labels = _saturate_to_int32(labels)
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
+    return _saturate_to_int32(labels)
+
+
+def as_class_indices(labels: Array, num_classes: int) -> Array:
+    """The classes that labels name.
+
+    Args:
+      labels: int32, as :func:`as_labels` returns them. Those below 0 count from the end.
+      num_classes: how many classes a row has, on all devices together.
+
+    Returns:
+      int32 array of the labels' shape, of numbers from 0 to num_classes, where num_classes stands for no
+      class.
+
+    Raises:
+      ValueError: there are more classes than int32 can count.
+    """
+    # A symbolic size of jax.export cannot be compared.
+    if isinstance(num_classes, int) and num_classes > _INT32.max:
+        raise ValueError(f"there must be no more than {_INT32.max} classes, got {num_classes}")
+    return _class_indices(labels, num_classes)
+
+
+# Jitted, since eager calls would otherwise dispatch each of its operations by itself.
+@functools.partial(jax.jit, static_argnames="num_classes", inline=True)
+def _class_indices(labels: Array, num_classes: int) -> Array:
+    labels = jnp.where(labels < 0, labels + num_classes, labels)
+    return jnp.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+
+
+def _saturate_to_int32(x: Any) -> Any:
+    """Integers of any dtype, in an array of JAX or of NumPy, as int32."""
+    limits = jnp.iinfo(x.dtype)
+    if limits.min < _INT32.min or limits.max > _INT32.max:
+        x = x.clip(max(limits.min, _INT32.min), min(limits.max, _INT32.max))
+    return x.astype(np.int32)
 
 
 def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_softmax2p import reference
-from jax_softmax2p.arguments import as_logits, canonical_axes
+from jax_softmax2p.arguments import as_class_indices, as_labels, as_logits, canonical_axes
 from jax_softmax2p.ops import logsumexp_of_logits
+from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, choose_path
 from jax_softmax2p.primitives.logsumexp import logsumexp, logsumexp_jvp
@@ -37,7 +38,7 @@ def softmax_cross_entropy_with_integer_labels(
 
     Args:
       logits: floating-point array.
-      labels: array of integers, of the logits' shape without the axis. Those below 0 count from the end, as
+      labels: array of integers of any dtype, of the logits' shape without the axis. Those below 0 count from the end, as
         in NumPy; one out of range makes the loss NaN, and no contribution of its own to the gradient.
       axis: the axis of the classes, or several, which are flattened in that order.
       where: boolean array, of the logits' shape or of the labels'; masked logits take no part in the sum, and
@@ -63,9 +64,7 @@ def softmax_cross_entropy_with_integer_labels(
     Source: pass 1 of Algorithm 3 of arXiv 2001.04438; optax's documentation for the semantics.
     """
     logits = _as_floating("logits", logits)
-    labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
+    labels = as_labels(labels)
     if where is not None:
         where = _with_axis(jnp.asarray(where), axis, logits.ndim)
     if isinstance(axis, tuple):
@@ -82,6 +81,7 @@ def softmax_cross_entropy_with_integer_labels(
     prepared = as_logits(
         logits, axis, where, axis_name=axis_name, implementation=implementation, name="logits"
     )
+    labels = as_class_indices(labels, logits.shape[axis] * collectives.num_shards(prepared.axis_name))
     match choose_path(prepared.implementation, axis_name):
         case "sharded":
             return sharded_cross_entropy(prepared, labels).astype(prepared.dtype)
@@ -91,7 +91,7 @@ def softmax_cross_entropy_with_integer_labels(
         case "primitive":
             x, *operands = prepared.operands
             params = tuple(prepared.params.items())
-            loss = _lse_minus_label_logit(params, x, labels.astype(jnp.int32), *operands)
+            loss = _lse_minus_label_logit(params, x, labels, *operands)
     loss = loss.astype(prepared.dtype)
     return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
 
@@ -177,14 +177,14 @@ def _subtract_label_logit(lse: Lse, x: Array, labels: Array, axis: int) -> Array
     Args:
       lse: of x.
       x: logits.
-      labels: integers of rows; out of range, the result is NaN.
+      labels: of rows, as :func:`as_class_indices` returns them; the result is NaN for no class.
       axis: of the classes, negative.
     """
     if jax.typeof(x).sharding.spec[axis] is None:
         logit = jnp.take_along_axis(x, jnp.expand_dims(labels, axis), axis).squeeze(axis)
     else:  # JAX does not gather along an axis that is explicitly sharded.
         logit = jnp.where(reference.one_hot(labels, x.shape, axis), x, 0).sum(axis)
-        logit = jnp.where((labels < x.shape[axis]) & (labels >= -x.shape[axis]), logit, jnp.nan)
+        logit = jnp.where(labels < x.shape[axis], logit, jnp.nan)
     return (lse.hi - logit.astype(lse.hi.dtype)) + lse.lo
 
 

@@ -107,7 +107,7 @@ def logsumexp_vjp(
       x: the operand of the logsumexp.
       hi: of its lse, and lo.
       lo: as hi.
-      labels: integers of rows, or an empty array, without which there is no one_hot.
+      labels: as :func:`one_hot` takes them, or an empty array, with which there is no one_hot.
       factor: cotangent of rows.
       operands: of the logsumexp.
       axis: of the logsumexp.
@@ -170,16 +170,14 @@ def softmax_jacobian_derivative(y: Array, t: Array, y_dot: Array, *, axis: int) 
 
 
 def one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """Boolean, of ``shape``: True at the labels, which count from the end below 0, and are nowhere out of
-    range.
+    """Boolean, of ``shape``: True at the labels.
 
     Args:
-      labels: integers, of the shape without the axis.
+      labels: int32, of the shape without the axis, from 0 to the size of the axis, which is nowhere.
       shape: of the result.
       axis: along which labels count.
     """
-    labels = jnp.expand_dims(jnp.where(labels < 0, labels + shape[axis], labels), axis)
-    return jax.lax.broadcasted_iota(labels.dtype, shape, axis % len(shape)) == labels
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis % len(shape)) == jnp.expand_dims(labels, axis)
 
 
 def compute_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
