@@ -38,8 +38,9 @@ def softmax_cross_entropy_with_integer_labels(
 
     Args:
       logits: floating-point array.
-      labels: array of integers of any dtype, of the logits' shape without the axis. Those below 0 count from the end, as
-        in NumPy; one out of range makes the loss NaN, and no contribution of its own to the gradient.
+      labels: array of integers of any dtype, of the logits' shape without the axis. Those below 0 count from
+        the end, as in NumPy; one out of range makes the loss NaN, and no contribution of its own to the
+        gradient.
       axis: the axis of the classes, or several, which are flattened in that order.
       where: boolean array, of the logits' shape or of the labels'; masked logits take no part in the sum, and
         rows without a True give 0.

@@ -42,7 +42,7 @@ def logits_for(integers, num_classes):
 
 
 def expected(x, integers):
-    """Losses, and the gradient of their sum. Labels out of range give NaN, and the gradient lacks their term."""
+    """Losses, and the gradient of their sum, to which labels out of range, whose loss is NaN, add no term."""
     x = x.astype(np.float64)
     unnormalized = np.exp(x - x.max(-1, keepdims=True))
     sums = unnormalized.sum(-1, keepdims=True)
