@@ -150,15 +150,26 @@ def as_logits(
     )
 
 
+def as_array(x: jax.typing.ArrayLike, name: str) -> Array:
+    """x as an array of JAX's; its TypeError names the argument, where JAX's names a function of JAX."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}") from error
+
+
 def as_numeric_array(x: jax.typing.ArrayLike, name: str = "x") -> Array:
     """An array of numbers."""
     if not isinstance(x, (jax.Array, np.ndarray, np.generic, int, float, complex)) and not hasattr(
         x, "__jax_array__"
     ):
         raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}")
-    array = jnp.asarray(x)
+    array = as_array(x, name)
     if not jnp.issubdtype(array.dtype, jnp.number):
         raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
+    if jnp.issubdtype(array.dtype, jnp.integer) and jnp.iinfo(array.dtype).bits < 8:
+        # JAX promotes integers of 4 bits in some operations only, and those of 2 bits in none.
+        array = array.astype(np.int8 if jnp.issubdtype(array.dtype, jnp.signedinteger) else np.uint8)
     return array
 
 
@@ -174,7 +185,7 @@ def as_labels(labels: jax.typing.ArrayLike) -> Array:
     if isinstance(labels, np.ndarray | np.generic) and labels.dtype.kind in "iu":
         # Without jax_enable_x64, JAX would cut 64 bits down to 32.
         labels = _saturate_to_int32(labels)
-    labels = jnp.asarray(labels)
+    labels = as_array(labels, "labels")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
     return _saturate_to_int32(labels)
@@ -234,7 +245,7 @@ def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
 
 def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x") -> Array:
     """A boolean array that broadcasts to the shape."""
-    mask = jnp.asarray(where)
+    mask = as_array(where, "where")
     if mask.dtype != jnp.bool_:
         raise ValueError(f"where must be boolean, got dtype {mask.dtype}")
     _check_broadcasts("where", mask, shape, name)
@@ -244,6 +255,8 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
 def _as_axis_name(axis_name: AxisNames) -> tuple[str, ...]:
     try:
         names = collectives.as_axis_names(axis_name)
+        if not names:
+            raise ValueError
         collectives.shard_index(names)
     except (KeyError, NameError, TypeError, ValueError):
         raise ValueError(
@@ -286,7 +299,7 @@ def _as_operands(
     promoted = None
     if arrays:
         # A number in Python takes on x's dtype, as in x * scale + bias.
-        promoted = jnp.result_type(x, *(v for v in (scale, bias) if v is not None))
+        promoted = jnp.result_type(x, *arrays.values())
     return arrays.get("scale"), arrays.get("bias"), promoted
 
 

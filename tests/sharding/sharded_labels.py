@@ -3,10 +3,11 @@
 import functools
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_labels import check, edges, losses_and_gradient_of
+from test_labels import check, edges, expected, jax_array, logits_for, losses_and_gradient_of
 
 from jax_softmax2p import softmax_cross_entropy_with_integer_labels
 
@@ -26,6 +27,11 @@ def on_mesh(function, axis_type, x_spec, labels_spec):
             return jax.jit(function)(x, labels)
 
     return run
+
+
+def sharded_over(mesh, loss):
+    """The loss of logits whose classes are sharded, and of labels that all devices have."""
+    return jax.shard_map(loss, mesh=mesh, in_specs=(P(None, "devices"), P()), out_specs=P())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,5 +64,29 @@ def test_axis_name(dtype, implementation):
         softmax_cross_entropy_with_integer_labels, axis_name="devices", implementation=implementation
     )
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
-    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(P(None, "devices"), P()), out_specs=P())
-    check(jax.jit(losses_and_gradient_of(sharded)), edges(dtype, CLASSES), dtype, CLASSES)
+    check(jax.jit(losses_and_gradient_of(sharded_over(mesh, loss))), edges(dtype, CLASSES), dtype, CLASSES)
+
+
+def test_axis_name_where_a_row_has_many_labels():
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
+    loss = functools.partial(softmax_cross_entropy_with_integer_labels, axis_name="devices")
+    check_one_row(jax.jit(losses_and_gradient_of(sharded_over(mesh, loss))))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("x_spec", "labels_spec"), [(P(None, "devices"), P()), (P(), P("devices"))], ids=["classes", "labels"]
+)
+def test_a_row_has_many_labels(axis_type, x_spec, labels_spec, implementation):
+    loss = functools.partial(softmax_cross_entropy_with_integer_labels, implementation=implementation)
+    check_one_row(on_mesh(losses_and_gradient_of(loss), axis_type, x_spec, labels_spec))
+
+
+def check_one_row(function):
+    """The logits have one row, which all labels share."""
+    integers = edges("int32", CLASSES)
+    x = logits_for([0], CLASSES)
+    losses, gradient = function(x, jax_array(integers, "int32"))
+    exact_losses, exact_gradients = expected(np.repeat(x, len(integers), 0), integers)
+    np.testing.assert_allclose(losses, exact_losses, rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(gradient, exact_gradients.sum(0, keepdims=True), rtol=2e-6, atol=2e-6)
