@@ -79,8 +79,8 @@ class PatchedFunction:
         else:
             self._count("computed", self._public_name)
             return result
-        # JAX may accept the call, as with a mask of integers, or else raises its own error. The call is outside of
-        # the handler so that the error does not mention this package's.
+        # JAX may accept the call, as with a mask of integers, or else raises its own error. It is called
+        # outside of the handler, so that its error does not mention this package's.
         result = self.__wrapped__(*args, **kwargs)
         self._count("fallbacks", (self._public_name, reason))
         return result
