@@ -1,6 +1,7 @@
 """What users pass, checked and brought into the form that the primitives take."""
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from jax_softmax2p.reference import ScaleBiasMask, compute_dtype
 Array = jax.Array
 Axis = int | Sequence[int] | None
 Where = jax.typing.ArrayLike | Band | None
+_INT32 = np.iinfo(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,16 +150,80 @@ def as_logits(
     )
 
 
+def as_array(x: jax.typing.ArrayLike, name: str) -> Array:
+    """x as an array of JAX's; its TypeError names the argument, where JAX's names a function of JAX."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}") from error
+
+
 def as_numeric_array(x: jax.typing.ArrayLike, name: str = "x") -> Array:
     """An array of numbers."""
     if not isinstance(x, (jax.Array, np.ndarray, np.generic, int, float, complex)) and not hasattr(
         x, "__jax_array__"
     ):
         raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}")
-    array = jnp.asarray(x)
+    array = as_array(x, name)
     if not jnp.issubdtype(array.dtype, jnp.number):
         raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
+    if jnp.issubdtype(array.dtype, jnp.integer) and jnp.iinfo(array.dtype).bits < 8:
+        # JAX promotes integers of 4 bits in some operations only, and those of 2 bits in none.
+        array = array.astype(np.int8 if jnp.issubdtype(array.dtype, jnp.signedinteger) else np.uint8)
     return array
+
+
+def as_labels(labels: jax.typing.ArrayLike) -> Array:
+    """Integers of any dtype as int32, to whose range they saturate.
+
+    There are at most 2^31 - 1 classes, so a number that int32 cannot hold names no class, and neither does
+    the number to which it saturates. A cast would wrap it around to a number that may name one.
+
+    Raises:
+      TypeError: labels are not integers.
+    """
+    if isinstance(labels, np.ndarray | np.generic) and labels.dtype.kind in "iu":
+        # Without jax_enable_x64, JAX would cut 64 bits down to 32.
+        labels = _saturate_to_int32(labels)
+    labels = as_array(labels, "labels")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
+    return _saturate_to_int32(labels)
+
+
+def as_class_indices(labels: Array, num_classes: int) -> Array:
+    """The classes that labels name.
+
+    Args:
+      labels: int32, as :func:`as_labels` returns them. Those below 0 count from the end.
+      num_classes: how many classes a row has, on all devices together.
+
+    Returns:
+      int32 array of the labels' shape, of numbers from 0 to num_classes, where num_classes stands for no
+      class.
+
+    Raises:
+      ValueError: there are more classes than int32 can count.
+    """
+    # A symbolic size of jax.export cannot be compared.
+    if isinstance(num_classes, int) and num_classes > _INT32.max:
+        raise ValueError(f"there must be no more than {_INT32.max} classes, got {num_classes}")
+    return _class_indices(labels, num_classes)
+
+
+# Jitted, since eager calls would otherwise dispatch each of its operations by itself.
+@functools.partial(jax.jit, static_argnames="num_classes", inline=True)
+def _class_indices(labels: Array, num_classes: int) -> Array:
+    labels = jnp.where(labels < 0, labels + num_classes, labels)
+    return jnp.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+
+
+def _saturate_to_int32(x: Any) -> Any:
+    """Integers of any dtype, in an array of JAX or of NumPy, as int32."""
+    limits = jnp.iinfo(x.dtype)
+    if limits.min < _INT32.min or limits.max > _INT32.max:
+        x = x.clip(max(limits.min, _INT32.min), min(limits.max, _INT32.max))
+    return x.astype(np.int32)
 
 
 def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
@@ -179,7 +245,7 @@ def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
 
 def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x") -> Array:
     """A boolean array that broadcasts to the shape."""
-    mask = jnp.asarray(where)
+    mask = as_array(where, "where")
     if mask.dtype != jnp.bool_:
         raise ValueError(f"where must be boolean, got dtype {mask.dtype}")
     _check_broadcasts("where", mask, shape, name)
@@ -189,6 +255,8 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
 def _as_axis_name(axis_name: AxisNames) -> tuple[str, ...]:
     try:
         names = collectives.as_axis_names(axis_name)
+        if not names:
+            raise ValueError
         collectives.shard_index(names)
     except (KeyError, NameError, TypeError, ValueError):
         raise ValueError(
@@ -231,7 +299,7 @@ def _as_operands(
     promoted = None
     if arrays:
         # A number in Python takes on x's dtype, as in x * scale + bias.
-        promoted = jnp.result_type(x, *(v for v in (scale, bias) if v is not None))
+        promoted = jnp.result_type(x, *arrays.values())
     return arrays.get("scale"), arrays.get("bias"), promoted
 
 

@@ -1,5 +1,6 @@
 """Cross-entropies of logits, with optax's signatures and results."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_softmax2p import reference
-from jax_softmax2p.arguments import as_logits, canonical_axes
+from jax_softmax2p.arguments import as_array, as_class_indices, as_labels, as_logits, canonical_axes
 from jax_softmax2p.ops import logsumexp_of_logits
+from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, choose_path
 from jax_softmax2p.primitives.logsumexp import logsumexp, logsumexp_jvp
@@ -37,8 +39,9 @@ def softmax_cross_entropy_with_integer_labels(
 
     Args:
       logits: floating-point array.
-      labels: array of integers, of the logits' shape without the axis. Those below 0 count from the end, as
-        in NumPy; one out of range makes the loss NaN, and no contribution of its own to the gradient.
+      labels: array of integers of any dtype, of the logits' shape without the axis, or with sizes that
+        broadcast with that shape. Those below 0 count from the end, as in NumPy; one out of range makes the
+        loss NaN, and no contribution of its own to the gradient.
       axis: the axis of the classes, or several, which are flattened in that order.
       where: boolean array, of the logits' shape or of the labels'; masked logits take no part in the sum, and
         rows without a True give 0.
@@ -47,11 +50,12 @@ def softmax_cross_entropy_with_integer_labels(
       implementation: as in :func:`softmax`.
 
     Returns:
-      Array of the labels' shape, of the logits' dtype.
+      Array of the shape to which the labels and the logits without the axis broadcast, of the logits' dtype.
 
     Raises:
       TypeError: logits are not floating-point numbers, or labels not integers.
-      ValueError: labels do not have the logits' shape without the axis; or as :func:`softmax`.
+      ValueError: labels do not have one dimension less than logits, or do not broadcast with them; or as
+        :func:`softmax`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,36 +67,40 @@ def softmax_cross_entropy_with_integer_labels(
     Source: pass 1 of Algorithm 3 of arXiv 2001.04438; optax's documentation for the semantics.
     """
     logits = _as_floating("logits", logits)
-    labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
+    labels = as_labels(labels)
     if where is not None:
-        where = _with_axis(jnp.asarray(where), axis, logits.ndim)
+        where = _with_axis(as_array(where, "where"), axis, logits.ndim)
+    if axis is None:
+        raise ValueError("axis must be an integer or a tuple of integers, got None")
     if isinstance(axis, tuple):
         if axis_name is not None:
             raise ValueError(f"axis must be one integer where axis_name is given, got {axis}")
         logits, where = _flattened(logits, axis), None if where is None else _flattened(where, axis)
         axis = -1
     (axis,) = canonical_axes(axis, logits.ndim)
-    expected = tuple(size for i, size in enumerate(logits.shape) if i != axis + logits.ndim)
-    if labels.shape != expected:
-        raise ValueError(
-            f"labels must have the logits' shape without the axis, {expected}, got {labels.shape}"
-        )
+    dtype = logits.dtype
+    logits, labels = _broadcast_rows(logits, labels, where, axis)
+    row_has_many_labels = _without_axis(logits.shape, axis) != labels.shape
+    if row_has_many_labels and axis_name is not None:
+        logits, row_has_many_labels = _repeat_rows(logits, labels.shape, axis), False
+    elif row_has_many_labels:
+        # The terms of a row's gradient, one of each label, are added before they are rounded to the dtype.
+        logits = logits.astype(compute_dtype(dtype))
     prepared = as_logits(
         logits, axis, where, axis_name=axis_name, implementation=implementation, name="logits"
     )
+    labels = as_class_indices(labels, logits.shape[axis] * collectives.num_shards(prepared.axis_name))
     match choose_path(prepared.implementation, axis_name):
         case "sharded":
-            return sharded_cross_entropy(prepared, labels).astype(prepared.dtype)
-        case "reference":
-            lse = logsumexp_of_logits(prepared)
-            loss = _subtract_label_logit(lse, prepared.operands[0], labels, prepared.axis)
-        case "primitive":
+            return sharded_cross_entropy(prepared, labels).astype(dtype)
+        case "primitive" if not row_has_many_labels:
             x, *operands = prepared.operands
             params = tuple(prepared.params.items())
-            loss = _lse_minus_label_logit(params, x, labels.astype(jnp.int32), *operands)
-    loss = loss.astype(prepared.dtype)
+            loss = _lse_minus_label_logit(params, x, labels, *operands)
+        case _:
+            lse = logsumexp_of_logits(prepared)
+            loss = _subtract_label_logit(lse, prepared.operands[0], labels, prepared.axis)
+    loss = loss.astype(dtype)
     return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
 
 
@@ -122,7 +130,7 @@ def softmax_cross_entropy(
 
     Raises:
       TypeError: logits are not floating-point numbers.
-      ValueError: as :func:`softmax`.
+      ValueError: labels do not broadcast with logits; or as :func:`softmax`.
 
     Example:
       Distillation with a temperature (Hinton et al., arXiv 1503.02531): soft labels from the teacher's
@@ -138,8 +146,12 @@ def softmax_cross_entropy(
     Source: optax's documentation for the semantics.
     """
     logits = _as_floating("logits", logits)
-    labels = jnp.asarray(labels)
-    mask = None if where is None else _with_axis(jnp.asarray(where), axis, logits.ndim)
+    labels = as_array(labels, "labels")
+    _check_labels_broadcast(logits.shape, labels.shape)
+    mask = None if where is None else _with_axis(as_array(where, "where"), axis, logits.ndim)
+    if mask is not None and mask.ndim == logits.ndim:
+        with contextlib.suppress(ValueError):  # as_logits refuses masks that do not broadcast.
+            logits = jnp.broadcast_to(logits, jnp.broadcast_shapes(logits.shape, mask.shape))
     prepared = as_logits(logits, axis, mask, implementation=implementation, name="logits")
     axes = prepared.axes
     row_axes = tuple(a + logits.ndim for a in axes)
@@ -153,7 +165,7 @@ def softmax_cross_entropy(
 
 
 def _as_floating(name: str, x: jax.typing.ArrayLike) -> Array:
-    array = jnp.asarray(x)
+    array = as_array(x, name)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating-point numbers, got dtype {array.dtype}")
     return array
@@ -162,6 +174,57 @@ def _as_floating(name: str, x: jax.typing.ArrayLike) -> Array:
 def _with_axis(where: Array, axis: int | tuple[int, ...] | None, ndim: int) -> Array:
     """A mask of rows or of elements, as one that broadcasts to elements."""
     return where if where.ndim == ndim or axis is None else jnp.expand_dims(where, axis)
+
+
+def _broadcast_rows(logits: Array, labels: Array, where: Array | None, axis: int) -> tuple[Array, Array]:
+    """Labels of all rows, and logits that are repeated only where a mask makes the repeated rows differ.
+
+    Args:
+      logits: as users pass them.
+      labels: as users pass them.
+      where: a mask of elements, or None.
+      axis: of the classes, negative.
+
+    Returns:
+      Logits of a shape to which the mask broadcasts, and labels of the shape to which logits, labels and mask
+      broadcast without the axis.
+
+    Raises:
+      ValueError: labels do not have one dimension less than logits, or do not broadcast with them.
+    """
+    rows = _without_axis(logits.shape, axis)
+    message = f"labels must have a shape that broadcasts with the logits' without the axis, {rows}, got "
+    if labels.ndim != len(rows):
+        raise ValueError(f"{message}{labels.shape}")
+    try:
+        if where is not None and where.ndim == logits.ndim:
+            with contextlib.suppress(ValueError):  # as_logits refuses masks that do not broadcast.
+                rows = jnp.broadcast_shapes(rows, _without_axis(where.shape, axis))
+        shape = jnp.broadcast_shapes(rows, labels.shape)
+    except ValueError:
+        raise ValueError(f"{message}{labels.shape}") from None
+    return _repeat_rows(logits, rows, axis), jnp.broadcast_to(labels, shape)
+
+
+def _repeat_rows(logits: Array, rows: tuple[int, ...], axis: int) -> Array:
+    """The logits, broadcast to a shape that is ``rows`` without the axis."""
+    i = axis + logits.ndim
+    return jnp.broadcast_to(logits, (*rows[:i], logits.shape[axis], *rows[i:]))
+
+
+def _without_axis(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape of rows, from that of elements and a negative axis."""
+    i = axis + len(shape)
+    return shape[:i] + shape[i + 1 :]
+
+
+def _check_labels_broadcast(shape: tuple[int, ...], labels_shape: tuple[int, ...]) -> None:
+    try:
+        jnp.broadcast_shapes(shape, labels_shape)
+    except ValueError:
+        raise ValueError(
+            f"labels must broadcast with the logits' shape {shape}, got {labels_shape}"
+        ) from None
 
 
 def _flattened(x: Array, axes: tuple[int, ...]) -> Array:
@@ -177,14 +240,17 @@ def _subtract_label_logit(lse: Lse, x: Array, labels: Array, axis: int) -> Array
     Args:
       lse: of x.
       x: logits.
-      labels: integers of rows; out of range, the result is NaN.
+      labels: as :func:`as_class_indices` returns them, of a shape to which the rows broadcast. The result is
+        NaN for no class.
       axis: of the classes, negative.
     """
-    if jax.typeof(x).sharding.spec[axis] is None:
+    spec, labels_spec = jax.typeof(x).sharding.spec, jax.typeof(labels).sharding.spec
+    rows_are_shared = _without_axis(x.shape, axis) != labels.shape
+    if spec[axis] is None and not (rows_are_shared and any(labels_spec)):
         logit = jnp.take_along_axis(x, jnp.expand_dims(labels, axis), axis).squeeze(axis)
-    else:  # JAX does not gather along an axis that is explicitly sharded.
+    else:  # JAX gathers neither along an explicitly sharded axis nor from a row that sharded labels share.
         logit = jnp.where(reference.one_hot(labels, x.shape, axis), x, 0).sum(axis)
-        logit = jnp.where((labels < x.shape[axis]) & (labels >= -x.shape[axis]), logit, jnp.nan)
+        logit = jnp.where(labels < x.shape[axis], logit, jnp.nan)
     return (lse.hi - logit.astype(lse.hi.dtype)) + lse.lo
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.nn import logsumexp as logsumexp_of_jax
 
 from jax_softmax2p import native, reference, sharding
-from jax_softmax2p.arguments import Axis, Logits, Where, as_logits
+from jax_softmax2p.arguments import Axis, Logits, Where, as_array, as_logits, as_numeric_array
 from jax_softmax2p.native import Algorithm
 from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
 from jax_softmax2p.primitives import logsumexp as logsumexp_primitive
@@ -273,10 +273,10 @@ def logsumexp(
     nothing else of a's size is kept for it.
 
     Args:
-      a: array of logits, as x of :func:`softmax`.
+      a: array of logits, as x of :func:`softmax`, or of booleans, which count as 0 and 1.
       axis: the axis or axes to reduce; None for all.
-      b: factors of the exponentials, which broadcast with a. With them, and for complex a, it is
-        jax.nn.logsumexp that computes.
+      b: factors of the exponentials. a, b and where broadcast, and axis counts the dimensions of the result
+        of that. With factors, and for complex a, jax.nn.logsumexp computes.
       keepdims: whether the axes stay in the result, with size 1.
       return_sign: whether to return (result, sign), where sign is that of the sum.
       where: as in :func:`softmax`; what is masked adds nothing.
@@ -304,6 +304,8 @@ def logsumexp(
     """
     if b is not None and axis_name is not None:
         raise ValueError("axis_name cannot be combined with b")
+    if getattr(a, "dtype", type(a)) in (jnp.bool_, bool):
+        a = jnp.asarray(a).astype(jax.eval_shape(jnp.exp, a).dtype)
     if b is not None or (np.iscomplexobj(a) and axis_name is None):
         return _logsumexp_by_jax(a, axis, b, keepdims, return_sign, where, scale, bias, implementation)
     logits = as_logits(
@@ -337,13 +339,26 @@ def _logsumexp_by_jax(
     implementation: str | None,
 ) -> Array | tuple[Array, Array]:
     """logsumexp with factors b, or of complex a, by jax.nn.logsumexp."""
-    logits = as_logits(a, axis, where, scale=scale, bias=bias, implementation=None, shift_integers=False)
+    z = _broadcast_with(as_numeric_array(a, "a"), b, where)
+    logits = as_logits(
+        z, axis, where, scale=scale, bias=bias, implementation=None, shift_integers=False, name="a"
+    )
     if implementation == "native":
         refuse_native("there is no native kernel with b, or for complex")
     mask = operand_mask(logits.shape, None, logits.spec.band) if isinstance(where, Band) else where
-    z = jnp.asarray(a)
     if scale is not None:
         z = z * scale
     if bias is not None:
         z = z + bias
     return logsumexp_of_jax(z, axis, b, keepdims, return_sign, mask)
+
+
+def _broadcast_with(a: Array, b: jax.typing.ArrayLike | None, where: Where) -> Array:
+    """a, broadcast with factors and with a mask that is an array; ValueError if they do not broadcast."""
+    named = {"a": a, "b": b, "where": where}
+    arrays = {key: x for key, x in named.items() if x is not None and not isinstance(x, Band)}
+    shapes = [as_array(x, key).shape for key, x in arrays.items()]
+    try:
+        return jnp.broadcast_to(a, jnp.broadcast_shapes(*shapes))
+    except ValueError:
+        raise ValueError(f"a, b and where must broadcast, got shapes {shapes}") from None

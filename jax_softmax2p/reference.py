@@ -107,7 +107,7 @@ def logsumexp_vjp(
       x: the operand of the logsumexp.
       hi: of its lse, and lo.
       lo: as hi.
-      labels: integers of rows, or an empty array, without which there is no one_hot.
+      labels: as :func:`one_hot` takes them, or an empty array, with which there is no one_hot.
       factor: cotangent of rows.
       operands: of the logsumexp.
       axis: of the logsumexp.
@@ -173,13 +173,11 @@ def one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
     """Boolean, of ``shape``: True at the labels.
 
     Args:
-      labels: integers, of the shape without the axis. Those below 0 count from the end; out-of-range labels
-        match no class.
+      labels: int32, of the shape without the axis, from 0 to the size of the axis, which stands for no class.
       shape: of the result.
       axis: along which labels count.
     """
-    labels = jnp.expand_dims(jnp.where(labels < 0, labels + shape[axis], labels), axis)
-    return jax.lax.broadcasted_iota(labels.dtype, shape, axis % len(shape)) == labels
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis % len(shape)) == jnp.expand_dims(labels, axis)
 
 
 def compute_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:

@@ -74,10 +74,10 @@ def sharded_cross_entropy(logits: Logits, labels: Array) -> Array:
 
     Args:
       logits: this shard of the rows.
-      labels: integers of rows, which count the elements of whole rows.
+      labels: int32 of rows, from 0 to the size of the whole row, which stands for no class.
     """
     static, x, *operands = _prepared(logits)
-    return _cross_entropy(static, x, labels.astype(jnp.int32), *operands)[0]
+    return _cross_entropy(static, x, labels, *operands)[0]
 
 
 def _prepared(logits: Logits) -> tuple[Any, ...]:
@@ -150,7 +150,7 @@ def _cross_entropy(static: _Static, x: Array, labels: Array, *operands: Array) -
     masks = [] if where is None else [jnp.any(where, static.axis)]
     lse, (logits, *masks) = _gather(static, x, operands, logit, *masks)
     whole = size * logits.shape[0]
-    logit = jnp.where((labels >= -whole) & (labels < whole), jnp.sum(logits, 0), jnp.nan)
+    logit = jnp.where(labels < whole, jnp.sum(logits, 0), jnp.nan)
     loss = (lse.hi - logit) + lse.lo
     unmasked = jnp.max(masks[0], 0) if masks else jnp.ones_like(loss)
     return jnp.where(unmasked > 0, loss, 0), lse, unmasked

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_softmax2p.arguments import as_numeric_array
+from jax_softmax2p.arguments import as_array, as_numeric_array
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
 from jax_softmax2p.primitives.dispatch import Implementation, as_implementation
@@ -202,7 +202,7 @@ def _as_bias(bias: ArrayLike, logits_shape: tuple[int, ...]) -> Array:
 
 def _as_mask(mask: ArrayLike, logits_shape: tuple[int, ...]) -> Array:
     """A boolean array of four dimensions that broadcasts to (B, N, T, S)."""
-    array = _with_four_dimensions("mask", jnp.asarray(mask), logits_shape)
+    array = _with_four_dimensions("mask", as_array(mask, "mask"), logits_shape)
     if array.dtype != jnp.bool_:
         raise ValueError(f"mask must be boolean, got dtype {array.dtype}")
     return array
@@ -221,7 +221,7 @@ def _as_lengths(name: str, lengths: ArrayLike | None, batch: int) -> Array | Non
     """An int32 array of shape (batch,), or None."""
     if lengths is None:
         return None
-    array = jnp.asarray(lengths)
+    array = as_array(lengths, name)
     if array.dtype != jnp.int32 or array.shape != (batch,):
         raise ValueError(
             f"{name} must be int32 of shape ({batch},), got {array.dtype} of shape {array.shape}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax_softmax2p.integrations.equinox_models import replace_equinox_attention as replace_equinox_attention
 from jax_softmax2p.integrations.flax_hook import flax_attention as flax_attention
+from jax_softmax2p.integrations.jax_patch import PatchedCalls as PatchedCalls
 from jax_softmax2p.integrations.jax_patch import patch_jax_nn as patch_jax_nn
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from jax_softmax2p.arguments import as_array
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
 from jax_softmax2p.ops import softmax
@@ -72,7 +73,9 @@ def flax_attention(
       Array of shape (batch..., T, N, H').
 
     Raises:
-      ValueError: the shapes do not fit together, or dropout has no key.
+      TypeError: an argument is not an array.
+      ValueError: the shapes do not fit together; dropout has no key; or only one einsum is given, or both
+        together with precision or einsum_dot_general.
 
     Example:
       >>> from flax import nnx
@@ -83,12 +86,13 @@ def flax_attention(
       >>> layer(jax.numpy.ones((2, 5, 32)), is_causal=True).shape
       (2, 5, 32)
     """
+    query, key, value = as_array(query, "query"), as_array(key, "key"), as_array(value, "value")
     query, key, value = _promote(query, key, value, dtype, promote_dtype, force_fp32_for_softmax)
     _check_shapes(query, key, value)
     batch, heads = query.shape[:-3], query.shape[-2]
     shape = (*batch, heads, query.shape[-3], key.shape[-3])
     if mask is not None:
-        mask = jnp.asarray(mask).astype(bool)
+        mask = as_array(mask, "mask").astype(bool)
     dropout_mask, keep_prob = None, 1.0
     if not deterministic and dropout_rate > 0:
         if dropout_rng is None:
@@ -96,7 +100,10 @@ def flax_attention(
         keep_prob = 1 - dropout_rate
         drawn_shape = (1,) * (len(shape) - 2) + shape[-2:] if broadcast_dropout else shape
         dropout_mask = jax.random.bernoulli(dropout_rng, keep_prob, drawn_shape)
-    if module is not None or einsum_dot_general or qk_attn_weights_einsum or attn_weights_value_einsum:
+    einsums_given = _check_einsums(
+        qk_attn_weights_einsum, attn_weights_value_einsum, precision, einsum_dot_general
+    )
+    if module is not None or einsum_dot_general or einsums_given or jnp.iscomplexobj(query):
         einsum = functools.partial(jnp.einsum, precision=precision)
         if einsum_dot_general:
             einsum = functools.partial(einsum, _dot_general=einsum_dot_general)
@@ -108,14 +115,14 @@ def flax_attention(
         wv_einsum = attn_weights_value_einsum or einsum
         return wv_einsum("...hqk,...khd->...qhd", weights.astype(value.dtype), _repeat_heads(value, heads))
     flatten = lambda x: x.reshape(math.prod(batch), *x.shape[-3:])
-    flatten_operand = lambda x: None if x is None else _flatten_batch(x, shape)
+    flatten_operand = lambda name, x: None if x is None else _flatten_batch(name, x, shape)
     output, _ = multi_head_attention(
         flatten(query),
         flatten(key),
         flatten(value),
-        bias=flatten_operand(bias),
-        mask=flatten_operand(mask),
-        dropout_mask=flatten_operand(dropout_mask),
+        bias=flatten_operand("bias", bias),
+        mask=flatten_operand("mask", mask),
+        dropout_mask=flatten_operand("the dropout mask", dropout_mask),
         band=Band() if is_causal else None,
         options=Options(keep_prob=keep_prob, precision=precision),
     )
@@ -144,27 +151,54 @@ def _promote(
 
 def _check_shapes(query: Array, key: Array, value: Array) -> None:
     """Checks for (batch..., T, N, H), (batch..., S, K, H) and (batch..., S, K, H') where K divides N."""
-    if (
-        key.shape[:-3] != query.shape[:-3]
-        or key.shape[-1] != query.shape[-1]
-        or query.shape[-2] % key.shape[-2]
-    ):
-        raise ValueError(f"key must go with query's shape {query.shape}, got {key.shape}")
+    if query.ndim < 3:
+        raise ValueError(f"query must have at least 3 dimensions, got shape {query.shape}")
+    if key.ndim != query.ndim or key.shape[:-3] != query.shape[:-3] or key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key must have the batch and the last size of query's shape {query.shape}, got {key.shape}"
+        )
+    num_heads, num_key_heads = query.shape[-2], key.shape[-2]
+    if num_key_heads == 0 or num_heads % num_key_heads:
+        raise ValueError(f"query must have a multiple of key's {num_key_heads} heads, got {num_heads}")
     if value.shape[:-1] != key.shape[:-1]:
         raise ValueError(f"value must have key's shape {key.shape} but for the last size, got {value.shape}")
 
 
-def _flatten_batch(x: Array, shape: tuple[int, ...]) -> Array:
+def _check_einsums(
+    qk_einsum: Einsum | None,
+    wv_einsum: Einsum | None,
+    precision: jax.lax.PrecisionLike,
+    einsum_dot_general: Callable[..., Array] | None,
+) -> bool:
+    """Whether both einsums are given; ValueError for combinations that flax refuses as well."""
+    if bool(qk_einsum) != bool(wv_einsum):
+        raise ValueError("qk_attn_weights_einsum and attn_weights_value_einsum must be given together")
+    if qk_einsum and (precision or einsum_dot_general):
+        raise ValueError(
+            "precision and einsum_dot_general cannot be combined with qk_attn_weights_einsum and "
+            "attn_weights_value_einsum"
+        )
+    return bool(qk_einsum)
+
+
+def _flatten_batch(name: str, x: Array, shape: tuple[int, ...]) -> Array:
     """An operand with one batch dimension.
 
     Args:
+      name: of the operand, for errors.
       x: an array that broadcasts to the shape.
       shape: (batch..., N, T, S).
 
     Returns:
       (product of the batch or 1, ...), where the last three dimensions are as in x, or 1 where x lacks them.
     """
-    x = jnp.asarray(x)
+    x = as_array(x, name)
+    try:
+        fits = jnp.broadcast_shapes(x.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must broadcast to (batch..., N, T, S) = {shape}, got shape {x.shape}")
     x = x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
     batch = shape[:-3] if math.prod(x.shape[:-3]) != 1 else x.shape[:-3]
     return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(math.prod(batch), *x.shape[-3:])

@@ -7,8 +7,10 @@ targets is found out on first use, by a tiny call.
 """
 
 import functools
+import os
 import pathlib
 import re
+import sys
 import threading
 import types
 import warnings
@@ -159,9 +161,21 @@ def _probe() -> str | None:
         warnings.warn(
             f"jax_softmax2p runs its jax.numpy reference, not its native kernels: {reason}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=_stacklevel_of_caller(),
         )
     return reason or None
+
+
+def _stacklevel_of_caller() -> int:
+    """The stacklevel with which a warning concerns the first frame outside of this package and of JAX."""
+    packages = (
+        str(pathlib.Path(__file__).parents[1]) + os.sep,
+        str(pathlib.Path(jax.__file__).parent) + os.sep,
+    )
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(packages):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _try_tiny_call() -> str:

@@ -68,11 +68,23 @@ def shard_index(axis_names: tuple[str, ...]) -> Array:
     return jax.lax.axis_index(axis_names)
 
 
+def num_shards(axis_names: tuple[str, ...] | None) -> int:
+    """How many shards a row has; 1 where it is not sharded."""
+    return jax.lax.psum(1, axis_names) if axis_names else 1
+
+
 def local_labels(labels: Array, size: int, axis_names: tuple[str, ...]) -> Array:
-    """Where labels of whole rows lie in this shard of ``size`` elements; ``size`` where they do not."""
-    whole = size * jax.lax.psum(1, axis_names)
-    first = shard_index(axis_names).astype(labels.dtype) * size
-    local = jnp.where(labels < 0, labels + whole, labels) - first
+    """Labels of whole rows as labels of this shard.
+
+    Args:
+      labels: int32, from 0 to the size of the whole row, which stands for no class.
+      size: how many elements of the row the shard has.
+      axis_names: the mesh axes over which rows are sharded.
+
+    Returns:
+      int32 array of the labels' shape: their place in the shard, or ``size`` where they are not in it.
+    """
+    local = labels - shard_index(axis_names) * size
     return jnp.where((local >= 0) & (local < size), local, size)
 
 

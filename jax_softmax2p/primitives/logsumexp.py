@@ -58,8 +58,8 @@ def logsumexp_jvp(
       x: as in :func:`logsumexp`.
       hi: of the lse, and lo.
       lo: as hi.
-      labels: int32 of hi's shape, or :func:`no_labels`. Those below 0 count from the end;
-        out-of-range labels match no class.
+      labels: int32 of hi's shape, from 0 to the size of the axis, which stands for no class; or
+        :func:`no_labels`.
       t: a tangent of the logits, of x's shape and dtype.
       operands: as in :func:`logsumexp`.
       params: as in :func:`logsumexp`.

@@ -80,8 +80,9 @@ class TestEquinox:
             ours(x, x, x[:4])
         with pytest.raises(ValueError, match=r"mask must have shape \(5, 5\) or \(4, 5, 5\), got \(5,\)"):
             ours(x, x, x, mask=np.ones(5, bool))
-        with pytest.warns(UserWarning, match="deterministic"):
+        with pytest.warns(UserWarning, match="deterministic") as caught:
             ours(x, x, x, deterministic=True)
+        assert [warning.filename for warning in caught] == [__file__]
 
     def test_replacing(self):
         """A layer of an existing model keeps its weights, and the model is not changed."""
@@ -119,6 +120,27 @@ class TestEquinox:
         ours, theirs = (train(layer) for layer in self.layers())
         assert ours[-1] < 0.9 * ours[0]
         assert_close(ours, theirs, 1e-4)
+
+    @pytest.mark.parametrize("rate", [0.0, 0.4, np.array([0.1, 0.5, 0.9], np.float32)])
+    def test_ensembles(self, rate):
+        """Layers that are stacked by filter_vmap, each with its own weights and dropout rate."""
+        x, keys, mask = normal(3, 5, 8), jax.random.split(jax.random.key(0), 3), np.tri(5, dtype=bool)
+
+        def both(layer_type):
+            make = lambda rate, key: layer_type(2, 8, dropout_p=rate, key=key)
+            layers = eqx.filter_vmap(make, in_axes=(0 if np.ndim(rate) else None, 0))(rate, keys)
+            call = lambda layer, x, key: self.both(layer, x, mask=mask, key=key)
+            return eqx.filter_jit(eqx.filter_vmap(call))(layers, x, keys)
+
+        actual, expected = both(integrations.EquinoxMultiheadAttention), both(eqx.nn.MultiheadAttention)
+        assert_close(actual, expected, 1e-5)
+
+    def test_replacing_ensembles(self):
+        keys = jax.random.split(jax.random.key(0), 3)
+        layers = eqx.filter_vmap(lambda key: eqx.nn.MultiheadAttention(2, 8, key=key))(keys)
+        run = eqx.filter_vmap(lambda layer, x: layer(x, x, x))
+        x = normal(3, 5, 8)
+        assert_close(run(replace_equinox_attention(layers), x), run(layers, x), 1e-5)
 
     def test_unknown_attributes(self):
         with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -110,10 +110,50 @@ class TestFlaxAttention:
         )
 
     @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"qk_attn_weights_einsum": jnp.einsum}, "must be given together"),
+            ({"attn_weights_value_einsum": jnp.einsum}, "must be given together"),
+            ({"precision": "highest"}, "cannot be combined"),
+            ({"einsum_dot_general": jax.lax.dot_general}, "cannot be combined"),
+        ],
+    )
+    def test_einsums_that_flax_refuses(self, options, words):
+        if words == "cannot be combined":
+            options = options | {
+                "qk_attn_weights_einsum": jnp.einsum,
+                "attn_weights_value_einsum": jnp.einsum,
+            }
+        operands = [normal(3, 5, 4, 8, seed=i) for i in range(3)]
+        with pytest.raises(ValueError, match=r"together|mutually"):
+            flax.linen.dot_product_attention(*operands, **options)
+        with pytest.raises(ValueError, match=words):
+            flax_attention(*operands, **options)
+
+    @pytest.mark.parametrize("options", [{}, {"mask": MASK}, {"dropout_rate": 0.3}])
+    def test_complex_arrays(self, options):
+        options = options | {"dropout_rng": jax.random.key(0)}
+        operands = [normal(3, 5, 4, 8, seed=i) + 1j * normal(3, 5, 4, 8, seed=i + 3) for i in range(3)]
+        actual, expected = (
+            jax.jit(functools.partial(f, **options))(*operands)
+            for f in (flax_attention, flax.linen.dot_product_attention)
+        )
+        assert actual.dtype == expected.dtype
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ({"key": normal(3, 5, 3, 8)}, r"key must go with query's shape \(3, 5, 4, 8\)"),
+            ({"query": normal(5, 8)}, r"query must have at least 3 dimensions, got shape \(5, 8\)"),
+            (
+                {"key": normal(3, 5, 4, 7)},
+                r"key must have .* query's shape \(3, 5, 4, 8\), got \(3, 5, 4, 7\)",
+            ),
+            ({"key": normal(3, 5, 3, 8)}, "query must have a multiple of key's 3 heads, got 4"),
+            ({"key": normal(3, 5, 0, 8)}, "query must have a multiple of key's 0 heads, got 4"),
             ({"value": normal(3, 6, 4, 8)}, r"value must have key's shape \(3, 5, 4, 8\)"),
+            ({"bias": normal(5, 7)}, r"bias must broadcast to .* = \(3, 4, 5, 5\), got shape \(5, 7\)"),
+            ({"mask": normal(5, 7) > 0}, r"mask must broadcast to .* = \(3, 4, 5, 5\), got shape \(5, 7\)"),
             ({"dropout_rate": 0.5}, "dropout_rng must be given where dropout_rate is not 0"),
         ],
     )

@@ -1,6 +1,8 @@
-"""patch_jax_nn: what it replaces, what it reaches, and that it restores everything."""
+"""patch_jax_nn: what it replaces, what it reaches, what it counts, and that it restores everything."""
 
+import contextlib
 import threading
+import types
 
 import equinox as eqx
 import flax.linen
@@ -17,6 +19,18 @@ import jax_softmax2p as s2p
 from jax_softmax2p.integrations import patch_jax_nn
 
 NAMES = ("softmax", "log_softmax", "logsumexp", "dot_product_attention")
+ORIGINALS = {name: getattr(jax.nn, name) for name in NAMES}
+SCIPY = {name: getattr(jax.scipy.special, name) for name in ("softmax", "log_softmax")}
+LOGMEANEXP = jax.nn.logmeanexp
+
+X = normal(3, 5)
+HEADS = normal(5, 2, 4)
+
+
+@pytest.fixture
+def patched():
+    with patch_jax_nn() as calls:
+        yield calls
 
 
 class TestPatch:
@@ -138,3 +152,157 @@ class TestPatch:
         leave.set()
         thread.join()
         assert jax.nn.softmax is original
+
+
+class TestCounts:
+    """The context says how many calls this package computed, how many fell back, and why."""
+
+    def test_computed(self, patched):
+        for module in (jax.nn, jax.scipy.special):
+            for name in ("softmax", "log_softmax", "logsumexp"):
+                getattr(module, name)(X)
+        jax.nn.logmeanexp(X)
+        jax.nn.dot_product_attention(HEADS, HEADS, HEADS)
+        assert patched.computed == {
+            "jax.nn.softmax": 1,
+            "jax.nn.log_softmax": 1,
+            "jax.nn.logsumexp": 2,  # jax.scipy.special's is the same function.
+            "jax.nn.logmeanexp": 1,
+            "jax.nn.dot_product_attention": 1,
+            "jax.scipy.special.softmax": 1,
+            "jax.scipy.special.log_softmax": 1,
+        }
+        assert not patched.fallbacks
+
+    @pytest.mark.parametrize(
+        ("call", "place", "words"),
+        [
+            (lambda: jax.nn.softmax(X, where=np.ones((2, 1, 5), bool)), "jax.nn.softmax", "where must broad"),
+            (lambda: jax.nn.logsumexp(X, 1, jnp.full(5, 2.0)), "jax.nn.logsumexp", "no kernel with b"),
+            (lambda: jax.nn.logsumexp(X + 1j), "jax.nn.logsumexp", "nor for complex"),
+            (
+                lambda: jax.scipy.special.logsumexp(X[0], 0, jnp.ones((2, 5))),
+                "jax.nn.logsumexp",
+                "no kernel with b",
+            ),
+        ],
+    )
+    def test_fallbacks(self, call, place, words):
+        expected = call()
+        with patch_jax_nn() as calls:
+            actual = [call(), call()]
+        np.testing.assert_array_equal(actual[0], expected)
+        assert not calls.computed
+        (((function, reason), count),) = calls.fallbacks.items()
+        assert (function, count) == (place, 2)
+        assert words in reason
+
+    def test_calls_that_jax_refuses_as_well(self):
+        """They raise JAX's error without mention of this package's, and are no fallbacks."""
+        with patch_jax_nn() as calls, pytest.raises(TypeError) as patched:
+            jax.nn.softmax("text")
+        error = patched.value
+        while error is not None:
+            assert "x must be an array" not in str(error)
+            error = error.__context__
+        assert not calls.computed
+        assert not calls.fallbacks
+
+    def test_jitted_functions_count_when_traced(self, patched):
+        f = jax.jit(lambda x: jax.nn.softmax(x))
+        for _ in range(3):
+            f(X)
+        assert patched.computed == {"jax.nn.softmax": 1}
+
+    def test_nested_contexts_count_what_each_sees(self):
+        with patch_jax_nn() as outer:
+            jax.nn.softmax(X)
+            with patch_jax_nn() as inner:
+                jax.nn.softmax(X)
+            jax.nn.softmax(X)
+        kept = jax.nn.softmax
+        kept(X)
+        assert outer.computed == {"jax.nn.softmax": 3}
+        assert inner.computed == {"jax.nn.softmax": 1}
+
+    def test_threads(self, patched):
+        def run():
+            for _ in range(50):
+                jax.nn.softmax(X)
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert patched.computed == {"jax.nn.softmax": 200}
+
+    def test_counts_outlive_exceptions(self):
+        counts = []
+        with contextlib.suppress(KeyError), patch_jax_nn() as calls:
+            counts.append(calls)
+            jax.nn.softmax(X)
+            raise KeyError
+        assert counts[0].computed == {"jax.nn.softmax": 1}
+
+
+class TestReach:
+    def test_other_names_in_other_modules(self):
+        """A function is replaced whatever its name, and a name only where it stands for the function."""
+        module = types.ModuleType("other")
+        module.sm, module.softmax, module.lse = jax.nn.softmax, jnp.exp, jax.scipy.special.logsumexp
+        with patch_jax_nn(module):
+            assert module.sm is jax.nn.softmax
+            assert module.lse is jax.nn.logsumexp
+            assert module.softmax is jnp.exp
+        assert module.sm is jax.nn.softmax
+        assert module.lse is jax.scipy.special.logsumexp
+
+    @pytest.mark.parametrize("axis", [None, 0, (0, 1)])
+    @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+    def test_scipys_functions(self, name, axis, patched):
+        """Their axis is None by default, and by keyword only."""
+        original = SCIPY[name]
+        function = getattr(jax.scipy.special, name)
+        np.testing.assert_allclose(function(X, axis=axis), original(X, axis=axis), rtol=2e-6)
+        np.testing.assert_allclose(function(X), original(X), rtol=2e-6)
+        with pytest.raises(TypeError):
+            function(X, 0)
+        with pytest.raises(TypeError):
+            function(x=X)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"axis": 1, "keepdims": True},
+            {"axis": (0, 1)},
+            {"where": np.asarray(X) > -0.5},
+            {"axis": -1, "where": np.asarray([[True], [False], [True]])},
+            {"axis": 0, "where": np.asarray(X[0]) > 0, "keepdims": True},
+        ],
+    )
+    def test_logmeanexp(self, options, patched):
+        original = LOGMEANEXP
+        for x in (X, X.astype(np.float64), jnp.arange(15).reshape(3, 5), X.astype(jnp.bfloat16)):
+            actual, expected = jax.nn.logmeanexp(x, **options), original(x.astype(np.float64), **options)
+            assert actual.dtype == original(x, **options).dtype
+            tolerance = 8 * float(jnp.finfo(actual.dtype).eps)
+            np.testing.assert_allclose(actual.astype(float), expected, rtol=tolerance, atol=tolerance)
+        total = lambda f: lambda x: f(x, axis=0, where=np.asarray(X) > -2)[0]
+        gradients = jax.grad(total(jax.nn.logmeanexp))(X), jax.grad(total(original))(X)
+        np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-7)
+        assert not patched.fallbacks
+
+    @pytest.mark.parametrize("dtype", ["int8", "uint32", "bfloat16", "float64"])
+    def test_strict_promotion(self, dtype):
+        """No call falls back, and values are those of the same numbers as float64."""
+        x = jnp.asarray(np.arange(15).reshape(3, 5) % 7).astype(dtype)
+        for place in ("softmax", "log_softmax", "logsumexp"):
+            expected = ORIGINALS[place](x.astype(np.float64), axis=-1)
+            with jax.numpy_dtype_promotion("strict"), patch_jax_nn() as calls:
+                actual = getattr(jax.nn, place)(x, axis=-1)
+            tolerance = 4 * float(jnp.finfo(actual.dtype).eps)
+            np.testing.assert_allclose(actual.astype(float), expected, rtol=tolerance, atol=tolerance)
+            assert calls.computed.total() == 1
+            assert not calls.fallbacks
