@@ -11,12 +11,18 @@ import jax
 
 # Private in all versions: JAX tells lowering rules about devices only if a primitive of this set is in the
 # program.
+from jax._src.core import trace_state_clean
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Sharding
 
 Array = jax.Array
+
+
+def is_tracing() -> bool:
+    """Whether a transformation or jit is tracing what runs here. Private in all versions."""
+    return not trace_state_clean()
 
 
 def require_devices_during_lowering(primitive: Primitive) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jax_softmax2p import reference
 from jax_softmax2p.arguments import as_array, as_class_indices, as_labels, as_logits, canonical_axes
+from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
@@ -21,6 +22,7 @@ Array = jax.Array
 _Params = tuple[tuple[str, Any], ...]
 
 
+@jit_when_eager("logits", "labels", "where")
 def softmax_cross_entropy_with_integer_labels(
     logits: jax.typing.ArrayLike,
     labels: jax.typing.ArrayLike,
@@ -104,6 +106,7 @@ def softmax_cross_entropy_with_integer_labels(
     return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
 
 
+@jit_when_eager("logits", "labels", "where")
 def softmax_cross_entropy(
     logits: jax.typing.ArrayLike,
     labels: jax.typing.ArrayLike,

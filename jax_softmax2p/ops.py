@@ -11,6 +11,7 @@ from jax.nn import logsumexp as logsumexp_of_jax
 
 from jax_softmax2p import native, reference, sharding
 from jax_softmax2p.arguments import Axis, Logits, Where, as_array, as_logits, as_numeric_array
+from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.native import Algorithm
 from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
 from jax_softmax2p.primitives import logsumexp as logsumexp_primitive
@@ -23,6 +24,7 @@ from jax_softmax2p.reference import Lse
 Array = jax.Array
 
 
+@jit_when_eager("x", "where", "scale", "bias")
 def softmax(
     x: jax.typing.ArrayLike,
     axis: Axis = -1,
@@ -154,6 +156,7 @@ def logsumexp_of_logits(logits: Logits) -> Lse:
             return logsumexp_primitive.logsumexp(*logits.operands, **logits.params)
 
 
+@jit_when_eager("x", "where", "scale", "bias")
 def log_softmax(
     x: jax.typing.ArrayLike,
     axis: Axis = -1,
@@ -251,6 +254,7 @@ def logsumexp(
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array]: ...
+@jit_when_eager("a", "b", "where", "scale", "bias")
 def logsumexp(
     a: jax.typing.ArrayLike,
     axis: Axis = None,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_softmax2p.arguments import Axis, Where, as_logits
+from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives.dispatch import Implementation
 from jax_softmax2p.reference import Lse
@@ -60,6 +61,7 @@ class SumExp(NamedTuple):
         return jnp.where(self.exponent == limits.min, jnp.minimum(log, limits.min), total)
 
 
+@jit_when_eager("x", "where")
 def sum_exp(
     x: jax.typing.ArrayLike,
     axis: Axis = -1,

@@ -22,6 +22,7 @@ PYTHON_LAYERS = (
     ("sharding",),
     ("arguments",),
     ("primitives",),
+    ("eager",),
     ("jax_compat", "native", "reference"),
 )
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax_softmax2p.arguments import as_array, as_numeric_array
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
+from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.primitives.dispatch import Implementation, as_implementation
 from jax_softmax2p.primitives.operands import Band
 
@@ -74,6 +75,9 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
+@jit_when_eager(
+    "query", "key", "value", "bias", "mask", "scale", "query_seq_lengths", "key_value_seq_lengths"
+)
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,

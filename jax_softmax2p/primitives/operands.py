@@ -29,6 +29,8 @@ _MAX_BAND = int(np.iinfo(np.int32).max) // 2
 """No array has so many rows or columns, so that limits beyond need not be told apart, and int32 suffices."""
 
 
+# A pytree without leaves, so that it goes through jit in the place of an array.
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Band:
     """A mask for ``where`` that needs no array: of row i, the elements from i - before to i + after.

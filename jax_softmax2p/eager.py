@@ -1,0 +1,78 @@
+"""Eager calls of public functions: one compiled program instead of a JAX call for every step of them."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jax_softmax2p import jax_compat
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_HASHABLE = (type(None), bool, int, str)
+
+
+def jit_when_eager(*array_names: str) -> Callable[[F], F]:
+    """Makes a function run as a jitted one where nothing is being traced.
+
+    Outside jit, checks of arguments and reshapes are calls into JAX of some 20 µs each: softmax of (8, 128)
+    took 93 µs and the cross-entropy 411 µs, where their jitted calls take 7 (Zen 4). The jitted function is
+    compiled once for shapes, dtypes and the values of the other arguments, and raises the same errors.
+
+    The function runs as it is inside jit, grad, vmap and the like, which trace it themselves, and for
+    arguments that jit does not hand on as they are: NumPy arrays of a dtype that JAX would cut, unhashable
+    values, an ``axis_name``, and what is no array where one belongs, which the function refuses.
+
+    Args:
+      array_names: the parameters that are arrays, numbers or None; a ``Band``, which is a pytree without
+        leaves, may stand in the place of one. All others are static.
+    """
+
+    def decorate(function: F) -> F:
+        names = tuple(inspect.signature(function).parameters)
+        static_names = [name for name in names if name not in array_names]
+        is_allowed = {name: _is_hashable if name in static_names else _is_kept for name in names}
+        is_allowed["axis_name"] = _is_none
+        jitted = jax.jit(function, static_argnames=static_names)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if jax_compat.is_tracing():
+                return function(*args, **kwargs)
+            for name, value in zip(names, args, strict=False):
+                if not is_allowed[name](value):
+                    return function(*args, **kwargs)
+            for name, value in kwargs.items():
+                if name not in is_allowed or not is_allowed[name](value):
+                    return function(*args, **kwargs)
+            return jitted(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _is_kept(value: Any) -> bool:
+    """Whether jit hands the function an array of the same dtype, or the same value."""
+    if value is None or isinstance(value, jax.Array | int | float | complex):
+        return True
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype != object and jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
+    return not jax.tree.leaves(value)
+
+
+def _is_hashable(value: Any) -> bool:
+    if isinstance(value, _HASHABLE):
+        return True
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
