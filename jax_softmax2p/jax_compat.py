@@ -12,6 +12,9 @@ import jax
 # Private in all versions: JAX tells lowering rules about devices only if a primitive of this set is in the
 # program.
 from jax._src.dispatch import prim_requires_devices_during_lowering
+
+# Private in all versions: the public module has no way to read a lowering rule.
+from jax._src.interpreters.mlir import _lowerings
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Sharding
@@ -22,6 +25,19 @@ Array = jax.Array
 def require_devices_during_lowering(primitive: Primitive) -> None:
     """Has JAX tell the primitive's lowering rule about devices."""
     prim_requires_devices_during_lowering.add(primitive)
+
+
+def map_params_before_lowering(primitive: Primitive, function: Callable[[Any], Any]) -> None:
+    """Has one of JAX's own primitives lowered with function(param) in place of every parameter.
+
+    Private in all versions: that a primitive's rule can be read, and replaced.
+    """
+    entry = _lowerings[primitive]
+
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        return entry.rule(ctx, *operands, **{name: function(param) for name, param in params.items()})
+
+    mlir.register_lowering(primitive, lower, inline=entry.inline)
 
 
 def mark_as_primitive(function: Callable[..., Any]) -> None:

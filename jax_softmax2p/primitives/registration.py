@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_softmax2p import jax_compat
-from jax_softmax2p.primitives import dispatch, partitioning
+from jax_softmax2p.primitives import dispatch, nested_computations, partitioning
 
 Rule = Callable[..., Any]
 
@@ -86,6 +86,8 @@ def define_primitive(
     batching.primitive_batchers[primitive] = batch_rule
     if transpose_rule is not None:
         ad.primitive_transposes[primitive] = transpose_rule
+    if "implementation" in params:
+        nested_computations.add_primitive(primitive)
     if isinstance(lowering, NativeLowering):
         _register_native_lowering(primitive, lowering)
     else:
