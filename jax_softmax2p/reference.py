@@ -188,8 +188,8 @@ def one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
 def select(mask: Array, x: Array, other: jax.typing.ArrayLike) -> Array:
     """x where the mask is True, and ``other``, in x's dtype, elsewhere; all broadcast.
 
-    jnp.where is a jitted function, and so a function call in what is lowered, which XLA does not compile in all
-    of the computations that the reference takes part in.
+    jnp.where is a jitted function, and so a function call in what is lowered, which XLA does not compile in
+    all of the computations that the reference is part of.
     """
     return jax.lax.select(*jnp.broadcast_arrays(mask, x, jnp.asarray(other, x.dtype)))
 

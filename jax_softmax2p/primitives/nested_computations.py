@@ -4,8 +4,8 @@ XLA's CPU backend compiles the reducer of a reduction, and the update of a scatt
 the process where it finds a custom call there. JAX lowers such a computation by the ordinary lowering rules.
 These cannot tell where they are: a jitted function in it is lowered once for all of its callers. So the
 lowering rules of the operations that hold such computations first choose the reference for all primitives in
-them. The rules of other operations, such as ``while`` and ``cond``, lower to whole programs, where custom calls
-may be.
+them. The rules of other operations, such as ``while`` and ``cond``, lower to whole programs, where custom
+calls may be.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ _PRIMITIVES_WITH_IMPLEMENTATION: set[Primitive] = set()
 """This package's primitives that have the parameter ``implementation``."""
 
 _OPERATIONS = (jax.lax.reduce_p, jax.lax.reduce_window_p, jax.lax.select_and_scatter_p, jax.lax.scatter_p)
-"""JAX's primitives whose computations users write. Those of others, such as reduce_sum and sort, are JAX's."""
+"""JAX's primitives whose computations users write. JAX writes those of the others, such as reduce_sum."""
 
 
 def add_primitive(primitive: Primitive) -> None:
@@ -29,7 +29,7 @@ def add_primitive(primitive: Primitive) -> None:
 
 
 def choose_reference(param: Any) -> Any:
-    """A parameter of a primitive, in whose jaxprs, however deep, this package's primitives take the reference.
+    """A parameter of a primitive, with the reference for this package's primitives in all of its jaxprs.
 
     Returns:
       The same object if none of the primitives is in it.
