@@ -53,7 +53,7 @@ def check_nans_under_checkify(primitive: Primitive) -> None:
 def is_tracing_pallas_kernel() -> bool:
     """Whether the kernel of a pallas_call is being traced.
 
-    Private in all versions: the context that Pallas traces kernels in. Pallas takes long to import, and traces
+    Private in all versions: the context that Pallas traces kernels in. It takes long to import, and traces
     nothing before somebody else has imported it.
     """
     pallas = sys.modules.get("jax._src.pallas.core")
