@@ -85,6 +85,8 @@ def choose_lowering(
     """
     if implementation == "reference":
         return Choice("reference", "implementation='reference'")
+    if implementation is None and jax_compat.is_for_export(ctx):
+        return Choice("reference", "an exported program may run where this package is not installed")
     reason = _unsupported_reason(ctx) if on_cpu else "there are native kernels for CPUs only"
     if reason is not None:
         if implementation == "native":
