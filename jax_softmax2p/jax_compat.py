@@ -4,15 +4,23 @@ No other module imports from ``jax._src``, reads private attributes, or asks for
 says which version it bridges, so that it can go once that version is no longer supported.
 """
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+# Private in all versions: the public module has no way to tell what checkify checks of a primitive.
+from jax._src import checkify
+
 # Private in all versions: JAX tells lowering rules about devices only if a primitive of this set is in the
 # program.
 from jax._src.core import trace_state_clean
 from jax._src.dispatch import prim_requires_devices_during_lowering
+
+# Private in all versions: the public module has no way to read a lowering rule.
+from jax._src.interpreters.mlir import _lowerings
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Sharding
@@ -28,6 +36,35 @@ def is_tracing() -> bool:
 def require_devices_during_lowering(primitive: Primitive) -> None:
     """Has JAX tell the primitive's lowering rule about devices."""
     prim_requires_devices_during_lowering.add(primitive)
+
+
+def map_params_before_lowering(primitive: Primitive, function: Callable[[Any], Any]) -> None:
+    """Has one of JAX's own primitives lowered with function(param) in place of every parameter.
+
+    Private in all versions: that a primitive's rule can be read, and replaced.
+    """
+    entry = _lowerings[primitive]
+
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        return entry.rule(ctx, *operands, **{name: function(param) for name, param in params.items()})
+
+    mlir.register_lowering(primitive, lower, inline=entry.inline)
+
+
+def check_nans_under_checkify(primitive: Primitive) -> None:
+    """Has checkify's float checks look for NaNs in the primitive's results."""
+    checkify.error_checks[primitive] = functools.partial(checkify.nan_error_check, primitive)
+
+
+def is_tracing_pallas_kernel() -> bool:
+    """Whether the kernel of a pallas_call is being traced.
+
+    Private in all versions: the context that Pallas traces kernels in. It takes long to import, and traces
+    nothing before somebody else has imported it.
+    """
+    pallas = sys.modules.get("jax._src.pallas.core")
+    environment = getattr(pallas, "_pallas_tracing_env", None)
+    return getattr(environment, "grid_context", None) is not None
 
 
 def mark_as_primitive(function: Callable[..., Any]) -> None:
@@ -51,6 +88,12 @@ def is_sharded(ctx: mlir.LoweringRuleContext) -> bool:
     return getattr(context, "num_devices", 1) > 1
 
 
+def is_for_export(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether a program is lowered for jax.export. Private in all versions, as for :func:`is_sharded`."""
+    context: Any = ctx.module_context
+    return bool(context.lowering_parameters.for_export)
+
+
 def has_devices_to_partition(ctx: mlir.LoweringRuleContext) -> bool:
     """Whether there are devices for XLA to call back about; an exported program has none.
 
@@ -58,7 +101,7 @@ def has_devices_to_partition(ctx: mlir.LoweringRuleContext) -> bool:
     """
     context: Any = ctx.module_context.axis_context
     known = hasattr(context, "mesh") or getattr(context, "device_assignment", None) is not None
-    return known and not ctx.module_context.lowering_parameters.for_export
+    return known and not is_for_export(ctx)
 
 
 def replicated(sharding: Any) -> Sharding:

@@ -163,8 +163,10 @@ def softmax_cross_entropy(
     log_p = (logits.astype(wide) - hi) - lo
     if mask is not None:  # Of a row without a True the lse is -inf, and 0 times that NaN.
         log_p = jnp.where(mask, log_p, 0)
-    total = -(labels * log_p).sum(axes, where=mask)
-    return total.astype(jnp.result_type(logits, labels))
+    dtype = jnp.result_type(logits, labels)
+    wide = compute_dtype(dtype)
+    total = -(labels.astype(wide) * log_p.astype(wide)).sum(axes, where=mask)
+    return total.astype(dtype)
 
 
 def _as_floating(name: str, x: jax.typing.ArrayLike) -> Array:

@@ -47,7 +47,7 @@ def softmax(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Array:
     z = _logits(x, operands, axis)
     unnormalized = jnp.exp(z - jax.lax.stop_gradient(_maximum(z, axis)))
     y = (unnormalized / jnp.sum(unnormalized, axis, keepdims=True)).astype(x.dtype)
-    return y if operands.where is None else jnp.where(operands.where, y, 0)
+    return y if operands.where is None else select(operands.where, y, 0)
 
 
 def log_softmax(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> tuple[Array, Array, Array]:
@@ -55,7 +55,7 @@ def log_softmax(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> tuple
     z = _logits(x, operands, axis)
     shifted = z - jax.lax.stop_gradient(_maximum(z, axis))
     y = (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))).astype(x.dtype)
-    y = y if operands.where is None else jnp.where(operands.where, y, -jnp.inf)
+    y = y if operands.where is None else select(operands.where, y, -jnp.inf)
     return y, *logsumexp(x, operands, axis=axis)
 
 
@@ -63,11 +63,13 @@ def logsumexp(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Lse:
     """log(sum(exp(z))) of rows; -inf of a row without an element that takes part."""
     z = _logits(x, operands, axis, fully_masked=-jnp.inf)
     z_max = jax.lax.stop_gradient(_maximum(z, axis))
-    z_max = jnp.where(jnp.isfinite(z_max), z_max, 0)
+    z_max = select(jnp.isfinite(z_max), z_max, 0)
     log = jnp.log(jnp.sum(jnp.exp(z - z_max), axis))
     z_max = jnp.squeeze(z_max, axis)
     hi = z_max + log
-    lo = jnp.where(jnp.isfinite(hi), (z_max - hi) + log, 0)
+    # Infinities are replaced before they are subtracted: their difference is a NaN that JAX's checks report.
+    finite = jnp.isfinite(hi)
+    lo = (z_max - select(finite, hi, z_max)) + select(finite, log, 0)
     return Lse(hi, jax.lax.stop_gradient(lo))
 
 
@@ -75,8 +77,8 @@ def subtract_lse(x: Array, lse: Lse, operands: ScaleBiasMask[Array], *, axis: in
     """z - lse, of x's shape and dtype, -inf where masked: log_softmax(z) from the lse of rows."""
     hi, lo = (jnp.expand_dims(part, axis) for part in lse)
     y = (_logits(x, operands, axis) - hi) - lo
-    y = jnp.where(hi == jnp.inf, jnp.nan, y).astype(x.dtype)
-    return y if operands.where is None else jnp.where(operands.where, y, -jnp.inf)
+    y = select(hi != jnp.inf, y, jnp.nan).astype(x.dtype)
+    return y if operands.where is None else select(operands.where, y, -jnp.inf)
 
 
 def log_softmax_vjp(
@@ -94,8 +96,9 @@ def log_softmax_vjp(
       axis: of the log_softmax.
     """
     p = _probabilities(x, Lse(hi, lo), operands, axis)
-    y = (_widen(t) - p * jnp.sum(_widen(t), axis, keepdims=True, where=operands.where)).astype(t.dtype)
-    return y if operands.where is None else jnp.where(operands.where, y, 0)
+    total = jnp.sum(_mask_to_zero(_widen(t), operands.where), axis, keepdims=True)
+    y = (_widen(t) - p * total).astype(t.dtype)
+    return y if operands.where is None else select(operands.where, y, 0)
 
 
 def logsumexp_vjp(
@@ -116,13 +119,13 @@ def logsumexp_vjp(
     factor = jnp.expand_dims(factor, axis)
     counts = operands.where
     if operands.where is not None:
-        y = jnp.where(operands.where, y, 0)
+        y = select(operands.where, y, 0)
     if labels.size:
         at_label = one_hot(labels, x.shape, axis)
         y = y - at_label
         counts = None if operands.where is None else operands.where | at_label
     y = (factor * y).astype(x.dtype)
-    return y if counts is None else jnp.where(counts, y, 0)
+    return y if counts is None else select(counts, y, 0)
 
 
 def logsumexp_jvp(
@@ -141,9 +144,9 @@ def logsumexp_jvp(
     """
     p = _probabilities(x, Lse(hi, lo), operands, axis)
     t = _widen(t)
-    result = jnp.sum(p * t, axis, where=operands.where)
+    result = jnp.sum(_mask_to_zero(p * t, operands.where), axis)
     if labels.size:
-        result = result - jnp.sum(jnp.where(one_hot(labels, x.shape, axis), t, 0), axis)
+        result = result - jnp.sum(select(one_hot(labels, x.shape, axis), t, 0), axis)
     return result
 
 
@@ -180,6 +183,15 @@ def one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis % len(shape)) == jnp.expand_dims(labels, axis)
 
 
+def select(mask: Array, x: Array, other: jax.typing.ArrayLike) -> Array:
+    """x where the mask is True, and ``other``, in x's dtype, elsewhere; all broadcast.
+
+    jnp.where is a jitted function, and so a function call in what is lowered, which XLA does not compile in
+    all of the computations that the reference is part of.
+    """
+    return jax.lax.select(*jnp.broadcast_arrays(mask, x, jnp.asarray(other, x.dtype)))
+
+
 def compute_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     """What arrays of a dtype are computed in: float32 for shorter floats."""
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
@@ -194,15 +206,19 @@ def _logits(x: Array, operands: ScaleBiasMask[Array], axis: int, fully_masked: f
     """
     scale, bias, where = operands
     # Masked before it is scaled: 0 times what stands there would be NaN in scale's derivative.
-    z = _widen(x if where is None else jnp.where(where, x, 0))
+    z = _widen(x if where is None else select(where, x, 0))
     if scale is not None:
         z = z * scale
     if bias is not None:
         z = z + _widen(bias)
     if where is None:
         return z
-    masked = jnp.where(jnp.any(where, axis, keepdims=True), -jnp.inf, fully_masked).astype(z.dtype)
-    return jnp.where(where, z, masked)
+    masked = select(jnp.any(where, axis, keepdims=True), jnp.array(-jnp.inf, z.dtype), fully_masked)
+    return select(where, z, masked)
+
+
+def _mask_to_zero(x: Array, where: Array | None) -> Array:
+    return x if where is None else select(where, x, 0)
 
 
 def _probabilities(x: Array, lse: Lse, operands: ScaleBiasMask[Array], axis: int) -> Array:

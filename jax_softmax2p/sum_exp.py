@@ -57,8 +57,8 @@ class SumExp(NamedTuple):
         for term in reversed(_ln2_terms()):
             total = total + self.exponent * term
         # The exponent is clipped to the dtype's largest and smallest number.
-        total = jnp.where(self.exponent == limits.max, jnp.maximum(log, limits.max), total)
-        return jnp.where(self.exponent == limits.min, jnp.minimum(log, limits.min), total)
+        total = jnp.where(self.exponent == limits.max, jnp.where(log < limits.max, limits.max, log), total)
+        return jnp.where(self.exponent == limits.min, jnp.where(log > limits.min, limits.min, log), total)
 
 
 @jit_when_eager("x", "where")
@@ -117,11 +117,14 @@ def _from_lse(lse: Lse) -> SumExp:
     rounded = jnp.round(jax.lax.stop_gradient(hi) * np.log2(np.e).astype(hi.dtype))
     exponent = jnp.clip(rounded, limits.min, limits.max)
     # Where the exponent itself is rounded, hi - exponent·ln 2 has no digit right.
-    small = jnp.abs(exponent) < 2.0 ** (limits.nmant + 1)
-    rest = jnp.where(small, hi, hi - jax.lax.stop_gradient(hi))
+    limit = 2.0 ** (limits.nmant + 1)
+    small = (exponent > -limit) & (exponent < limit)
+    # Infinities are replaced before they are subtracted: their difference is a NaN that JAX's checks report.
+    finite = jnp.isfinite(hi)
+    rest = jnp.where(finite, hi, 0)
+    rest = jnp.where(small, rest, rest - jax.lax.stop_gradient(rest))
     for term in _ln2_terms():
         rest = rest - jnp.where(small, exponent, 0) * term
-    finite = jnp.isfinite(hi)
     mantissa = jnp.where(finite, jnp.exp(jnp.where(finite, rest + lo, 0)), jnp.exp(hi))
     return SumExp(mantissa, exponent)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_softmax2p.attention.core import attention_core
-from jax_softmax2p.attention.operands import Operands, Options, Result
+from jax_softmax2p.attention.operands import Operands, Options, Result, are_known
 from jax_softmax2p.primitives.operands import Band, band_columns, band_mask, shift_band
 
 Array = jax.Array
@@ -47,7 +47,10 @@ def blockwise_attention(operands: Operands, band: Band | None, options: Options)
       for the output with dropout.
     """
     b, k, g, t, s = operands.sizes
-    if 0 in operands.sizes or (options.query_block_size is None and b * k * g * t * s <= MAX_BLOCK_LOGITS):
+    # How many blocks there are cannot be known of symbolic sizes.
+    if not are_known(*operands.sizes) or 0 in operands.sizes:
+        return attention_core(operands, options, band)
+    if options.query_block_size is None and b * k * g * t * s <= MAX_BLOCK_LOGITS:
         return attention_core(operands, options, band)
     devices = _num_auto_devices()
     num_shards = math.gcd(b, devices), math.gcd(k, devices)
@@ -172,7 +175,7 @@ def _attend_range(
         return attention_core(operands.slice_queries(queries), options, shifted, mask)
 
     def range_mask(query_indices: Array) -> Array | None:
-        key_indices = keys.start + jnp.arange(len(keys))
+        key_indices = keys.start + jnp.arange(len(keys))[None]
         return None if band is None else band_mask(band, query_indices[:, None], key_indices)
 
     if len(queries) <= block_size:

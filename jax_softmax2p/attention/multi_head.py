@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from jax_softmax2p.attention.blocks import blockwise_attention
 from jax_softmax2p.attention.core import all_of
-from jax_softmax2p.attention.operands import Operands, Options, Result
+from jax_softmax2p.attention.operands import Operands, Options, Result, are_known
 from jax_softmax2p.primitives.operands import Band, band_columns, operand_mask
 from jax_softmax2p.primitives.partitioning import num_shards
 from jax_softmax2p.reference import compute_dtype
@@ -138,7 +138,8 @@ def _split_heads(x: Array, k: int) -> Array:
 
 def _padding(lengths: Array, size: int) -> Array:
     """Which of ``size`` positions are padding: (B, 1, 1, size) from lengths of shape (B,)."""
-    return jnp.arange(size) >= lengths.reshape(-1, 1, 1, 1)
+    positions = jax.lax.broadcasted_iota(lengths.dtype, (1, 1, 1, size), 3)
+    return positions >= lengths.reshape(-1, 1, 1, 1)
 
 
 def _fully_masked_queries(operands: Operands, band: Band | None) -> Array | None:
@@ -151,7 +152,7 @@ def _fully_masked_queries(operands: Operands, band: Band | None) -> Array | None
     t, s = operands.sizes[-2:]
     arrays = operands.bias, operands.mask, operands.kv_padding
     if all(x is None for x in arrays) and (
-        band is None or all(band_columns(band, range(i, i + 1), s) for i in range(t))
+        band is None or (are_known(t, s) and all(band_columns(band, range(i, i + 1), s) for i in range(t)))
     ):
         return None
     kv_mask = None if operands.kv_padding is None else ~operands.kv_padding
@@ -161,7 +162,8 @@ def _fully_masked_queries(operands: Operands, band: Band | None) -> Array | None
     if operands.bias is None:
         return ~jnp.any(mask, -1, keepdims=True)
     bias = jax.lax.stop_gradient(operands.bias)
-    return jnp.max(bias, -1, keepdims=True, where=mask, initial=-jnp.inf) <= DEFAULT_MASK_VALUE
+    lowest = jnp.finfo(bias.dtype).min  # As good as -inf, which jax_debug_infs would report.
+    return jnp.max(bias, -1, keepdims=True, where=mask, initial=lowest) <= DEFAULT_MASK_VALUE
 
 
 def _fill_masked_queries(operands: Operands, result: Result) -> Result:
@@ -173,7 +175,10 @@ def _fill_masked_queries(operands: Operands, result: Result) -> Result:
     output, lse = result
     fully_masked, q_padding = operands.fully_masked, operands.q_padding
     if fully_masked is not None and operands.dropout_mask is None:
-        mean = jnp.sum(operands.value, -2, keepdims=True) / max(1, operands.sizes[-1])
+        num_keys = operands.sizes[-1]
+        # A symbolic size is at least 1, and cannot be compared with it.
+        divisor = max(1, num_keys) if are_known(num_keys) else num_keys
+        mean = jnp.sum(operands.value, -2, keepdims=True) / divisor
         output = jnp.where(fully_masked, mean, output)
     if q_padding is not None:
         output = jnp.where(q_padding, 0, output)

@@ -7,7 +7,7 @@ over leading dimensions, its arrays lack these.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +136,11 @@ class Operands(NamedTuple):
             return jax.lax.slice_in_dim(x, indices.start, indices.stop, axis=x.ndim + axes[name])
 
         return Operands._make(slice_array(name, x) for name, x in self._asdict().items())
+
+
+def are_known(*sizes: Any) -> bool:
+    """Whether sizes are numbers, and not jax.export's symbols, which often cannot be compared."""
+    return all(isinstance(size, int) for size in sizes)
 
 
 _QUERY_AXES = dict.fromkeys(("query", "bias", "mask", "q_padding", "fully_masked", "dropout_mask"), -2)

@@ -109,15 +109,16 @@ def ffi_api_version() -> tuple[int, int]:
 
 
 def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
-    """What ``jax.export.export(..., disabled_checks=...)`` needs to let our custom calls through.
+    """What ``jax.export.export(..., disabled_checks=...)`` needs to export native kernels.
 
-    The program that loads the export must import ``jax_softmax2p`` to register them.
+    Exported programs take the reference, which needs nothing of this, unless implementation="native" is asked
+    for. The program that loads such an export must import ``jax_softmax2p``, which registers the kernels.
 
     Example:
       >>> import jax, jax.export
       >>> import jax_softmax2p
       >>> checks = jax_softmax2p.export_disabled_checks()
-      >>> f = jax.jit(jax_softmax2p.softmax)
+      >>> f = jax.jit(lambda x: jax_softmax2p.softmax(x, implementation="native"))
       >>> exported = jax.export.export(f, disabled_checks=checks)(jax.ShapeDtypeStruct((4,), "f4"))
     """
     return [jax.export.DisabledSafetyCheck.custom_call(target) for target in TARGETS]

@@ -60,10 +60,13 @@ def choose_path(
 
     With implementation="reference" it is the reference itself rather than a primitive that is lowered to it,
     so that JAX differentiates the reference: that is what the primitives' own derivatives are tested against.
-    Rows that are sharded along a mesh axis have one implementation, of primitives and collectives.
+    Rows that are sharded along a mesh axis have one implementation, of primitives and collectives. Kernels of
+    Pallas take the reference, since Pallas compiles JAX's own primitives alone.
     """
     if axis_name is not None:
         return "sharded"
+    if implementation is None and jax_compat.is_tracing_pallas_kernel():
+        return "reference"
     return "reference" if implementation == "reference" else "primitive"
 
 
@@ -82,6 +85,8 @@ def choose_lowering(
     """
     if implementation == "reference":
         return Choice("reference", "implementation='reference'")
+    if implementation is None and jax_compat.is_for_export(ctx):
+        return Choice("reference", "an exported program may run where this package is not installed")
     reason = _unsupported_reason(ctx) if on_cpu else "there are native kernels for CPUs only"
     if reason is not None:
         if implementation == "native":

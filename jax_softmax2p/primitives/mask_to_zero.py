@@ -13,7 +13,7 @@ from jax.interpreters import ad
 
 from jax_softmax2p.primitives.operands import Band, OperandSpec, Tangent, move_batch_to_front, operand_mask
 from jax_softmax2p.primitives.registration import bind, define_primitive
-from jax_softmax2p.reference import ScaleBiasMask
+from jax_softmax2p.reference import ScaleBiasMask, compute_dtype, select
 
 Array = jax.Array
 
@@ -47,14 +47,17 @@ def tangent_of_logits(
       tangents: of the operands, arrays or ad.Zero, or None; that of ``where`` is not looked at.
       band: of the primitive.
     """
+    wide = compute_dtype(x.dtype)
     terms: list[Array] = []
     if not isinstance(x_dot, ad.Zero):
-        terms.append(x_dot if operands.scale is None else x_dot * operands.scale)
+        terms.append(x_dot if operands.scale is None else x_dot.astype(wide) * operands.scale)
     if tangents.scale is not None and not isinstance(tangents.scale, ad.Zero):
         # Masked first: 0 times a NaN that is masked would be NaN.
-        terms.append(mask_to_zero(x, operands.where, band) * tangents.scale)
+        terms.append(mask_to_zero(x, operands.where, band).astype(wide) * tangents.scale)
     if tangents.bias is not None and not isinstance(tangents.bias, ad.Zero):
         terms.append(jnp.broadcast_to(tangents.bias, x.shape))
+    if len(terms) > 1:
+        terms = [term.astype(wide) for term in terms]
     return mask_to_zero(sum(terms[1:], terms[0]).astype(x.dtype), operands.where, band)
 
 
@@ -101,7 +104,7 @@ def mask_to_zero_lowering(t: Array, *where: Array, band: Band | None) -> Array:
     """A select."""
     mask = operand_mask(t.shape, where[0] if where else None, band)
     assert mask is not None, "without a mask there is no primitive"
-    return jnp.where(mask, t, 0)
+    return select(mask, t, 0)
 
 
 mask_to_zero_p = define_primitive(

@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_softmax2p import jax_compat
-from jax_softmax2p.primitives import dispatch, partitioning
+from jax_softmax2p.primitives import dispatch, interpreters, nested_computations, partitioning
 
 Rule = Callable[..., Any]
 
@@ -86,9 +86,13 @@ def define_primitive(
     batching.primitive_batchers[primitive] = batch_rule
     if transpose_rule is not None:
         ad.primitive_transposes[primitive] = transpose_rule
+    if "implementation" in params:
+        nested_computations.add_primitive(primitive)
     if isinstance(lowering, NativeLowering):
+        interpreters.define_interpreter_rules(primitive, lowering.reference)
         _register_native_lowering(primitive, lowering)
     else:
+        interpreters.define_interpreter_rules(primitive, lowering)
         mlir.register_lowering(primitive, mlir.lower_fun(lowering, multiple_results=multiple_results))
     return primitive
 
@@ -105,6 +109,8 @@ def _eager_evaluation(primitive: Primitive, params: tuple[str, ...], eager_param
     def call(*operands: Any, **params: Any) -> Any:
         return primitive.bind(*operands, **params)
 
+    # JAX's checks of results name the function in their messages.
+    call.__name__ = call.__qualname__ = primitive.name
     jax_compat.mark_as_primitive(call)
     jitted = jax.jit(call, static_argnames=params)
 

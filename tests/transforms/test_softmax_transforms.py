@@ -218,23 +218,14 @@ def test_debug_nans(f):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_export_round_trip(dtype):
+def test_export_of_native_kernels(dtype):
     x = jnp.asarray(array(5, 70), dtype)
-    g = jax.jit(lambda x: jax.value_and_grad(lambda x: softmax(x, 0)[1, 1])(x))
+    g = jax.jit(lambda x: jax.value_and_grad(lambda x: softmax(x, 0, implementation="native")[1, 1])(x))
     checks = jax_softmax2p.export_disabled_checks()
     exported = jax.export.export(g, disabled_checks=checks)(x)
     restored = jax.export.deserialize(exported.serialize())
     for actual, expected in zip(restored.call(x), g(x), strict=True):
         np.testing.assert_array_equal(actual, expected)
-
-
-def test_export_with_symbolic_shapes():
-    shape = jax.export.symbolic_shape("b, n")
-    exported = jax.export.export(jax.jit(softmax), disabled_checks=jax_softmax2p.export_disabled_checks())(
-        jax.ShapeDtypeStruct(shape, jnp.float32)
-    )
-    x = array(3, 1500).astype(jnp.float32)
-    np.testing.assert_array_equal(exported.call(x), softmax(x))
 
 
 def model(x):
