@@ -7,8 +7,8 @@
 //
 // The other half of the guard is in the kernels: x is clamped from below (kernels/exp.h), so that -inf and
 // the usual masks give 0, where the published algorithm would compute -inf + inf. small_matrices and panels
-// have the third pass of their own: GuardedColumn in kernels/small_softmax.h, SumMinusMaximum in
-// ops/softmax_columns.cc. kernels/unguarded_build.h compiles the clamp out, to measure it.
+// have the third pass of their own: GuardedColumn in kernels/small_softmax.h, and
+// ops/guarded_panel_sum.h. kernels/unguarded_build.h compiles the clamp out, to measure it.
 #pragma once
 
 #include <algorithm>
