@@ -98,16 +98,20 @@ class JacobianKernels {
   static SOFTMAX2P_INLINE void SumBlock(const Source& source, std::int64_t i, std::int64_t n,
                                         CompensatedSum& total) {
     Accumulator even, odd;
-    V error;
+    const auto add = [&](Accumulator& to, auto... at) {
+      V error;
+      const V term = source.At(at..., error);
+      to.Add(term, error);
+    };
     for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
-      even.Add(source.At(i, error), error);
-      odd.Add(source.At(i + V::kLanes, error), error);
+      add(even, i);
+      add(odd, i + V::kLanes);
     }
     if (i + V::kLanes <= n) {
-      even.Add(source.At(i, error), error);
+      add(even, i);
       i += V::kLanes;
     }
-    if (i < n) odd.Add(source.At(i, static_cast<int>(n - i), error), error);
+    if (i < n) add(odd, i, static_cast<int>(n - i));
     even.AddTo(total);
     odd.AddTo(total);
   }
@@ -116,8 +120,7 @@ class JacobianKernels {
     V sum = V::Broadcast(0);
     V rest = V::Broadcast(0);
 
-    // `error` by reference: it is written while the other argument is computed.
-    SOFTMAX2P_INLINE void Add(V term, const V& error) {
+    SOFTMAX2P_INLINE void Add(V term, V error) {
       V rounding;
       sum = TwoSum(sum, term, rounding);
       rest = rest + (rounding + error);
