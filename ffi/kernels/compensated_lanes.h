@@ -13,8 +13,8 @@ struct CompensatedLanes {
   V sum = V::Broadcast(0);
   V rest = V::Broadcast(0);
 
-  // Adds term + error. `error` by reference: it is written while the other argument is computed.
-  SOFTMAX2P_INLINE void Add(V term, const V& error) {
+  // Adds term + error.
+  SOFTMAX2P_INLINE void Add(V term, V error) {
     V rounding;
     sum = TwoSum(sum, term, rounding);
     rest = rest + (rounding + error);

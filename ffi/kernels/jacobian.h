@@ -99,16 +99,20 @@ class JacobianKernels {
   static SOFTMAX2P_INLINE void SumBlock(const Source& source, std::int64_t i, std::int64_t n,
                                         CompensatedSum& total) {
     CompensatedLanes<V> even, odd;
-    V error;
+    const auto add = [&](CompensatedLanes<V>& to, auto... at) {
+      V error;
+      const V term = source.At(at..., error);
+      to.Add(term, error);
+    };
     for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
-      even.Add(source.At(i, error), error);
-      odd.Add(source.At(i + V::kLanes, error), error);
+      add(even, i);
+      add(odd, i + V::kLanes);
     }
     if (i + V::kLanes <= n) {
-      even.Add(source.At(i, error), error);
+      add(even, i);
       i += V::kLanes;
     }
-    if (i < n) odd.Add(source.At(i, static_cast<int>(n - i), error), error);
+    if (i < n) add(odd, i, static_cast<int>(n - i));
     AddTo(total, even);
     AddTo(total, odd);
   }
