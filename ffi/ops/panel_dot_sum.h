@@ -1,9 +1,11 @@
 // Dot products of the columns of a panel.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "ffi/base/error_free.h"
 #include "ffi/kernels/table.h"
 #include "ffi/ops/column_panels.h"
 
@@ -18,7 +20,7 @@ class PanelDotSum {
       : kernels_(kernels), size_(panel.segments() * panel.width()), dots_(2 * size_) {}
 
   // Calls dot(first element, segment, where its dot products go) for every segment. The result has those of
-  // each of the panel's columns, until the next call.
+  // each of the panel's columns as hi + lo, hi its rounding, until the next call.
   template <typename Dot>
   PanelDots<T> Compute(const ColumnPanel& panel, const Dot& dot) {
     panel.ForSegments(
@@ -26,6 +28,13 @@ class PanelDotSum {
     const PanelDots<T> dots = From(0);
     panel.ForMerges(
         [&](std::int64_t place, int columns) { kernels_.panel_add_dots(dots, From(place), columns); });
+    for (int c = 0; c < panel.Columns(); ++c) {
+      T lo;
+      const T hi = TwoSum(dots.hi[c], dots.lo[c], lo);
+      if (!std::isfinite(hi)) continue;
+      dots.hi[c] = hi;
+      dots.lo[c] = lo;
+    }
     panel.Repeat(dots.hi);
     panel.Repeat(dots.lo);
     return dots;
