@@ -336,7 +336,16 @@ class TestErrors:
         with pytest.raises(error, match=words):
             FUNCTIONS[name](X, **arguments)
 
-    @pytest.mark.parametrize("bad", [jnp.ones((2, 3), bool), [1.0, 2.0], "text"])
+    def test_booleans(self, name):
+        """Of all of these functions jax.nn's logsumexp alone takes them, as 0 and 1."""
+        x = jnp.ones((2, 3), bool)
+        if name == "logsumexp":
+            np.testing.assert_allclose(FUNCTIONS[name](x), np.log(3 * np.e) * np.ones(2), rtol=1e-6)
+            return
+        with pytest.raises(TypeError, match=r"^x must be an array"):
+            FUNCTIONS[name](x)
+
+    @pytest.mark.parametrize("bad", [[1.0, 2.0], "text"])
     def test_errors_name_the_logits_argument(self, bad, name):
         with pytest.raises(TypeError, match=f"^{'a' if name == 'logsumexp' else 'x'} must be an array"):
             FUNCTIONS[name](bad)

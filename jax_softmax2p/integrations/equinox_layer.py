@@ -93,7 +93,9 @@ class EquinoxMultiheadAttention(equinox.nn.MultiheadAttention):
             # The layer raises equinox's error if it needs a key.
             self.dropout(ones, inference=inference)
             return None, 1.0
+        # The rate of an ensemble of layers is an array, through which equinox does not differentiate.
         rate = self.dropout.p
+        rate = rate if isinstance(rate, int | float) else jax.lax.stop_gradient(rate)
         none_dropped = isinstance(rate, int | float) and rate == 0
         if none_dropped or (self.dropout.inference if inference is None else inference):
             return None, 1.0
