@@ -10,6 +10,8 @@ __path__ = _extend_path(__path__, __name__)
 from jax_softmax2p import integrations as integrations
 from jax_softmax2p import native as native
 from jax_softmax2p.attention import dot_product_attention as dot_product_attention
+from jax_softmax2p.explain import Explanation as Explanation
+from jax_softmax2p.explain import explain as explain
 from jax_softmax2p.integrations import patch_jax_nn as patch_jax_nn
 from jax_softmax2p.losses import softmax_cross_entropy as softmax_cross_entropy
 from jax_softmax2p.losses import (
@@ -27,9 +29,11 @@ __version__ = _version("jax_softmax2p")
 
 __all__ = [
     "Band",
+    "Explanation",
     "SumExp",
     "__version__",
     "dot_product_attention",
+    "explain",
     "export_disabled_checks",
     "integrations",
     "log_softmax",

@@ -14,7 +14,8 @@ from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, choose_path
-from jax_softmax2p.primitives.logsumexp import logsumexp, logsumexp_jvp
+from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_jvp
+from jax_softmax2p.primitives.softmax import keeps_softmax, logsumexp, softmax_of_lse
 from jax_softmax2p.reference import Lse, compute_dtype
 from jax_softmax2p.sharding import sharded_cross_entropy
 
@@ -275,5 +276,10 @@ def _lse_minus_label_logit_jvp(
     x, labels, *operands = primals
     named = dict(params)
     lse = logsumexp(x, *operands, **named)
-    loss_dot = logsumexp_jvp(x, *lse, labels, tangents[0], *operands, **named)
+    if keeps_softmax(x, **named):
+        p = softmax_of_lse(lse, x, *operands, **named)
+        at_label = reference.one_hot(labels, x.shape, named["axis"])
+        loss_dot = jnp.sum((p - at_label) * tangents[0], named["axis"])
+    else:
+        loss_dot = logsumexp_jvp(x, *lse, labels, tangents[0], *operands, **named)
     return _subtract_label_logit(lse, x, labels, named["axis"]), loss_dot

@@ -19,9 +19,9 @@ from jax.interpreters import ad
 from jax_softmax2p import reference
 from jax_softmax2p.arguments import Logits
 from jax_softmax2p.jax_compat import all_gather_invariant, as_varying
-from jax_softmax2p.primitives import collectives, log_softmax, logsumexp, softmax
+from jax_softmax2p.primitives import collectives, log_softmax, softmax
 from jax_softmax2p.primitives.dispatch import Implementation
-from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
+from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_jvp, no_labels
 from jax_softmax2p.primitives.mask_to_zero import tangent_from_operands
 from jax_softmax2p.primitives.operands import OperandSpec
 from jax_softmax2p.reference import Lse
@@ -103,11 +103,11 @@ def _gather(static: _Static, x: Array, operands: Sequence[Array], *of_rows: Arra
 
     All of them travel in one all-gather, in the dtype of the lse.
     """
-    lse = logsumexp.logsumexp(x, *operands, **static.params)
+    lse = softmax.logsumexp(x, *operands, **static.params)
     shard = jnp.stack(jnp.broadcast_arrays(*lse, *(array.astype(lse.hi.dtype) for array in of_rows)))
     gathered = all_gather_invariant(shard, static.axis_names)
     hi, lo, *rest = (gathered[:, i] for i in range(len(shard)))
-    return logsumexp.combine_shards(Lse(hi, lo), **static.params), rest
+    return softmax.combine_shards(Lse(hi, lo), **static.params), rest
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -174,5 +174,5 @@ def _derivative_of_lse(
     static: _Static, x: Array, lse: Lse, labels: Array, t: Array, operands: Sequence[Array]
 ) -> Array:
     """The derivative of the lse of whole rows along t, minus t at the labels, by one all-reduce."""
-    dot = logsumexp.logsumexp_jvp(x, *lse, labels, t, *operands, **static.params)
+    dot = logsumexp_jvp(x, *lse, labels, t, *operands, **static.params)
     return jax.lax.psum(dot, static.axis_names)

@@ -20,7 +20,7 @@ PYTHON_LAYERS = (
     ("losses", "sum_exp"),
     ("ops",),
     ("sharding",),
-    ("arguments",),
+    ("arguments", "explain"),
     ("primitives",),
     ("eager",),
     ("jax_compat", "native", "reference"),

@@ -123,11 +123,13 @@ def test_rows_do_not_affect_each_other(n, dtype, name, implementation):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", [1, 2, 16, 129, 5000])
 def test_log_softmax_is_never_positive(n, dtype, implementation):
-    """As in jax.nn, since users take sqrt(-y) and log(-y). A dominating element gives exactly 0."""
+    """As in jax.nn, since users take sqrt(-y) and log(-y)."""
     x = normal(40, n).astype(dtype)
     x[:, n // 2] = np.random.default_rng(0).uniform(100, 3000, 40)
     y = np.asarray(log_softmax(x, implementation=implementation))
-    np.testing.assert_array_equal(y[:, n // 2], 0)
+    assert (y <= 0).all()
+    # That of the dominating element, with which the probability of all others is below e^-90.
+    assert (y[:, n // 2] > -1e-38).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -5,13 +5,12 @@ rows are sharded, in their order.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_softmax2p import jax_compat
-from jax_softmax2p.reference import Lse
+from jax_softmax2p.reference import Lse, two_sum_error
 
 Array = jax.Array
 AxisNames = str | Sequence[str]
@@ -88,11 +87,10 @@ def local_labels(labels: Array, size: int, axis_names: tuple[str, ...]) -> Array
     return jnp.where((local >= 0) & (local < size), local, size)
 
 
-def _two_sum(a: Array, b: Any) -> tuple[Array, Array]:
-    """a + b exactly, as its rounding and what that leaves (Knuth's TwoSum)."""
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b exactly, as its rounding and what that leaves."""
     total = a + b
-    b_part = total - a
-    return total, (a - (total - b_part)) + (b - b_part)
+    return total, two_sum_error(a, b, total)
 
 
 def _or_zero(largest: Array) -> Array:

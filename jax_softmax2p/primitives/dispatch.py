@@ -2,15 +2,19 @@
 
 There are two moments to decide at. When a public function is called, ``as_implementation`` and
 ``check_native_support`` refuse what cannot be had, and ``choose_path`` says whether the primitives are used
-at all. When a primitive is lowered, for one platform, ``choose_lowering`` says what it becomes.
+at all. When a primitive is lowered, for one platform, ``choose_lowering`` says what it becomes; which sizes
+are worth a native call, ``thresholds`` knows.
 """
 
+import math
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
+from jax.core import ShapedArray
 from jax.interpreters import mlir
 
 from jax_softmax2p import jax_compat, native
+from jax_softmax2p.primitives.thresholds import Operation, least_elements
 
 Implementation = Literal["native", "reference"]
 """What users may ask for; None leaves the choice to :func:`choose_lowering`."""
@@ -22,11 +26,11 @@ class Choice(NamedTuple):
     Attributes:
       lowering: "native" is one FFI call; "sharded" leaves the primitive to XLA to partition among devices,
         and is followed by another choice for what each device runs; "reference" is jax.numpy.
-      reason: why it is the reference; empty where it is not.
+      reason: why.
     """
 
     lowering: Literal["native", "sharded", "reference"]
-    reason: str = ""
+    reason: str
 
 
 def as_implementation(implementation: str | None) -> Implementation | None:
@@ -71,33 +75,72 @@ def choose_path(
 
 
 def choose_lowering(
-    ctx: mlir.LoweringRuleContext, implementation: Implementation | None, *, on_cpu: bool
+    ctx: mlir.LoweringRuleContext,
+    implementation: Implementation | None,
+    *,
+    operation: Operation,
+    axis: int,
+    on_cpu: bool,
 ) -> Choice:
     """What the primitive ``ctx.primitive`` becomes for operands of the avals ``ctx.avals_in``.
 
     Args:
       ctx: what JAX tells a lowering rule.
       implementation: the primitive's parameter.
+      operation: what the primitive computes.
+      axis: the primitive's parameter.
       on_cpu: whether the rule is the one for CPUs.
 
     Raises:
       ValueError: the implementation is "native" and cannot run.
     """
-    if implementation == "reference":
-        return Choice("reference", "implementation='reference'")
+    x: Any = ctx.avals_in[0]
     if implementation is None and jax_compat.is_for_export(ctx):
         return Choice("reference", "an exported program may run where this package is not installed")
-    reason = _unsupported_reason(ctx) if on_cpu else "there are native kernels for CPUs only"
-    if reason is not None:
-        if implementation == "native":
-            refuse_native(reason)
-        return Choice("reference", reason)
-    return Choice("sharded" if jax_compat.is_sharded(ctx) else "native")
+    if not jax_compat.is_sharded(ctx):
+        return choose_on_device(implementation, operation, x, axis, on_cpu=on_cpu)
+    reason = _unsupported_reason(x, on_cpu)
+    if reason is None and not jax_compat.has_devices_to_partition(ctx):
+        reason = "a program for several devices is exported, or lowered without them"
+    if implementation == "reference" or reason is not None:
+        return _choose_reference(implementation, reason)
+    return Choice("sharded", "each device chooses for its shard")
 
 
-def _unsupported_reason(ctx: mlir.LoweringRuleContext) -> str | None:
-    aval: Any = ctx.avals_in[0]
-    reason = native.unsupported_reason(aval.dtype)
-    if reason is None and jax_compat.is_sharded(ctx) and not jax_compat.has_devices_to_partition(ctx):
-        return "a program for several devices is exported, or lowered without them"
-    return reason
+def choose_on_device(
+    implementation: Implementation | None, operation: Operation, x: ShapedArray, axis: int, *, on_cpu: bool
+) -> Choice:
+    """What a primitive becomes on one device.
+
+    Args:
+      implementation: the primitive's parameter.
+      operation: what the primitive computes.
+      x: its first operand.
+      axis: the primitive's parameter.
+      on_cpu: whether the device is a CPU.
+
+    Raises:
+      ValueError: the implementation is "native" and cannot run.
+    """
+    reason = _unsupported_reason(x, on_cpu)
+    if implementation == "reference" or reason is not None:
+        return _choose_reference(implementation, reason)
+    if implementation == "native":
+        return Choice("native", "implementation='native'")
+    least, elements = least_elements(operation, x.shape, axis), math.prod(x.shape)
+    reason = f"{elements} elements: from {least} on a native call is faster"
+    return Choice("native" if elements >= least else "reference", reason)
+
+
+def _choose_reference(implementation: Implementation | None, unsupported_reason: str | None) -> Choice:
+    if implementation == "reference":
+        return Choice("reference", "implementation='reference'")
+    assert unsupported_reason is not None, "the native kernel could run"
+    if implementation == "native":
+        refuse_native(unsupported_reason)
+    return Choice("reference", unsupported_reason)
+
+
+def _unsupported_reason(x: ShapedArray, on_cpu: bool) -> str | None:
+    """Why there is no native kernel for x on a device, or None."""
+    return native.unsupported_reason(x.dtype) if on_cpu else "there are native kernels for CPUs only"

@@ -20,16 +20,18 @@ from jax.interpreters import ad
 
 from jax_softmax2p import native, reference
 from jax_softmax2p.primitives.collectives import reduce_lse
-from jax_softmax2p.primitives.logsumexp import logsumexp, logsumexp_jvp, logsumexp_vjp, lse_aval
 from jax_softmax2p.primitives.logsumexp_derivatives import (
     PARAMS,
     define_lse_derivative,
+    logsumexp_jvp,
+    logsumexp_vjp,
     lse_attributes,
     no_labels,
 )
 from jax_softmax2p.primitives.mask_to_zero import mask_to_zero, tangent_from_operands
 from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
+from jax_softmax2p.primitives.softmax import keeps_softmax, logsumexp, lse_aval, softmax
 from jax_softmax2p.reference import Lse
 
 Array = jax.Array
@@ -84,11 +86,16 @@ def log_softmax_jvp_rule(
     x, *operands = primals
     y, hi, lo = log_softmax(*primals, spec=spec, **params)
     t = tangent_from_operands(primals, tangents, spec)
-    derivative_operands = (x, hi, lo, no_labels(), t, *operands)
-    y_dot = log_softmax_jvp(*derivative_operands, spec=spec, **params)
+    if keeps_softmax(x, spec=spec, **params):
+        p = softmax(*primals, spec=spec, algorithm="auto", in_place=False, **params)
+        hi_dot = jnp.sum(p * t, params["axis"])
+        y_dot = t - jnp.expand_dims(hi_dot, params["axis"])
+    else:
+        derivative_operands = (x, hi, lo, no_labels(), t, *operands)
+        hi_dot = logsumexp_jvp(*derivative_operands, spec=spec, **params)
+        y_dot = log_softmax_jvp(*derivative_operands, spec=spec, **params)
     # Its transpose wants cotangents that are 0 where logits are masked.
     y_dot = mask_to_zero(y_dot, spec.unpack(primals).where, spec.band)
-    hi_dot = logsumexp_jvp(*derivative_operands, spec=spec, **params)
     return (y, hi, lo), (y_dot, hi_dot, ad.Zero(jax.typeof(lo).to_tangent_aval()))
 
 
@@ -174,6 +181,7 @@ log_softmax_p = define_primitive(
     jvp_rule=log_softmax_jvp_rule,
     batch_rule=log_softmax_batch_rule,
     lowering=NativeLowering(
+        operation="log_softmax",
         target=native.LOG_SOFTMAX_TARGET,
         attributes=lse_attributes,
         reference=reference_rule(reference.log_softmax),
@@ -197,6 +205,7 @@ log_softmax_vjp_p = define_lse_derivative(
     change_rule=log_softmax_vjp_change,
     abstract_eval=lambda x, *_: x,
     lowering=NativeLowering(
+        operation="derivative",
         target=native.LOG_SOFTMAX_VJP_TARGET,
         attributes=lse_attributes,
         reference=reference_rule(reference.log_softmax_vjp),

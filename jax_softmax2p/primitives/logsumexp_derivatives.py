@@ -1,8 +1,13 @@
-"""What the derivatives of logsumexp and log_softmax have in common, as primitives.
+"""logsumexp_jvp_p and logsumexp_vjp_p, of which the derivative of logsumexp is made, and what they have in
+common with the derivatives of log_softmax.
 
 Their operands are x; the lse of its logits as hi and lo; labels, integers of rows, or an empty array where
 there are none; and t, a tangent or cotangent, in which they are linear; then those of
-``primitives.operands``. With z the logits they are made of p = e^(z - hi - lo).
+``primitives.operands``. With z the logits they are made of p = e^(z - hi - lo), recomputed:
+
+    logsumexp_jvp(t) = sum(p·t) - t[label]        logsumexp_vjp(factor) = factor·(p - one_hot(label))
+
+Each is the other's transpose. Without labels they lack the second term.
 """
 
 from collections.abc import Sequence
@@ -14,9 +19,11 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
+from jax_softmax2p import native, reference
+from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
-from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front
-from jax_softmax2p.primitives.registration import NativeLowering, Rule, define_primitive
+from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
+from jax_softmax2p.primitives.registration import NativeLowering, Rule, bind, define_primitive
 
 Array = jax.Array
 
@@ -28,6 +35,31 @@ NUM_LEADING_OPERANDS = 5
 
 NO_LABELS_SHAPE = (0,)
 """The shape of the operand labels where there are none."""
+
+
+def logsumexp_jvp(
+    x: Array, hi: Array, lo: Array, labels: Array, t: Array, *operands: Array, **params: Any
+) -> Array:
+    """The derivative of the lse along t, minus t at the labels; of hi's shape and dtype.
+
+    Args:
+      x: of an inexact dtype.
+      hi: of the lse, and lo.
+      lo: as hi.
+      labels: int32 of hi's shape, from 0 to the size of the axis, which stands for no class; or
+        :func:`no_labels`.
+      t: a tangent of the logits, of x's shape and dtype.
+      operands: those of ``spec``, see ``primitives.operands``.
+      params: axis (negative), spec, implementation.
+    """
+    return bind(logsumexp_jvp_p, x, hi, lo, labels, t, *operands, **params)
+
+
+def logsumexp_vjp(
+    x: Array, hi: Array, lo: Array, labels: Array, factor: Array, *operands: Array, **params: Any
+) -> Array:
+    """The transpose of :func:`logsumexp_jvp`, of x's shape and dtype, for a factor of hi's."""
+    return bind(logsumexp_vjp_p, x, hi, lo, labels, factor, *operands, **params)
 
 
 def no_labels() -> Array:
@@ -124,3 +156,86 @@ def _change_of_log_probabilities(
         terms.append(logits_dot.astype(hi.dtype))
     terms += [-jnp.expand_dims(dot, axis) for dot in (hi_dot, lo_dot) if not isinstance(dot, ad.Zero)]
     return sum(terms[1:], terms[0]) if terms else None
+
+
+def logsumexp_jvp_change(
+    change: Array, x: Array, hi: Array, lo: Array, labels: Array, t: Array, *operands: Array, **params: Any
+) -> Array:
+    """sum(p·change·t): the labels' term does not change."""
+    return logsumexp_jvp(x, hi, lo, no_labels(), (change * t).astype(x.dtype), *operands, **params)
+
+
+def logsumexp_jvp_sharded_rule(
+    axis_names: tuple[str, ...],
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    t: Array,
+    *operands: Array,
+    **params: Any,
+) -> Array:
+    """One all-reduce of one number a row; each shard has the labels that lie in it."""
+    labels = collectives.local_labels(labels, x.shape[params["axis"]], axis_names)
+    return jax.lax.psum(logsumexp_jvp(x, hi, lo, labels, t, *operands, **params), axis_names)
+
+
+def logsumexp_vjp_change(
+    change: Array,
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    factor: Array,
+    *operands: Array,
+    **params: Any,
+) -> Array:
+    """factor·p·change: the labels' term does not change."""
+    weights = logsumexp_vjp(x, hi, lo, no_labels(), factor, *operands, **params)
+    return (weights * change).astype(x.dtype)
+
+
+def logsumexp_vjp_sharded_rule(
+    axis_names: tuple[str, ...],
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    factor: Array,
+    *operands: Array,
+    **params: Any,
+) -> Array:
+    """No communication; each shard has the labels that lie in it."""
+    labels = collectives.local_labels(labels, x.shape[params["axis"]], axis_names)
+    return logsumexp_vjp(x, hi, lo, labels, factor, *operands, **params)
+
+
+logsumexp_jvp_p = define_lse_derivative(
+    "softmax2p_logsumexp_jvp",
+    apply=logsumexp_jvp,
+    transposed=logsumexp_vjp,
+    change_rule=logsumexp_jvp_change,
+    abstract_eval=lambda x, hi, *_: hi,
+    lowering=NativeLowering(
+        operation="derivative",
+        target=native.LOG_SUM_JVP_TARGET,
+        attributes=lse_attributes,
+        reference=reference_rule(reference.logsumexp_jvp),
+        sharded_rule=logsumexp_jvp_sharded_rule,
+    ),
+)
+
+logsumexp_vjp_p = define_lse_derivative(
+    "softmax2p_logsumexp_vjp",
+    apply=logsumexp_vjp,
+    transposed=logsumexp_jvp,
+    change_rule=logsumexp_vjp_change,
+    abstract_eval=lambda x, *_: x,
+    lowering=NativeLowering(
+        operation="derivative",
+        target=native.LOG_SUM_VJP_TARGET,
+        attributes=lse_attributes,
+        reference=reference_rule(reference.logsumexp_vjp),
+        sharded_rule=logsumexp_vjp_sharded_rule,
+    ),
+)

@@ -19,7 +19,7 @@ from jax_softmax2p.primitives import dispatch
 _PRIMITIVES_WITH_IMPLEMENTATION: set[Primitive] = set()
 """This package's primitives that have the parameter ``implementation``."""
 
-_OPERATIONS = (jax.lax.reduce_p, jax.lax.reduce_window_p, jax.lax.select_and_scatter_p, jax.lax.scatter_p)
+OPERATIONS = (jax.lax.reduce_p, jax.lax.reduce_window_p, jax.lax.select_and_scatter_p, jax.lax.scatter_p)
 """JAX's primitives whose computations users write. JAX writes those of the others, such as reduce_sum."""
 
 
@@ -64,5 +64,5 @@ def _are_same(new: Any, old: Any) -> bool:
     return all(a is b for a, b in zip(new, old, strict=True))
 
 
-for _operation in _OPERATIONS:
+for _operation in OPERATIONS:
     jax_compat.map_params_before_lowering(_operation, choose_reference)

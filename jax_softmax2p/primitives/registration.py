@@ -16,8 +16,13 @@ from jax.interpreters import ad, batching, mlir
 
 from jax_softmax2p import jax_compat
 from jax_softmax2p.primitives import dispatch, interpreters, nested_computations, partitioning
+from jax_softmax2p.primitives.thresholds import Operation
 
 Rule = Callable[..., Any]
+
+
+LOWERINGS: dict[Primitive, "NativeLowering | Rule"] = {}
+"""How each of this package's primitives is lowered, as it was defined."""
 
 
 def _no_attributes(**_: Any) -> dict[str, Any]:
@@ -33,6 +38,7 @@ class NativeLowering:
     """How a primitive is lowered that has a native kernel.
 
     Attributes:
+      operation: what it computes, by which dispatch chooses.
       target: the name of the FFI target.
       reference: the same in jax.numpy, as reference(*operands, **params).
       sharded_rule: what each device does where XLA shards the axis itself, as sharded_rule(axis_names,
@@ -42,6 +48,7 @@ class NativeLowering:
         copies it first where it is needed afterwards.
     """
 
+    operation: Operation
     target: str
     reference: Rule
     sharded_rule: partitioning.ShardedRule
@@ -79,6 +86,7 @@ def define_primitive(
         memory in a larger program would copy the operand first in one of its own.
     """
     primitive = Primitive(name)
+    LOWERINGS[primitive] = lowering
     primitive.multiple_results = multiple_results
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(_eager_evaluation(primitive, params, dict(eager_params or {})))
@@ -126,7 +134,10 @@ def _register_native_lowering(primitive: Primitive, lowering: NativeLowering) ->
     lower_to_reference = mlir.lower_fun(lowering.reference, multiple_results=primitive.multiple_results)
 
     def lower(ctx: mlir.LoweringRuleContext, *operands: Any, on_cpu: bool, **params: Any) -> Sequence[Any]:
-        match dispatch.choose_lowering(ctx, params["implementation"], on_cpu=on_cpu).lowering:
+        choice = dispatch.choose_lowering(
+            ctx, params["implementation"], operation=lowering.operation, axis=params["axis"], on_cpu=on_cpu
+        )
+        match choice.lowering:
             case "reference":
                 return lower_to_reference(ctx, *operands, **params)
             case "sharded":

@@ -96,6 +96,7 @@ softmax_jacobian_p = define_primitive(
     transpose_rule=softmax_jacobian_transpose_rule,
     batch_rule=softmax_jacobian_batch_rule,
     lowering=NativeLowering(
+        operation="derivative",
         target=native.SOFTMAX_JACOBIAN_TARGET,
         reference=softmax_jacobian_reference,
         sharded_rule=softmax_jacobian_sharded_rule,

@@ -128,7 +128,7 @@ def test_checkify_sees_a_nan(name, value, implementation):
     x = jnp.full((2, 3), value)
     assert "nan generated" in float_error(getattr(jax.nn, name), x)
     error = float_error(lambda x: getattr(s2p, name)(x, implementation=implementation), x)
-    assert "nan generated" in error
+    assert "nan generated" in error or "division by zero" in error
     if implementation == "native":
         assert re.search(r"primitive: softmax2p\w*\.", error)
 

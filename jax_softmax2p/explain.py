@@ -1,0 +1,97 @@
+"""What runs where: the native kernel or the reference, for every operation of a program, and why."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from jax_softmax2p.primitives import dispatch, nested_computations, registration, thresholds
+
+
+class Explanation(NamedTuple):
+    """What runs for one operation of a program.
+
+    Attributes:
+      operation: the name of the primitive, as jaxprs show it.
+      shape: of the array that it works on, vmapped dimensions included.
+      dtype: of that array.
+      axis: along which the rows lie, negative.
+      implementation: "native" or "reference".
+      reason: why.
+    """
+
+    operation: str
+    shape: tuple[int, ...]
+    dtype: str
+    axis: int
+    implementation: Literal["native", "reference"]
+    reason: str
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
+    """Says which operations of this package in a function are native, which are the reference, and why.
+
+    With ``implementation=None`` small work runs as jax.numpy code that XLA fuses with its neighbours, and the
+    rest in native kernels. The shape decides, the dtype, the operation and the platform; where a program runs
+    on several devices, the shape of what lies on one of them. The table is in ``primitives/thresholds.py``.
+
+    Args:
+      function: a function of arrays. It is traced, not run.
+      args: its arguments: arrays, or jax.ShapeDtypeStruct in their place.
+      kwargs: as args.
+
+    Returns:
+      The operations in the order of the program, of which loops and branches are part. What is said holds on
+      one device of the default platform; exported programs always hold the reference.
+
+    Raises:
+      ValueError: implementation="native" is asked for and cannot run.
+
+    Example:
+      >>> import jax
+      >>> import jax_softmax2p
+      >>> few, many = (jax.ShapeDtypeStruct((rows, 100), "float32") for rows in (1, 1000))
+      >>> [choice] = jax_softmax2p.explain(jax_softmax2p.softmax, few)
+      >>> choice.implementation, choice.reason
+      ('reference', '100 elements: from 256 on a native call is faster')
+      >>> jax_softmax2p.explain(jax_softmax2p.softmax, many)[0].implementation
+      'native'
+    """
+    return list(_explain_jaxpr(jax.make_jaxpr(function)(*args, **kwargs).jaxpr))
+
+
+def _explain_jaxpr(jaxpr: Jaxpr) -> Iterator[Explanation]:
+    for equation in jaxpr.eqns:
+        lowering = registration.LOWERINGS.get(equation.primitive)
+        if isinstance(lowering, registration.NativeLowering):
+            yield _explain_equation(equation, lowering.operation)
+        elif lowering is not None:
+            rule = lambda *operands, rule=lowering, params=equation.params: rule(*operands, **params)
+            yield from _explain_jaxpr(jax.make_jaxpr(rule)(*(v.aval for v in equation.invars)).jaxpr)
+        else:
+            for param in equation.params.values():
+                if equation.primitive in nested_computations.OPERATIONS:
+                    param = nested_computations.choose_reference(param)
+                yield from _explain_param(param)
+
+
+def _explain_param(param: Any) -> Iterator[Explanation]:
+    if isinstance(param, ClosedJaxpr):
+        yield from _explain_jaxpr(param.jaxpr)
+    elif isinstance(param, Jaxpr):
+        yield from _explain_jaxpr(param)
+    elif isinstance(param, tuple):
+        for item in param:
+            yield from _explain_param(item)
+
+
+def _explain_equation(equation: Any, operation: thresholds.Operation) -> Explanation:
+    x, params = equation.invars[0].aval, equation.params
+    choice = dispatch.choose_on_device(
+        params["implementation"], operation, x, params["axis"], on_cpu=jax.default_backend() == "cpu"
+    )
+    implementation: Literal["native", "reference"] = "native" if choice.lowering == "native" else "reference"
+    return Explanation(
+        equation.primitive.name, x.shape, x.dtype.name, params["axis"], implementation, choice.reason
+    )

@@ -1,0 +1,86 @@
+"""The reference, which small work takes, is held to 4 ULP, and loses nothing near certainty."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_softmax2p import log_softmax, logsumexp, softmax
+
+LENGTHS = (1, 2, 3, 5, 8, 10, 16, 31, 64, 100, 128, 257, 512, 777, 1000, 1024)
+
+
+def spikes(rng, n):
+    """Rows of which the first element lies 0 to 15 above the others."""
+    x = rng.standard_normal((40, n))
+    x[:, 0] += np.linspace(0, 15, 40)
+    return x
+
+
+def two_valued(rng, n):
+    return np.where(rng.random((40, n)) < 0.5, 0, np.linspace(0, 9, 40)[:, None])
+
+
+def ascending(rng, n):
+    return np.sort(3 * rng.standard_normal((40, n)))
+
+
+def far_from_0(rng, n):
+    return 1000 * rng.random((40, n)) + np.linspace(-10_000, 10_000, 40)[:, None]
+
+
+CLASSES = {
+    **dict.fromkeys(cases.ROW_CLASSES),
+    "spikes": spikes,
+    "two-valued": two_valued,
+    "ascending": ascending,
+    "descending": lambda rng, n: ascending(rng, n)[:, ::-1],
+    "far from 0": far_from_0,
+}
+
+
+def rows_of(name, n, dtype):
+    make = CLASSES[name]
+    if make is None:
+        return np.stack([cases.make(name, n, dtype, seed) for seed in range(10)])
+    return make(np.random.default_rng(n), n).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", CLASSES)
+def test_softmax_is_within_4_ulp(name, dtype):
+    reference = jax.jit(lambda x: softmax(x, implementation="reference"))
+    for n in LENGTHS:
+        x = rows_of(name, n, dtype)
+        assert cases.ulp_error(np.asarray(reference(x)), cases.exact_softmax(x)) <= 4, n
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", CLASSES)
+def test_logarithms_keep_the_contract(name, dtype):
+    """Twice that of the kernels: 4 ULP, or 2 ULP of the row's largest logit."""
+    log_p = jax.jit(lambda x: log_softmax(x, implementation="reference"))
+    lse = jax.jit(lambda x: logsumexp(x, -1, implementation="reference"))
+    for n in LENGTHS:
+        x = rows_of(name, n, dtype)
+        largest = x.max(-1)
+        error = cases.log_error(np.asarray(lse(x)), cases.exact_logsumexp(x), largest)
+        assert error <= 2, n
+        error = cases.log_error(np.asarray(log_p(x)), cases.exact_log_softmax(x), largest[:, None])
+        assert error <= 2, n
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 100, 1000])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_near_certainty(n, dtype):
+    """The logarithm of a probability of nearly 1 is exact relative to itself, however near."""
+    log_p = jax.jit(lambda x: log_softmax(x, implementation="reference"))
+    for margin in range(0, 84, 4):
+        x = np.random.default_rng(margin).standard_normal((n, n)).astype(dtype)
+        x[np.arange(n), np.arange(n)] += margin
+        exact = np.diagonal(cases.exact_log_softmax(x))
+        actual = np.diagonal(np.asarray(log_p(x))).astype(np.longdouble)
+        relative = np.abs(actual - exact) / -exact
+        allowed = 8 * 2.0**-24 if dtype == np.float32 else 2.0**-8
+        assert (relative <= allowed).all(), (margin, relative.max())

@@ -1,0 +1,140 @@
+"""What implementation=None runs: which sizes are native, what explain says of them, and what vmap changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from comparison import normal
+
+import jax_softmax2p
+from jax_softmax2p import Band, explain, log_softmax, logsumexp, softmax
+from jax_softmax2p.primitives.thresholds import SHORT_ROW, THRESHOLDS
+
+FUNCTIONS = {"softmax": softmax, "logsumexp": logsumexp, "log_softmax": log_softmax}
+
+
+def calls_in(function, *args):
+    """How many native kernels the compiled program calls."""
+    return jax.jit(function).lower(*args).compile().as_text().count('custom_call_target="jax_softmax2p')
+
+
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("column", ["rows", "short_rows", "other_axes"])
+def test_compiled_programs_follow_the_table(name, column):
+    """On both sides of each threshold; explain says the same."""
+    least = getattr(THRESHOLDS[name], column)
+    row = {"rows": SHORT_ROW, "short_rows": 2, "other_axes": 4}[column]
+    axis = 0 if column == "other_axes" else -1
+    for elements, expected in ((least, 1), (least - row, 0)):
+        shape = (row, elements // row) if axis == 0 else (elements // row, row)
+        call = lambda x: FUNCTIONS[name](x, axis=axis)
+        assert calls_in(call, floats(*shape)) == expected, shape
+        [explanation] = explain(call, floats(*shape))
+        assert explanation.implementation == ("native" if expected else "reference")
+        assert (explanation.shape, explanation.dtype, explanation.axis) == (
+            shape,
+            "float32",
+            axis - 2 * (axis == 0),
+        )
+        assert f"{elements} elements" in explanation.reason and f"from {least} on" in explanation.reason
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_batched_shape_counts(name):
+    f = lambda row: FUNCTIONS[name](row, axis=-1)
+    assert calls_in(f, floats(100)) == 0
+    assert calls_in(jax.vmap(f), floats(1000, 100)) == 1
+    [explanation] = explain(jax.vmap(f), floats(1000, 100))
+    assert (explanation.shape, explanation.implementation) == ((1000, 100), "native")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_native_stays_native(name):
+    f = lambda row: FUNCTIONS[name](row, axis=-1, implementation="native")
+    assert calls_in(f, floats(3)) == 1
+    assert explain(f, floats(3))[0].reason == "implementation='native'"
+
+
+def test_reference_stays_the_reference():
+    f = lambda x: softmax(x, implementation="reference")
+    assert calls_in(f, floats(1000, 1000)) == 0
+    assert explain(f, floats(1000, 1000)) == []
+
+
+def test_explains_loops_branches_and_gradients():
+    """What lies in loops and branches is part of the program, and what derivatives add."""
+
+    def f(x):
+        step = lambda carry, row: (carry + logsumexp(row), softmax(row))
+        total, rows = jax.lax.scan(step, 0.0, x)
+        return jax.lax.cond(total > 0, lambda: log_softmax(x).sum(), lambda: rows.sum())
+
+    found = [(e.operation, e.shape, e.implementation) for e in explain(f, floats(300, 8))]
+    assert sorted(found) == [
+        ("softmax2p", (8,), "reference"),
+        ("softmax2p_log_softmax", (300, 8), "reference"),
+        ("softmax2p_logsumexp", (8,), "reference"),
+    ]
+    gradient = jax.grad(lambda x: softmax(x)[0, 0])
+    assert [e.operation for e in explain(gradient, floats(64, 64))] == ["softmax2p", "softmax2p_jacobian"]
+
+
+def test_explains_what_cannot_be_native():
+    [explanation] = explain(softmax, jax.ShapeDtypeStruct((1000, 1000), jnp.complex64))
+    assert explanation.implementation == "reference" and "complex64" in explanation.reason
+    with pytest.raises(ValueError, match="complex64"):
+        explain(lambda x: softmax(x, implementation="native"), jax.ShapeDtypeStruct((4,), jnp.complex64))
+
+
+def test_computations_of_reductions_are_explained_as_the_reference():
+    reducer = lambda a, b: a + b + 0 * softmax(jnp.stack([a, b]))[0]
+    f = lambda x: jax.lax.reduce(x, np.float32(0), reducer, (0,))
+    assert {e.implementation for e in explain(f, floats(1000))} == {"reference"}
+
+
+# Rows on both sides of every threshold, and of the size from which on derivatives recompute the softmax.
+SHAPES = [(3, 5), (5, 16), (40, 50), (300, 7), (200, 200)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives_on_both_sides(name, shape):
+    """First and second derivatives are those of jax.nn in float64."""
+    x, v = normal(*shape), normal(*shape, seed=1)
+    ours = lambda x: jnp.sum(FUNCTIONS[name](x, axis=-1) ** 2)
+    theirs = lambda x: jnp.sum(getattr(jax.nn, name)(x, axis=-1) ** 2)
+    np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(theirs)(x), rtol=1e-11, atol=1e-12)
+    hvp = lambda f: jax.jvp(jax.grad(f), (x,), (v,))[1]
+    np.testing.assert_allclose(hvp(ours), hvp(theirs), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_derivatives_of_the_loss_on_both_sides(shape):
+    x, labels = normal(*shape), np.arange(shape[0]) % shape[1]
+    loss = lambda f: lambda x: (f(x, labels) ** 2).sum()
+    ours = jax.grad(loss(jax_softmax2p.softmax_cross_entropy_with_integer_labels))(x)
+    theirs = jax.grad(loss(optax.softmax_cross_entropy_with_integer_labels))(x)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["logsumexp", "log_softmax"])
+@pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan])
+def test_gradients_of_special_rows_are_those_of_jax(name, special):
+    for x in (np.array([[0.0, special, 1.0]]), np.full((1, 3), special)):
+        ours = jax.vjp(lambda x: FUNCTIONS[name](x, axis=-1), x)
+        theirs = jax.vjp(lambda x: getattr(jax.nn, name)(x, axis=-1), x)
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-15)
+        t = np.ones(ours[0].shape)
+        np.testing.assert_allclose(ours[1](t)[0], theirs[1](t)[0], rtol=1e-15, err_msg=str(x))
+
+
+def test_bands_of_small_arrays():
+    x = normal(6, 6)
+    mask = np.tril(np.ones((6, 6), bool))
+    f = lambda where: lambda x: jnp.sum(log_softmax(x, where=where)[jnp.tril_indices(6)] ** 2)
+    np.testing.assert_allclose(jax.grad(f(Band()))(x), jax.grad(f(mask))(x), rtol=1e-12, atol=1e-13)
