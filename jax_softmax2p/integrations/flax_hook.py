@@ -105,7 +105,7 @@ def flax_attention(
         weights = _attention_weights(query, key, bias, mask, is_causal, qk_attn_weights_einsum or einsum)
         if module is not None:
             _sow(module, weights)
-        weights = _drop(weights, dropout_mask, keep_prob)
+        weights = _drop(weights, dropout_mask, keep_prob, weights.dtype)
         wv_einsum = attn_weights_value_einsum or einsum
         return wv_einsum("...hqk,...khd->...qhd", weights.astype(value.dtype), _repeat_heads(value, heads))
     flatten = lambda x: x.reshape(math.prod(batch), *x.shape[-3:])
@@ -146,7 +146,8 @@ def flax_attention_weights(
     Args and errors are those of :func:`flax_attention`; einsum is its qk_attn_weights_einsum.
 
     Returns:
-      Array of shape (batch..., N, T, S), the weights after dropout: float32 with force_fp32_for_softmax.
+      Array of shape (batch..., N, T, S), the weights after dropout. With force_fp32_for_softmax they are
+      float32, or float64 if there is dropout of float64.
     """
     query, key = as_array(query, "query"), as_array(key, "key")
     query, key = _promote((query, key), dtype, promote_dtype, force_fp32_for_softmax)
@@ -161,7 +162,8 @@ def flax_attention_weights(
     if module is not None:
         _sow(module, weights)
     keep_prob = 1.0 if deterministic else 1 - dropout_rate
-    return _drop(weights, _dropout_mask(dropout_rng, keep_prob, weights.shape, broadcast_dropout), keep_prob)
+    dropout_mask = _dropout_mask(dropout_rng, keep_prob, weights.shape, broadcast_dropout)
+    return _drop(weights, dropout_mask, keep_prob, query.dtype)
 
 
 def _promote(
@@ -207,11 +209,11 @@ def _dropout_mask(
     return jax.random.bernoulli(dropout_rng, keep_prob, drawn_shape)
 
 
-def _drop(weights: Array, dropout_mask: Array | None, keep_prob: float) -> Array:
-    """The weights after dropout."""
+def _drop(weights: Array, dropout_mask: Array | None, keep_prob: float, dtype: jnp.dtype) -> Array:
+    """The weights after dropout, multiplied in flax's way by an array of the dtype."""
     if dropout_mask is None:
         return weights
-    return weights * (dropout_mask / jnp.asarray(keep_prob, weights.dtype))
+    return weights * (dropout_mask / jnp.asarray(keep_prob, dtype))
 
 
 def _product(

@@ -10,7 +10,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_softmax2p.integrations.patched_calls import HeldFunction
 from jax_softmax2p.integrations.patched_functions import PatchedFunction
@@ -20,6 +20,9 @@ _MAX_DEPTH = 8
 
 _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), types.ModuleType, type(...)})
 """The types of what cannot hold a function, or in the case of modules is searched by itself."""
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, types.MappingProxyType)
+"""The types whose items are searched, with their subclasses. Only those of dictionaries can be replaced."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +87,7 @@ def find_holdings(
         if issubclass(type(module), types.ModuleType)
     }
     for module in modules:
-        search.module = names_of(module)["__name__"]
-        search.items(names_of(module), lambda name: str(name))
+        search.search_module(module)
     return search.holdings
 
 
@@ -95,40 +97,54 @@ def names_of(module: types.ModuleType) -> dict[str, Any]:
     return names
 
 
+class _Name(NamedTuple):
+    """Where something is held in a module: a name, and keys of containers, which become text when needed."""
+
+    text: str
+    keys: tuple[Any, ...] = ()
+
+    def item(self, key: Any) -> "_Name":
+        return _Name(self.text, (*self.keys, key))
+
+    def __str__(self) -> str:
+        return self.text + "".join(f"[{_key_text(key)}]" for key in self.keys)
+
+
 class _Search:
     """A search through modules.
 
     Attributes:
       holdings: what has been found.
-      module: the name of the module that is searched now.
       seen: the ids of the objects that have been searched.
     """
 
     def __init__(self, replacements: Mapping[int, PatchedFunction], modules: frozenset[str]):
         self.holdings: list[Holding] = []
-        self.module = ""
         self.seen: set[int] = set()
         self._replacements = replacements
         self._modules = modules
+        self._module = ""
         self._depth = 0
 
-    def items(self, items: dict[Any, Any], name_of: Callable[[Any], str]) -> None:
-        """Visits what a dictionary holds. A subclass may have its own ways, which are not taken."""
-        for key, value in dict.copy(items).items():
+    def search_module(self, module: types.ModuleType) -> None:
+        """Searches what the names of a module stand for."""
+        names = names_of(module)
+        self._module = names["__name__"]
+        for name, value in names.copy().items():
             if type(value) not in _ATOMS:
-                self._visit(value, lambda key=key: name_of(key), Place(items, key, dict.__setitem__))
+                self._visit(value, _Name(name), Place(names, name, dict.__setitem__))
 
-    def _visit(self, value: Any, name: Callable[[], str], place: Place | str) -> None:
+    def _visit(self, value: Any, name: _Name, place: Place | str) -> None:
         """Notes a value that is one of the functions, and searches others.
 
         Args:
           value: what is held.
-          name: gives the name of where it is held.
-          place: where it is held, or why it cannot be replaced there.
+          name: where it is held.
+          place: the same as a place to write to, or why it cannot be replaced there.
         """
         replacement = self._replacements.get(id(value))
         if replacement is not None:
-            self._note(name(), place, value, replacement, replacement)
+            self._note(name, place, value, replacement, replacement)
             return
         if type(value) in _ATOMS or id(value) in self.seen or self._depth == _MAX_DEPTH:
             return
@@ -138,38 +154,22 @@ class _Search:
         self._depth -= 1
 
     def _note(
-        self, name: str, place: Place | str, held: Any, function: PatchedFunction, replacement: Any
+        self, name: _Name, place: Place | str, held: Any, function: PatchedFunction, replacement: Any
     ) -> None:
-        reason = place if isinstance(place, str) else None
-        description = HeldFunction(self.module, name, function.public_name, reason)
-        self.holdings.append(
-            Holding(None if isinstance(place, str) else place, description, held, replacement)
-        )
+        writable, reason = (None, place) if isinstance(place, str) else (place, None)
+        description = HeldFunction(self._module, str(name), function.public_name, reason)
+        self.holdings.append(Holding(writable, description, held, replacement))
 
-    def _search(self, value: Any, name: Callable[[], str]) -> None:
+    def _search(self, value: Any, name: _Name) -> None:
         """Searches an object, by its type: what it says of its class may be another's."""
         kind = type(value)
         if kind is types.FunctionType:
-            if value.__module__ in self._modules or value.__globals__.get("__name__") in self._modules:
-                self._search_function(value)
-            else:
-                wrapped = vars(value).get("__wrapped__")
-                if id(wrapped) in self._replacements:
-                    self._visit(wrapped, name, "it is in a function that wraps it")
+            self._search_function(value, name)
         elif issubclass(kind, type):
             if type.__getattribute__(value, "__module__") in self._modules:
                 self._search_class(value)
-        elif issubclass(kind, dict):
-            self.items(value, lambda key: f"{name()}[{_key_text(key)}]")
-        elif issubclass(kind, list | tuple | set | frozenset):
-            for index, item in enumerate(list(kind.__iter__(value))):
-                if type(item) not in _ATOMS:
-                    item_name = lambda index=index: f"{name()}[{index}]"
-                    self._visit(item, item_name, f"it is in a {_base_name(kind)}")
-        elif kind is types.MappingProxyType:
-            for key, item in list(value.items()):
-                item_name = lambda key=key: f"{name()}[{_key_text(key)}]"
-                self._visit(item, item_name, "it is in a mappingproxy")
+        elif issubclass(kind, _CONTAINERS):
+            self._search_container(value, name)
         elif issubclass(kind, functools.partial):
             for item in (value.func, *value.args, *value.keywords.values()):
                 self._visit(item, name, "it is in a functools.partial")
@@ -178,68 +178,86 @@ class _Search:
         elif not issubclass(kind, types.ModuleType):
             self._search_object(value, name)
 
-    def _search_function(self, function: types.FunctionType) -> None:
-        """Its default arguments, attributes, and the variables that it holds as a closure."""
-        name = function.__qualname__
-        code = function.__code__
-        arguments = code.co_varnames[: code.co_argcount]
-        defaults = function.__defaults__ or ()
-        for index, value in enumerate(defaults):
-            argument = arguments[len(arguments) - len(defaults) + index]
-            self._visit(
-                value, lambda argument=argument: f"{name}({argument}=)", Place(function, index, write_default)
-            )
-        if function.__kwdefaults__:
-            self.items(function.__kwdefaults__, lambda argument: f"{name}({argument}=)")
-        for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+    def _search_container(self, container: Any, name: _Name) -> None:
+        """Its items, by the ways of the built-in type: a subclass may have its own."""
+        kind = next(base for base in _CONTAINERS if issubclass(type(container), base))
+        if kind in (dict, types.MappingProxyType):
+            items = list(kind.items(container))
+        else:
+            items = list(enumerate(kind.__iter__(container)))
+        for key, item in items:
+            if type(item) not in _ATOMS:
+                in_dict = Place(container, key, dict.__setitem__)
+                place = in_dict if kind is dict else f"it is in a {kind.__name__}"
+                self._visit(item, name.item(key), place)
+
+    def _search_function(self, function: types.FunctionType, name: _Name) -> None:
+        """What a function holds if it is defined in the modules, and otherwise what it wraps."""
+        if function.__module__ in self._modules or function.__globals__.get("__name__") in self._modules:
+            self._search_defaults(function)
+            self._search_variables(function)
+            return
+        wrapped = vars(function).get("__wrapped__")
+        if id(wrapped) in self._replacements:
+            self._visit(wrapped, name, "it is in a function that wraps it")
+
+    def _search_defaults(self, function: types.FunctionType) -> None:
+        """The default arguments of a function."""
+        code, defaults = function.__code__, function.__defaults__ or ()
+        arguments = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+        for index, (argument, value) in enumerate(zip(arguments, defaults, strict=True)):
+            name = _Name(f"{function.__qualname__}({argument}=)")
+            self._visit(value, name, Place(function, index, write_default))
+        for argument, value in (function.__kwdefaults__ or {}).items():
+            name = _Name(f"{function.__qualname__}({argument}=)")
+            self._visit(value, name, Place(function.__kwdefaults__, argument, dict.__setitem__))
+
+    def _search_variables(self, function: types.FunctionType) -> None:
+        """The attributes of a function, and the variables that it holds as a closure."""
+        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 value = cell.cell_contents
             except ValueError:  # It is empty.
                 continue
-            self._visit(
-                value, lambda variable=variable: f"{name}, variable {variable}", "it is in a closure"
-            )
+            self._visit(value, _Name(f"{function.__qualname__}, variable {variable}"), "it is in a closure")
         for key, value in vars(function).copy().items():
             # What a decorator has wrapped is in the closure of the function that calls it.
             if key != "__wrapped__":
                 place = Place(vars(function), key, dict.__setitem__)
-                self._visit(value, lambda key=key: f"{name}.{key}", place)
+                self._visit(value, _Name(f"{function.__qualname__}.{key}"), place)
 
     def _search_class(self, cls: type) -> None:
         """Its attributes, methods and the defaults of its fields, if it is a dataclass."""
         # As type does it: a metaclass may have its own ways.
         class_name = type.__getattribute__(cls, "__qualname__")
         for key, value in list(type.__getattribute__(cls, "__dict__").items()):
-            name = lambda key=key: f"{class_name}.{key}"
-            place = Place(cls, key, type.__setattr__)
+            name, place = _Name(f"{class_name}.{key}"), Place(cls, key, type.__setattr__)
             held = value.__func__ if type(value) is staticmethod else None
             function = self._replacements.get(id(held))
             if function is not None:
-                self._note(name(), place, value, function, staticmethod(function))
+                self._note(name, place, value, function, staticmethod(function))
             elif key == "__dataclass_fields__":
                 for field in value.values():
-                    field_name = lambda field=field: f"{class_name}.{field.name}, the field's default"
+                    field_name = _Name(f"{class_name}.{field.name}, the field's default")
                     self._visit(field.default, field_name, Place(field, "default", setattr))
             else:
                 self._visit(value, name, place)
 
-    def _search_object(self, value: Any, name: Callable[[], str]) -> None:
+    def _search_object(self, value: Any, name: _Name) -> None:
         """Its attributes, but not what they hold, except for the function that a jitted one has wrapped."""
         reason = f"it is in an object of type {type(value).__name__}"
         # Compiled functions that are not of Python's own type may have defaults.
-        for defaults in _attribute(value, "__defaults__"), _attribute(value, "__kwdefaults__"):
-            held = defaults.values() if type(defaults) is dict else defaults
-            for default in held if type(defaults) in (tuple, dict) else ():
-                self._visit(default, name, reason)
+        defaults, keyword_defaults = _attribute(value, "__defaults__"), _attribute(value, "__kwdefaults__")
+        held = defaults if type(defaults) is tuple else ()
+        for default in (*held, *(keyword_defaults.values() if type(keyword_defaults) is dict else ())):
+            self._visit(default, name, reason)
         attributes = _attribute(value, "__dict__")
-        if type(attributes) is not dict:
-            return
         noted = set()
-        for key, held in attributes.copy().items():
+        for key, held in attributes.copy().items() if type(attributes) is dict else ():
             # A jitted function has two attributes for what it has wrapped.
             if (id(held) in self._replacements or key == "__wrapped__") and id(held) not in noted:
                 noted.add(id(held))
-                self._visit(held, lambda key=key: f"{name()}.{key}", reason)
+                self._visit(held, _Name(f"{name}.{key}"), reason)
 
 
 def _attribute(value: Any, name: str) -> Any:
@@ -255,11 +273,6 @@ def _key_text(key: Any) -> str:
     return repr(key) if type(key) in _ATOMS else f"a {type(key).__name__}"
 
 
-def _base_name(kind: type) -> str:
-    """The name of the built-in container that a type is, or is a subclass of."""
-    return next(base.__name__ for base in (list, tuple, set, frozenset) if issubclass(kind, base))
-
-
 @dataclasses.dataclass
 class _Replaced:
     """A place that open contexts, as many as ``contexts``, have replaced what it ``held``."""
@@ -273,7 +286,9 @@ _replaced: dict[tuple[int, Any, Any], _Replaced] = {}
 """What is replaced now, by the identity of the place. It keeps the owners alive. The lock guards it."""
 
 
-def replace(holdings: Iterable[Holding], places: list[Place]) -> tuple[list[HeldFunction], list[HeldFunction]]:
+def replace(
+    holdings: Iterable[Holding], places: list[Place]
+) -> tuple[list[HeldFunction], list[HeldFunction]]:
     """Puts the replacements into the places that can be written to. The caller holds the lock.
 
     Args:

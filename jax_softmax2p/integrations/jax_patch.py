@@ -81,7 +81,9 @@ def patch_jax_nn(*modules: types.ModuleType | str, loaded_modules: bool = False)
       >>> library = types.ModuleType("library")
       >>> exec("from jax.nn import softmax; gates = (softmax,); default = {'gate': softmax}", vars(library))
       >>> with jax_softmax2p.patch_jax_nn(library) as calls:
-      ...     print(*(held for held in calls.replaced if held.module == "library"), sep="\n")
+      ...     for held in calls.replaced:
+      ...         if held.module == "library":
+      ...             print(held)
       ...     print(*calls.not_replaced)
       library: softmax is jax.nn.softmax
       library: default['gate'] is jax.nn.softmax

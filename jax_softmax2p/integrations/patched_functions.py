@@ -64,8 +64,8 @@ class PatchedFunction:
         else:
             count("computed", self.public_name)
             return result
-        # The original may accept the call, as with a mask of integers, or else raises its own error. It is called
-        # outside of the handler, so that its error does not mention this package's.
+        # The original may accept the call, as with a mask of integers, or else raises its own error. It is
+        # called outside of the handler, so that its error does not mention this package's.
         result = self.__wrapped__(*args, **kwargs)
         count("fallbacks", (self.public_name, reason))
         return result
