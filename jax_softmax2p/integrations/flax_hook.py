@@ -95,7 +95,7 @@ def flax_attention(
     shape = (*batch, heads, query.shape[-3], key.shape[-3])
     if mask is not None:
         mask = as_array(mask, "mask").astype(bool)
-    keep_prob = 1.0 if deterministic else 1 - dropout_rate
+    keep_prob = 1 - dropout_rate if not deterministic and dropout_rate > 0 else 1.0
     dropout_mask = _dropout_mask(dropout_rng, keep_prob, shape, broadcast_dropout)
     einsums_given = _check_einsums(
         qk_attn_weights_einsum, attn_weights_value_einsum, precision, einsum_dot_general
@@ -161,7 +161,7 @@ def flax_attention_weights(
     weights = weights.astype(jnp.float32) if force_fp32_for_softmax else weights
     if module is not None:
         _sow(module, weights)
-    keep_prob = 1.0 if deterministic else 1 - dropout_rate
+    keep_prob = 1 - dropout_rate if not deterministic and dropout_rate > 0 else 1.0
     dropout_mask = _dropout_mask(dropout_rng, keep_prob, weights.shape, broadcast_dropout)
     return _drop(weights, dropout_mask, keep_prob, query.dtype)
 
@@ -201,7 +201,7 @@ def _dropout_mask(
     dropout_rng: Array | None, keep_prob: float, shape: tuple[int, ...], broadcast: bool
 ) -> Array | None:
     """Which weights of a shape (batch..., N, T, S) are kept, as flax draws them; None if all are."""
-    if keep_prob >= 1:
+    if keep_prob == 1:
         return None
     if dropout_rng is None:
         raise ValueError("dropout_rng must be given where dropout_rate is not 0")

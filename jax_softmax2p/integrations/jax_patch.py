@@ -78,15 +78,16 @@ def patch_jax_nn(*modules: types.ModuleType | str, loaded_modules: bool = False)
       ...     print(count, function, reason)
       1 jax.nn.softmax ValueError: where must broadcast to x's shape (3,), got shape (2, 3)
 
-      >>> library = types.ModuleType("library")
-      >>> exec("from jax.nn import softmax; gates = (softmax,); default = {'gate': softmax}", vars(library))
+      >>> library = types.ModuleType("library")  # As if it had imported the function.
+      >>> library.softmax = jax.nn.softmax
+      >>> library.table, library.gates = {"softmax": jax.nn.softmax}, (jax.nn.softmax,)
       >>> with jax_softmax2p.patch_jax_nn(library) as calls:
       ...     for held in calls.replaced:
       ...         if held.module == "library":
       ...             print(held)
       ...     print(*calls.not_replaced)
       library: softmax is jax.nn.softmax
-      library: default['gate'] is jax.nn.softmax
+      library: table['softmax'] is jax.nn.softmax
       library: gates[0] is jax.nn.softmax (it is in a tuple)
     """
     asked_for = _modules_asked_for(modules, loaded_modules)

@@ -29,7 +29,7 @@ class HeldFunction:
         return text if self.reason is None else f"{text} ({self.reason})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PatchedCalls:
     """What a :func:`patch_jax_nn` context replaced, and what happened to the calls while it was open.
 
@@ -49,7 +49,7 @@ class PatchedCalls:
     replaced: tuple[HeldFunction, ...] = ()
     not_replaced: tuple[HeldFunction, ...] = ()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         computed = [f"{count} of {function}" for function, count in sorted(self.computed.items())]
         fallbacks = [
             f"{count} of {function}: {reason}" for (function, reason), count in sorted(self.fallbacks.items())
