@@ -82,10 +82,9 @@ def patch_jax_nn(*modules: types.ModuleType | str, loaded_modules: bool = False)
       >>> library.softmax = jax.nn.softmax
       >>> library.table, library.gates = {"softmax": jax.nn.softmax}, (jax.nn.softmax,)
       >>> with jax_softmax2p.patch_jax_nn(library) as calls:
-      ...     for held in calls.replaced:
+      ...     for held in (*calls.replaced, *calls.not_replaced):
       ...         if held.module == "library":
       ...             print(held)
-      ...     print(*calls.not_replaced)
       library: softmax is jax.nn.softmax
       library: table['softmax'] is jax.nn.softmax
       library: gates[0] is jax.nn.softmax (it is in a tuple)
