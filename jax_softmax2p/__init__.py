@@ -17,6 +17,7 @@ from jax_softmax2p.losses import softmax_cross_entropy as softmax_cross_entropy
 from jax_softmax2p.losses import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
+from jax_softmax2p.memory import keep_memory as keep_memory
 from jax_softmax2p.native import export_disabled_checks as export_disabled_checks
 from jax_softmax2p.ops import log_softmax as log_softmax
 from jax_softmax2p.ops import logsumexp as logsumexp
@@ -36,6 +37,7 @@ __all__ = [
     "explain",
     "export_disabled_checks",
     "integrations",
+    "keep_memory",
     "log_softmax",
     "logsumexp",
     "native",

@@ -2,7 +2,7 @@
 
 Trains a small causal attention model on the text of Python's own documentation, character by character,
 twice from one seed: with this package's softmax and with ``jax.nn.softmax``. Then a table of speed and
-error for a few shapes.
+error for a few shapes, and what ``keep_memory()`` would change.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from jax_softmax2p.demo.environment import describe_environment, format_environment
+from jax_softmax2p.demo.memory import measure_keep_memory
 from jax_softmax2p.demo.report import measure_shapes, train_both
 
 
@@ -28,6 +29,7 @@ def main() -> int:
     show(format_environment(report["environment"]))
     report["training"] = train_both(options.steps, show)
     report["shapes"] = measure_shapes(show)
+    report["keep_memory"] = measure_keep_memory(show)
     if options.json:
         print(json.dumps(report, indent=2))
     return 0 if report["training"]["agree"] else 1

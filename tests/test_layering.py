@@ -23,7 +23,7 @@ PYTHON_LAYERS = (
     ("arguments", "explain"),
     ("primitives",),
     ("eager",),
-    ("jax_compat", "native", "reference"),
+    ("jax_compat", "memory", "native", "reference"),
 )
 
 # What only measures is for the demonstration, the benchmarks and the tests.

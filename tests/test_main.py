@@ -28,6 +28,10 @@ def test_json(tmp_path):
     assert report["training"]["agree"]
     assert len(report["training"]["jax.nn"]["losses"]) == 3
     assert all(row["ulp"]["ours"] <= 2 for row in report["shapes"])
+    kept = report["keep_memory"]
+    if kept["keeps"]:
+        assert kept["kept"]["peak_bytes"] > kept["default"]["peak_bytes"] > 2**26
+        assert kept["kept"]["seconds"].keys() == kept["default"]["seconds"].keys() == {"x + 1", "softmax"}
 
 
 def test_root_of_the_checkout():

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from jax_softmax2p.integrations.equinox_models import replace_equinox_attention as replace_equinox_attention
 from jax_softmax2p.integrations.flax_hook import flax_attention as flax_attention
-from jax_softmax2p.integrations.jax_patch import PatchedCalls as PatchedCalls
 from jax_softmax2p.integrations.jax_patch import patch_jax_nn as patch_jax_nn
+from jax_softmax2p.integrations.patched_calls import HeldFunction as HeldFunction
+from jax_softmax2p.integrations.patched_calls import PatchedCalls as PatchedCalls
 
 if TYPE_CHECKING:
     from jax_softmax2p.integrations.equinox_layer import (

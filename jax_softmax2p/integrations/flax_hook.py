@@ -1,4 +1,4 @@
-"""Attention for the argument ``attention_fn`` of flax's layers."""
+"""Flax's attention functions, computed by this package."""
 
 import functools
 import math
@@ -87,31 +87,25 @@ def flax_attention(
       (2, 5, 32)
     """
     query, key, value = as_array(query, "query"), as_array(key, "key"), as_array(value, "value")
-    query, key, value = _promote(query, key, value, dtype, promote_dtype, force_fp32_for_softmax)
-    _check_shapes(query, key, value)
+    query, key, value = _promote((query, key, value), dtype, promote_dtype, force_fp32_for_softmax)
+    _check_query_and_key(query, key)
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(f"value must have key's shape {key.shape} but for the last size, got {value.shape}")
     batch, heads = query.shape[:-3], query.shape[-2]
     shape = (*batch, heads, query.shape[-3], key.shape[-3])
     if mask is not None:
         mask = as_array(mask, "mask").astype(bool)
-    dropout_mask, keep_prob = None, 1.0
-    if not deterministic and dropout_rate > 0:
-        if dropout_rng is None:
-            raise ValueError("dropout_rng must be given where dropout_rate is not 0")
-        keep_prob = 1 - dropout_rate
-        drawn_shape = (1,) * (len(shape) - 2) + shape[-2:] if broadcast_dropout else shape
-        dropout_mask = jax.random.bernoulli(dropout_rng, keep_prob, drawn_shape)
+    keep_prob = 1 - dropout_rate if not deterministic and dropout_rate > 0 else 1.0
+    dropout_mask = _dropout_mask(dropout_rng, keep_prob, shape, broadcast_dropout)
     einsums_given = _check_einsums(
         qk_attn_weights_einsum, attn_weights_value_einsum, precision, einsum_dot_general
     )
     if module is not None or einsum_dot_general or einsums_given or jnp.iscomplexobj(query):
-        einsum = functools.partial(jnp.einsum, precision=precision)
-        if einsum_dot_general:
-            einsum = functools.partial(einsum, _dot_general=einsum_dot_general)
+        einsum = _product(precision, einsum_dot_general)
         weights = _attention_weights(query, key, bias, mask, is_causal, qk_attn_weights_einsum or einsum)
         if module is not None:
             _sow(module, weights)
-        if dropout_mask is not None:
-            weights = weights * (dropout_mask / jnp.asarray(keep_prob, weights.dtype))
+        weights = _drop(weights, dropout_mask, keep_prob, weights.dtype)
         wv_einsum = attn_weights_value_einsum or einsum
         return wv_einsum("...hqk,...khd->...qhd", weights.astype(value.dtype), _repeat_heads(value, heads))
     flatten = lambda x: x.reshape(math.prod(batch), *x.shape[-3:])
@@ -129,28 +123,69 @@ def flax_attention(
     return output.reshape(*query.shape[:-1], value.shape[-1])
 
 
-def _promote(
+def flax_attention_weights(
     query: Array,
     key: Array,
-    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    module: "linen.Module | nnx.Module | None" = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Array] | None = None,
+    einsum: Einsum | None = None,
+    promote_dtype: Callable[..., Any] | None = None,
+    is_causal: bool = False,
+) -> Array:
+    """Flax's ``dot_product_attention_weights``, in ``nnx`` and in ``linen``.
+
+    Args and errors are those of :func:`flax_attention`; einsum is its qk_attn_weights_einsum.
+
+    Returns:
+      Array of shape (batch..., N, T, S), the weights after dropout. With force_fp32_for_softmax they are
+      float32, or float64 if there is dropout of float64.
+    """
+    query, key = as_array(query, "query"), as_array(key, "key")
+    query, key = _promote((query, key), dtype, promote_dtype, force_fp32_for_softmax)
+    _check_query_and_key(query, key)
+    if einsum and (precision or einsum_dot_general):
+        raise ValueError("precision and einsum_dot_general cannot be combined with einsum")
+    if mask is not None:
+        mask = as_array(mask, "mask").astype(bool)
+    einsum = einsum or _product(precision, einsum_dot_general)
+    weights = _attention_weights(query, key, bias, mask, is_causal, einsum)
+    weights = weights.astype(jnp.float32) if force_fp32_for_softmax else weights
+    if module is not None:
+        _sow(module, weights)
+    keep_prob = 1 - dropout_rate if not deterministic and dropout_rate > 0 else 1.0
+    dropout_mask = _dropout_mask(dropout_rng, keep_prob, weights.shape, broadcast_dropout)
+    return _drop(weights, dropout_mask, keep_prob, query.dtype)
+
+
+def _promote(
+    arrays: tuple[Array, ...],
     dtype: jax.typing.DTypeLike | None,
     promote_dtype: Callable[..., Any] | None,
     at_least_float32: bool,
-) -> tuple[Array, Array, Array]:
-    """Query, key and value in one inexact dtype, which is ``dtype`` unless that is None."""
+) -> tuple[Array, ...]:
+    """Query, key and perhaps value in one inexact dtype, which is ``dtype`` unless that is None."""
     if promote_dtype is not None:
-        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        arrays = tuple(promote_dtype(arrays, dtype=dtype))
     else:
-        dtype = dtype or jnp.result_type(query, key, value)
+        dtype = dtype or jnp.result_type(*arrays)
         dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, jnp.float32)
-        query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+        arrays = tuple(jnp.asarray(x, dtype) for x in arrays)
     if at_least_float32:
-        query, key, value = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, key, value))
-    return query, key, value
+        arrays = tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays)
+    return arrays
 
 
-def _check_shapes(query: Array, key: Array, value: Array) -> None:
-    """Checks for (batch..., T, N, H), (batch..., S, K, H) and (batch..., S, K, H') where K divides N."""
+def _check_query_and_key(query: Array, key: Array) -> None:
+    """Checks for (batch..., T, N, H) and (batch..., S, K, H) where K divides N."""
     if query.ndim < 3:
         raise ValueError(f"query must have at least 3 dimensions, got shape {query.shape}")
     if key.ndim != query.ndim or key.shape[:-3] != query.shape[:-3] or key.shape[-1] != query.shape[-1]:
@@ -160,8 +195,33 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
     num_heads, num_key_heads = query.shape[-2], key.shape[-2]
     if num_key_heads == 0 or num_heads % num_key_heads:
         raise ValueError(f"query must have a multiple of key's {num_key_heads} heads, got {num_heads}")
-    if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(f"value must have key's shape {key.shape} but for the last size, got {value.shape}")
+
+
+def _dropout_mask(
+    dropout_rng: Array | None, keep_prob: float, shape: tuple[int, ...], broadcast: bool
+) -> Array | None:
+    """Which weights of a shape (batch..., N, T, S) are kept, as flax draws them; None if all are."""
+    if keep_prob == 1:
+        return None
+    if dropout_rng is None:
+        raise ValueError("dropout_rng must be given where dropout_rate is not 0")
+    drawn_shape = (1,) * (len(shape) - 2) + shape[-2:] if broadcast else shape
+    return jax.random.bernoulli(dropout_rng, keep_prob, drawn_shape)
+
+
+def _drop(weights: Array, dropout_mask: Array | None, keep_prob: float, dtype: jnp.dtype) -> Array:
+    """The weights after dropout, multiplied in flax's way by an array of the dtype."""
+    if dropout_mask is None:
+        return weights
+    return weights * (dropout_mask / jnp.asarray(keep_prob, dtype))
+
+
+def _product(
+    precision: jax.lax.PrecisionLike, dot_general: Callable[..., Array] | None
+) -> Callable[..., Array]:
+    """``jnp.einsum`` with these options."""
+    einsum = functools.partial(jnp.einsum, precision=precision)
+    return functools.partial(einsum, _dot_general=dot_general) if dot_general else einsum
 
 
 def _check_einsums(

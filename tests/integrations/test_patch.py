@@ -110,14 +110,26 @@ class TestPatch:
             jax.nn.softmax("text")
         assert str(routed.value) == str(original.value)
 
-    def test_other_modules(self):
-        """Further names of JAX's functions in flax; flax's own function of one of the names stays."""
-        original, flax_attention = flax.linen.softmax, flax.linen.dot_product_attention
-        with patch_jax_nn(flax.linen, nnx, flax.linen):
+    @pytest.mark.parametrize("modules", [(), (flax.linen, nnx, flax.linen), ("flax",)])
+    def test_names_in_flax(self, modules):
+        """Flax's further names of JAX's functions; to name flax as well changes nothing."""
+        original = flax.linen.softmax
+        with patch_jax_nn(*modules):
             assert uses_this_package(lambda x: flax.linen.log_softmax(flax.linen.softmax(x)), normal(3))
             assert nnx.softmax is not original
-            assert flax.linen.dot_product_attention is flax_attention
         assert flax.linen.softmax is nnx.softmax is original
+
+    def test_names_in_jax(self):
+        """JAX's further public names, where they are loaded."""
+        from jax.example_libraries import stax
+
+        original = stax.softmax
+        with patch_jax_nn() as calls:
+            assert stax.softmax is jax.nn.softmax
+            assert stax.logsoftmax is jax.nn.log_softmax
+        assert stax.softmax is original
+        left = {held.function for held in calls.not_replaced if held.module == stax.__name__}
+        assert left == {"jax.nn.softmax", "jax.nn.log_softmax"}  # In the closures of its layers.
 
     def test_reaches_layers_and_losses(self):
         x, labels = normal(5, 32), jnp.arange(5)
