@@ -63,6 +63,13 @@ struct PanelSums {
   T* exponent;
 };
 
+// For every column of a panel a dot product, hi + lo, in twice the working precision.
+template <typename T>
+struct PanelDots {
+  T* hi;
+  T* lo;
+};
+
 // A stretch of a row, and what is applied to it: scale·x + bias where the mask is not 0, otherwise `fill`.
 // `bias` and `where` have an element for each of x's. Where `bias` is null, `shift` is the bias; where
 // `where` is null, nothing is masked.
@@ -145,16 +152,37 @@ struct KernelTable {
 
   // maximum[width]: the largest element of every column, NaNs passed over.
   void (*panel_max)(const E* x, const Panel& panel, T* maximum);
-  // Pass 1: the sum of e^x of every column. `kept` is as in row_sum, and laid out as x.
+  // Pass 1: the sum of e^x of every column. `kept` is as in row_sum, and laid out as x. Where `maximum` is
+  // null, `largest` is null, too, or becomes what panel_max finds.
   void (*panel_sum)(const E* x, T* kept, const Panel& panel, const T* maximum, const T* subtract,
-                    const PanelSums<T>& sums);
+                    const PanelSums<T>& sums, T* largest);
   // Adds the sums `from` to the sums `into`, for `width` columns.
   void (*panel_merge)(const PanelSums<T>& into, const PanelSums<T>& from, int width);
   // Replaces hi + lo by 1/(hi + lo), for `width` columns. The exponents stay.
   void (*panel_invert)(const PanelSums<T>& sums, int width);
+  // The lse of `width` columns as hi + lo, hi its rounding, and `log`, as lse = maximum + log, all [width].
+  // `sums` are those of panel_sum with `subtract`, `maximum` those of x. The errors are those of small_lse;
+  // hi, lo and log are NaN where the sum is no number.
+  void (*panel_lse)(const PanelSums<T>& sums, const T* maximum, const T* subtract, int width, T* hi, T* lo,
+                    T* log);
   // Pass 2: y = (hi + lo)·2^-exponent·e^x, with the column's scale.
   void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelSums<T>& scales,
                       const T* subtract);
+  // As small_minus_lse, with one hi, lo and factor for each column.
+  void (*panel_minus_lse)(const E* x, E* y, const Panel& panel, const T* hi, const T* lo, const T* factor);
+  // <y, t>, <1, t> and <e^(x - hi - lo), t> of every column, the exponential as in panel_minus_lse. Infinite
+  // and NaN terms make the hi of a sum infinite or NaN, and its lo 0.
+  void (*panel_dot)(const E* y, const E* t, const Panel& panel, const PanelDots<T>& dots);
+  void (*panel_sum_terms)(const E* t, const Panel& panel, const PanelDots<T>& dots);
+  void (*panel_dot_minus_lse)(const E* x, const E* t, const Panel& panel, const T* hi, const T* lo,
+                              const PanelDots<T>& dots);
+  // Adds the dot products `from` to those `into`, for `width` columns.
+  void (*panel_add_dots)(const PanelDots<T>& into, const PanelDots<T>& from, int width);
+  // As jacobian_write, with one dot product for each column. out may be y or t.
+  void (*panel_jacobian_write)(const E* y, const E* t, E* out, const Panel& panel, const PanelDots<T>& dots);
+  // out = t - factor·e^(x - hi - lo), with one hi, lo and factor for each column. out may be t.
+  void (*panel_subtract_minus_lse)(const E* x, const E* t, E* out, const Panel& panel, const T* hi,
+                                   const T* lo, const PanelDots<T>& factors);
 
   // ---- Small arrays, with the guard's third pass where a row needs it.
 

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "ffi/kernels/log.h"
+#include "ffi/ops/column_panels.h"
 #include "ffi/ops/column_tiles.h"
 #include "ffi/ops/guarded_sum.h"
 #include "ffi/ops/parallel_logits_rows.h"
@@ -122,6 +123,9 @@ Lse<T> FromRow(const Lse<T>& lse, std::int64_t row) {
 template <typename E>
 void LogSumExp(const Kernels& kernels, Executor& executor, Logits<E> logits, Lse<ComputeOf<E>> lse) {
   using T = ComputeOf<E>;
+  if (!logits.HasOperands() && HasPanels(logits.layout())) {
+    return LogSumExpColumns<E>(kernels.Of<E>(), executor, logits, nullptr, lse);
+  }
   MergeDims(logits);
   if (logits.inner > 1 && logits.n > 0) {
     return ForColumnTiles<E>(kernels, executor, logits, nullptr,
@@ -144,8 +148,11 @@ template <typename E>
 void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, Lse<ComputeOf<E>> lse) {
   using T = ComputeOf<E>;
   if (logits.rows * logits.n == 0) return LogSumExp(kernels, executor, std::move(logits), lse);
-  MergeDims(logits);
   AdviseHugePagesFor(logits, y);
+  if (!logits.HasOperands() && HasPanels(logits.layout())) {
+    return LogSumExpColumns(kernels.Of<E>(), executor, logits, y, lse);
+  }
+  MergeDims(logits);
   if (logits.inner > 1) {
     return ForColumnTiles(kernels, executor, logits, y,
                           [&](const Logits<E>& rows, E* y_rows, Executor& rows_executor) {

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "ffi/ops/column_panels.h"
 #include "ffi/ops/column_tiles.h"
+#include "ffi/ops/panel_dot_sum.h"
 #include "ffi/ops/parallel_rows.h"
 #include "ffi/runtime/memory.h"
 
@@ -41,6 +43,35 @@ void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y,
   });
 }
 
+// Panels of columns.
+template <typename E>
+class JacobianPanel {
+ public:
+  JacobianPanel(const KernelTable<E>& kernels, const ColumnPanel& panel, const E* y, const E* t, E* out)
+      : kernels_(kernels), panel_(panel), y_(y), t_(t), out_(out), dot_(kernels, panel) {}
+
+  void Compute(std::int64_t first, std::int64_t, int width) {
+    panel_.SetWidth(width);
+    const E *const y = y_ + first, *const t = t_ + first;
+    E* const out = out_ + first;
+    const auto dots =
+        dot_.Compute(panel_, [&](std::int64_t at, const Panel& segment, const auto& of_segment) {
+          kernels_.panel_dot(y + at, t + at, segment, of_segment);
+        });
+    panel_.ForSegments([&](std::int64_t, std::int64_t at, const Panel& segment) {
+      kernels_.panel_jacobian_write(y + at, t + at, out + at, segment, dots);
+    });
+  }
+
+ private:
+  const KernelTable<E>& kernels_;
+  ColumnPanel panel_;
+  const E* y_;
+  const E* t_;
+  E* out_;
+  PanelDotSum<E> dot_;
+};
+
 }  // namespace
 
 template <typename E>
@@ -53,6 +84,11 @@ void SoftmaxJacobian(const KernelTable<E>& kernels, Executor& executor, const E*
     // In place the cache lines that are written are in a cache already.
     const bool exceeds_llc = 3 * columns * n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
     return JacobianRows(kernels, executor, y, t, out, columns, n, exceeds_llc && out != y && out != t);
+  }
+  if (HasPanels(layout)) {
+    return ForColumnPanels(executor, layout, kernels.lanes, [&](const ColumnPanel& panel) {
+      return JacobianPanel<E>(kernels, panel, y, t, out);
+    });
   }
   ParallelForColumns(executor, columns, n,
                      [&](std::int64_t first, std::int64_t end, std::int64_t width, Executor& rows_executor) {

@@ -3,6 +3,7 @@
 
 #include "ffi/kernels/jacobian.h"
 #include "ffi/kernels/pack.h"
+#include "ffi/kernels/panel_jacobian.h"
 #include "ffi/kernels/panels.h"
 #include "ffi/kernels/rows.h"
 #include "ffi/kernels/scale_bias_mask.h"
@@ -17,6 +18,7 @@ constexpr KernelTable<E> MakeKernelTable() {
   using T = typename V::Scalar;
   using Rows = RowKernels<V, E>;
   using Panels = PanelKernels<V, E>;
+  using PanelJacobian = PanelJacobianKernels<V, E>;
   using Small = SmallSoftmaxKernels<V, E>;
   using SmallLse = SmallLogSumExpKernels<V>;
   using Jacobian = JacobianKernels<V, E>;
@@ -35,7 +37,15 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.panel_sum = Panels::Sum;
   table.panel_merge = Panels::Merge;
   table.panel_invert = Panels::Invert;
+  table.panel_lse = Panels::Lse;
   table.panel_write = Panels::Write;
+  table.panel_minus_lse = Panels::MinusLse;
+  table.panel_dot = PanelJacobian::Dot;
+  table.panel_sum_terms = PanelJacobian::Sum;
+  table.panel_dot_minus_lse = PanelJacobian::DotMinusLse;
+  table.panel_add_dots = PanelJacobian::Add;
+  table.panel_jacobian_write = PanelJacobian::Write;
+  table.panel_subtract_minus_lse = PanelJacobian::SubtractMinusLse;
   table.small_matrices = Small::template Matrices<E>;
   table.logits_small_matrices = Small::template Matrices<T>;
   table.small_columns = Small::Columns;
