@@ -10,40 +10,20 @@
 
 namespace jax_softmax2p {
 
-// For panels that are computed in V.
+// The most vectors of columns that a panel has.
 template <typename V>
-class PanelBlocks {
-  // Elements of a block of rows: 16 KiB of float32.
-  static constexpr int kBlock = 4096;
+inline constexpr int kPanelVectors = kPanelWidth / V::kLanes;
 
- public:
-  // The most vectors of columns that a panel has.
-  static constexpr int kVectors = kPanelWidth / V::kLanes;
-
-  explicit SOFTMAX2P_INLINE PanelBlocks(const Panel& panel)
-      : panel_(panel), rows_(panel.width < kBlock / kUnroll ? kBlock / panel.width : kUnroll) {}
-
-  // The rows of a block, which is also how far ahead loops fetch.
-  SOFTMAX2P_INLINE std::int64_t rows() const { return rows_; }
-
-  // Calls body(vector, its first column, access, its first element, rows) for all vectors of a block, until
-  // all rows are done; those that only the first `tail` columns have come last.
-  template <typename Body>
-  SOFTMAX2P_INLINE void ForEach(const Body& body) const {
-    for (std::int64_t row = 0; row < panel_.rows; row += rows_) {
-      const std::int64_t rows = panel_.rows - row < rows_ ? panel_.rows - row : rows_;
-      ForVectors<V>(panel_.width, [&](int v, int at, const auto& access) {
-        body(v, at, access, row * panel_.stride + at, rows);
-      });
-    }
-    ForVectors<V>(panel_.tail, [&](int v, int at, const auto& access) {
-      body(v, at, access, panel_.rows * panel_.stride + at, std::int64_t{1});
-    });
+// Calls body(vector, its first column, access, first row, rows) for all vectors of a block, until all rows
+// are done; those that only the first `tail` columns have come last.
+template <typename V, typename Body>
+SOFTMAX2P_INLINE void ForPanelBlocks(const Panel& panel, const Body& body) {
+  for (std::int64_t row = 0; row < panel.rows; row += panel.block) {
+    const std::int64_t rest = panel.rows - row, rows = rest < panel.block ? rest : panel.block;
+    ForVectors<V>(panel.width, [&](int v, int at, const auto& access) { body(v, at, access, row, rows); });
   }
-
- private:
-  Panel panel_;
-  std::int64_t rows_;
-};
+  ForVectors<V>(panel.tail,
+                [&](int v, int at, const auto& access) { body(v, at, access, panel.rows, std::int64_t{1}); });
+}
 
 }  // namespace jax_softmax2p

@@ -20,17 +20,17 @@ class PanelJacobianKernels {
   using T = typename V::Scalar;
 
  public:
-  static void Dot(const E* y, const E* t, const Panel& panel, const PanelDots<T>& dots) {
-    SumPanel(Products{y, t}, panel, dots);
+  static void Dot(const E* y, const E* t, const Panel& panel, bool resume, const PanelDots<T>& dots) {
+    SumPanel(Products{y, t}, panel, resume, dots);
   }
 
-  static void Sum(const E* t, const Panel& panel, const PanelDots<T>& dots) {
-    SumPanel(Elements{t}, panel, dots);
+  static void Sum(const E* t, const Panel& panel, bool resume, const PanelDots<T>& dots) {
+    SumPanel(Elements{t}, panel, resume, dots);
   }
 
-  static void DotMinusLse(const E* x, const E* t, const Panel& panel, const T* hi, const T* lo,
-                          const PanelDots<T>& dots) {
-    SumPanel(ProductsMinusLse{x, t, hi, lo}, panel, dots);
+  static void DotMinusLse(const T* z, const E* t, const Panel& panel, std::int64_t t_stride, bool resume,
+                          const T* hi, const T* lo, const PanelDots<T>& dots) {
+    SumPanel(ProductsMinusLse{z, t, t_stride, hi, lo}, panel, resume, dots);
   }
 
   static void Add(const PanelDots<T>& into, const PanelDots<T>& from, int width) {
@@ -43,41 +43,39 @@ class PanelJacobianKernels {
   }
 
   static void Write(const E* y, const E* t, E* out, const Panel& panel, const PanelDots<T>& dots) {
-    const PanelBlocks<V> blocks(panel);
-    blocks.ForEach([&](int, int at, const auto& access, std::int64_t first, std::int64_t rows) {
+    ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const V hi = access.Load(dots.hi + at, 0), lo = access.Load(dots.lo + at, 0);
-      const std::int64_t end = first + rows * panel.stride;
+      const std::int64_t first = row * panel.stride + at, end = first + rows * panel.stride;
       for (std::int64_t i = first; i < end; i += panel.stride) {
-        Prefetch<1>(y + i, panel.stride, blocks.rows());
-        Prefetch<1>(t + i, panel.stride, blocks.rows());
+        Prefetch<1>(y + i, panel.stride, panel.block);
+        Prefetch<1>(t + i, panel.stride, panel.block);
         access.Store(access.Load(y + i, 0) * ((access.Load(t + i, 0) - hi) - lo), out + i);
       }
     });
   }
 
-  static void SubtractMinusLse(const E* x, const E* t, E* out, const Panel& panel, const T* hi, const T* lo,
-                               const PanelDots<T>& factors) {
-    const PanelBlocks<V> blocks(panel);
-    blocks.ForEach([&](int, int at, const auto& access, std::int64_t first, std::int64_t rows) {
+  static void SubtractMinusLse(const T* z, const E* t, E* out, const Panel& panel, std::int64_t t_stride,
+                               const T* hi, const T* lo, const PanelDots<T>& factors) {
+    ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t first, std::int64_t rows) {
       const RecomputeMinusLse<V> source(access.Load(hi + at, 0), access.Load(lo + at, 0));
       const Scaler<V> scaler{access.Load(factors.hi + at, 0), access.Load(factors.lo + at, 0)};
-      ForRows(rows, [&](auto count, std::int64_t row) {
+      ForRows(rows, [&](auto count, std::int64_t i) {
         constexpr int K = decltype(count)::value;
-        const std::int64_t i = first + row * panel.stride;
-        Prefetch<K>(x + i, panel.stride, blocks.rows());
-        Prefetch<K>(t + i, panel.stride, blocks.rows());
+        const T* const from = z + (first + i) * panel.stride + at;
+        const std::int64_t to = (first + i) * t_stride + at;
+        Prefetch<K>(from, panel.stride, panel.block);
+        Prefetch<K>(t + to, t_stride, panel.block);
         V p[K];
-        scaler(source.template At<K>(access, x + i, Discard{}, panel.stride), p);
+        scaler(source.template At<K>(access, from, Discard{}, panel.stride), p);
         SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-          access.Store(access.Load(t + i + k * panel.stride, 0) - p[k], out + i + k * panel.stride);
+          access.Store(access.Load(t + to + k * t_stride, 0) - p[k], out + to + k * t_stride);
         }
       });
     });
   }
 
  private:
-  // What is summed. Of returns the terms of the vector at column `at`, and their Add adds those of K rows,
-  // from element i on.
+  // What is summed: Add adds the terms of K rows of the vector at column `at`, from row `row` on.
   struct Products {
     const E* y;
     const E* t;
@@ -86,14 +84,15 @@ class PanelJacobianKernels {
       return *this;
     }
     template <int K, typename Access>
-    SOFTMAX2P_INLINE void Add(const Access& access, std::int64_t i, std::int64_t stride, std::int64_t ahead,
+    SOFTMAX2P_INLINE void Add(const Access& access, const Panel& panel, int at, std::int64_t row,
                               CompensatedLanes<V>& sum) const {
-      Prefetch<K>(y + i, stride, ahead);
-      Prefetch<K>(t + i, stride, ahead);
+      const std::int64_t i = row * panel.stride + at;
+      Prefetch<K>(y + i, panel.stride, panel.block);
+      Prefetch<K>(t + i, panel.stride, panel.block);
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
         V error;
-        const V product =
-            TwoProd(access.Load(y + i + k * stride, 0), access.Load(t + i + k * stride, 0), error);
+        const V product = TwoProd(access.Load(y + i + k * panel.stride, 0),
+                                  access.Load(t + i + k * panel.stride, 0), error);
         sum.Add(product, error);
       }
     }
@@ -105,42 +104,47 @@ class PanelJacobianKernels {
       return *this;
     }
     template <int K, typename Access>
-    SOFTMAX2P_INLINE void Add(const Access& access, std::int64_t i, std::int64_t stride, std::int64_t ahead,
+    SOFTMAX2P_INLINE void Add(const Access& access, const Panel& panel, int at, std::int64_t row,
                               CompensatedLanes<V>& sum) const {
-      Prefetch<K>(t + i, stride, ahead);
+      const std::int64_t i = row * panel.stride + at;
+      Prefetch<K>(t + i, panel.stride, panel.block);
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-        sum.Add(access.Load(t + i + k * stride, 0), V::Broadcast(0));
+        sum.Add(access.Load(t + i + k * panel.stride, 0), V::Broadcast(0));
       }
     }
   };
-  // e^(x - hi - lo) takes y's place.
+  // e^(z - hi - lo) takes y's place.
   struct ProductsMinusLse {
-    const E* x;
+    const T* z;
     const E* t;
+    std::int64_t t_stride;
     const T* hi;
     const T* lo;
     struct OfColumns {
       RecomputeMinusLse<V> source;
-      const E* x;
+      const T* z;
       const E* t;
+      std::int64_t t_stride;
       template <int K, typename Access>
-      SOFTMAX2P_INLINE void Add(const Access& access, std::int64_t i, std::int64_t stride, std::int64_t ahead,
+      SOFTMAX2P_INLINE void Add(const Access& access, const Panel& panel, int at, std::int64_t row,
                                 CompensatedLanes<V>& sum) const {
-        Prefetch<K>(x + i, stride, ahead);
-        Prefetch<K>(t + i, stride, ahead);
+        const T* const from = z + row * panel.stride + at;
+        const E* const terms = t + row * t_stride + at;
+        Prefetch<K>(from, panel.stride, panel.block);
+        Prefetch<K>(terms, t_stride, panel.block);
         V p[K];
         const Scaler<V> scaler{V::Broadcast(1), V::Broadcast(0)};
-        scaler(source.template At<K>(access, x + i, Discard{}, stride), p);
+        scaler(source.template At<K>(access, from, Discard{}, panel.stride), p);
         SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
           V error;
-          const V product = TwoProd(p[k], access.Load(t + i + k * stride, 0), error);
+          const V product = TwoProd(p[k], access.Load(terms + k * t_stride, 0), error);
           sum.Add(product, error);
         }
       }
     };
     template <typename Access>
     SOFTMAX2P_INLINE OfColumns Of(const Access& access, int at) const {
-      return {RecomputeMinusLse<V>(access.Load(hi + at, 0), access.Load(lo + at, 0)), x, t};
+      return {RecomputeMinusLse<V>(access.Load(hi + at, 0), access.Load(lo + at, 0)), z, t, t_stride};
     }
   };
 
@@ -154,15 +158,17 @@ class PanelJacobianKernels {
 
   // The sum of a block is compensated by itself, which keeps the uncompensated sums of errors short.
   template <typename Terms>
-  static SOFTMAX2P_INLINE void SumPanel(const Terms& terms, const Panel& panel, const PanelDots<T>& dots) {
-    CompensatedLanes<V> totals[PanelBlocks<V>::kVectors];
-    const PanelBlocks<V> blocks(panel);
-    blocks.ForEach([&](int v, int at, const auto& access, std::int64_t first, std::int64_t rows) {
+  static SOFTMAX2P_INLINE void SumPanel(const Terms& terms, const Panel& panel, bool resume,
+                                        const PanelDots<T>& dots) {
+    CompensatedLanes<V> totals[kPanelVectors<V>];
+    ForVectors<V>(panel.width, [&](int v, int at, const auto& access) {
+      if (resume) totals[v] = {access.Load(dots.hi + at, 0), access.Load(dots.lo + at, 0)};
+    });
+    ForPanelBlocks<V>(panel, [&](int v, int at, const auto& access, std::int64_t first, std::int64_t rows) {
       const auto of_columns = terms.Of(access, at);
       CompensatedLanes<V> sum;
-      ForRows(rows, [&](auto count, std::int64_t row) {
-        of_columns.template Add<decltype(count)::value>(access, first + row * panel.stride, panel.stride,
-                                                        blocks.rows(), sum);
+      ForRows(rows, [&](auto count, std::int64_t i) {
+        of_columns.template Add<decltype(count)::value>(access, panel, at, first + i, sum);
       });
       totals[v].Add(sum);
     });

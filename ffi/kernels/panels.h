@@ -17,12 +17,12 @@ namespace jax_softmax2p {
 template <typename V, typename E>
 class PanelKernels {
   using T = typename V::Scalar;
-  static constexpr int kVectors = PanelBlocks<V>::kVectors;
 
  public:
-  static void Maximum(const E* x, const Panel& panel, T* maximum) {
+  static void Maximum(const E* x, const Panel& panel, bool resume, T* maximum) {
     ForVectors<V>(panel.width, [&](int, int at, const auto& access) {
-      access.Store(MaxColumn<V>(access, x + at, panel.stride, panel.rows), maximum + at);
+      const V above = resume ? access.Load(maximum + at) : V::Broadcast(kMinusInfinity<V>);
+      access.Store(Max(MaxColumn<V>(access, x + at, panel.stride, panel.rows), above), maximum + at);
     });
     ForVectors<V>(panel.tail, [&](int, int at, const auto& access) {
       const V above = access.Load(maximum + at);
@@ -30,14 +30,14 @@ class PanelKernels {
     });
   }
 
-  static void Sum(const E* x, T* kept, const Panel& panel, const T* maximum, const T* subtract,
-                  const PanelSums<T>& sums, T* largest) {
+  static void Sum(const E* x, T* kept, const Panel& panel, PanelStretch stretch, const T* maximum,
+                  const T* subtract, const PanelSums<T>& sums, T* largest) {
     if (subtract != nullptr) {
-      SumPanel(x, Discard{}, panel, maximum, SubtractMaxOf{subtract}, sums, largest);
+      SumPanel(x, Discard{}, panel, stretch, maximum, SubtractMaxOf{subtract}, sums, largest);
     } else if (kept != nullptr) {
-      SumPanel(x, kept, panel, maximum, RecomputeAll{}, sums, largest);
+      SumPanel(x, kept, panel, stretch, maximum, RecomputeAll{}, sums, largest);
     } else {
-      SumPanel(x, Discard{}, panel, maximum, RecomputeAll{}, sums, largest);
+      SumPanel(x, Discard{}, panel, stretch, maximum, RecomputeAll{}, sums, largest);
     }
   }
 
@@ -75,25 +75,36 @@ class PanelKernels {
   static void Write(const E* x, const T* kept, E* y, const Panel& panel, const PanelSums<T>& scales,
                     const T* subtract) {
     if (subtract != nullptr) {
-      WriteScaled(SubtractMaxOf{subtract}, x, Discard{}, y, panel, scales);
+      WriteScaled(SubtractMaxOf{subtract}, x, Discard{}, y, panel, panel.stride, scales);
     } else if (kept != nullptr) {
-      WriteScaled(ReloadAll{}, x, kept, y, panel, scales);
+      WriteScaled(ReloadAll{}, x, kept, y, panel, panel.stride, scales);
     } else {
-      WriteScaled(RecomputeAll{}, x, Discard{}, y, panel, scales);
+      WriteScaled(RecomputeAll{}, x, Discard{}, y, panel, panel.stride, scales);
     }
   }
 
-  static void MinusLse(const E* x, E* y, const Panel& panel, const T* hi, const T* lo, const T* factor) {
-    const PanelBlocks<V> blocks(panel);
-    blocks.ForEach([&](int, int at, const auto& access, std::int64_t i, std::int64_t rows) {
+  static void WriteLogits(const T* z, E* y, const Panel& panel, std::int64_t y_stride,
+                          const PanelSums<T>& scales, const T* subtract) {
+    if (subtract != nullptr) {
+      WriteScaled(SubtractMaxOf{subtract}, z, Discard{}, y, panel, y_stride, scales);
+    } else {
+      WriteScaled(RecomputeAll{}, z, Discard{}, y, panel, y_stride, scales);
+    }
+  }
+
+  static void MinusLse(const T* z, E* y, const Panel& panel, std::int64_t y_stride, const T* hi, const T* lo,
+                       const T* factor) {
+    ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
+      const T* const from = z + row * panel.stride + at;
+      E* const to = y + row * y_stride + at;
       const V lse_hi = access.Load(hi + at, 0), lse_lo = access.Load(lo + at, 0);
       if (factor == nullptr) {
         const NoExp<V, SubtractLse<V>> minus{{lse_hi, lse_lo}};
-        WriteColumn<V>(access, access, minus, x + i, Discard{}, y + i, panel.stride, blocks.rows(), rows,
+        WriteColumn<V>(access, access, minus, from, Discard{}, to, panel.stride, y_stride, panel.block, rows,
                        NoScaler<V>{});
       } else {
         const RecomputeMinusLse<V> minus(lse_hi, lse_lo);
-        WriteColumn<V>(access, access, minus, x + i, Discard{}, y + i, panel.stride, blocks.rows(), rows,
+        WriteColumn<V>(access, access, minus, from, Discard{}, to, panel.stride, y_stride, panel.block, rows,
                        Scaler<V>{access.Load(factor + at, 0), V::Broadcast(0)});
       }
     });
@@ -132,22 +143,27 @@ class PanelKernels {
   };
 
   template <typename Kept, typename Readers>
-  static SOFTMAX2P_INLINE void SumPanel(const E* x, Kept kept, const Panel& panel, const T* maximum,
-                                        const Readers& readers, const PanelSums<T>& sums, T* largest) {
-    LaneAccumulator<V> accumulators[kVectors];
-    V maxima[kVectors];
-    for (V& of_columns : maxima) of_columns = V::Broadcast(kMinusInfinity<V>);
-    const PanelBlocks<V> blocks(panel);
-    blocks.ForEach([&](int v, int at, const auto& access, std::int64_t i, std::int64_t rows) {
+  static SOFTMAX2P_INLINE void SumPanel(const E* x, Kept kept, const Panel& panel, PanelStretch stretch,
+                                        const T* maximum, const Readers& readers, const PanelSums<T>& sums,
+                                        T* largest) {
+    LaneAccumulator<V> accumulators[kPanelVectors<V>];
+    V maxima[kPanelVectors<V>];
+    ForVectors<V>(panel.width, [&](int v, int at, const auto& access) {
+      if (!stretch.first) accumulators[v] = LaneAccumulator<V>(Load(access, sums, at));
+      const bool resume = largest != nullptr && !stretch.first;
+      maxima[v] = resume ? access.Load(largest + at) : V::Broadcast(kMinusInfinity<V>);
+    });
+    ForPanelBlocks<V>(panel, [&](int v, int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const auto read = readers.Reader(access, at);
+      const std::int64_t i = row * panel.stride + at;
       const V highest =
           maximum != nullptr ? access.Load(maximum + at) : MaxColumn<V>(access, x + i, panel.stride, rows);
       maxima[v] = Max(highest, maxima[v]);
       accumulators[v].Rescale(read(highest));
-      AddColumn(access, x + i, kept + i, panel.stride, blocks.rows(), rows, read, accumulators[v]);
+      AddColumn(access, x + i, kept + i, panel.stride, panel.block, rows, read, accumulators[v]);
     });
     ForVectors<V>(panel.width, [&](int v, int at, const auto& access) {
-      Store(access, accumulators[v].Sums(), sums, at);
+      Store(access, stretch.last ? accumulators[v].Sums() : accumulators[v].State(), sums, at);
       if (largest != nullptr) access.Store(maxima[v], largest + at);
     });
   }
@@ -164,14 +180,17 @@ class PanelKernels {
     access.Store(total.exponent, sums.exponent + at);
   }
 
-  template <typename Sources, typename Kept>
-  static SOFTMAX2P_INLINE void WriteScaled(const Sources& sources, const E* x, Kept kept, E* y,
-                                           const Panel& panel, const PanelSums<T>& scales) {
-    const PanelBlocks<V> blocks(panel);
-    blocks.ForEach([&](int, int at, const auto& access, std::int64_t i, std::int64_t rows) {
+  // `In` is E or T.
+  template <typename Sources, typename In, typename Kept>
+  static SOFTMAX2P_INLINE void WriteScaled(const Sources& sources, const In* x, Kept kept, E* y,
+                                           const Panel& panel, std::int64_t y_stride,
+                                           const PanelSums<T>& scales) {
+    ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const LaneSums<V> scale = Load(access, scales, at);
-      WriteColumn<V>(access, access, sources.Source(access, at, scale.exponent), x + i, kept + i, y + i,
-                     panel.stride, blocks.rows(), rows, Scaler<V>{scale.hi, scale.lo});
+      const std::int64_t i = row * panel.stride + at;
+      WriteColumn<V>(access, access, sources.Source(access, at, scale.exponent), x + i, kept + i,
+                     y + row * y_stride + at, panel.stride, y_stride, panel.block, rows,
+                     Scaler<V>{scale.hi, scale.lo});
     });
   }
 };

@@ -52,7 +52,7 @@ class SmallLogSumExpKernels {
         for (int i = 0; i < n; ++i) minus(V::Load(tile + i * V::kLanes)).Store(tile + i * V::kLanes);
       } else {
         WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, RecomputeMinusLse<V>(lse_hi, lse_lo), tile,
-                       Discard{}, tile, kAdjacent<V>, Ahead<0>{}, n,
+                       Discard{}, tile, kAdjacent<V>, kAdjacent<V>, Ahead<0>{}, n,
                        Scaler<V>{load(factor + first), V::Broadcast(0)});
       }
       Tile::Store(tile, count, n, y + first * n, false);

@@ -5,8 +5,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
-#include <vector>
+#include <type_traits>
 
 #include "ffi/base/layout.h"
 #include "ffi/kernels/table.h"
@@ -14,52 +15,113 @@
 
 namespace jax_softmax2p {
 
-// How a matrix [n, inner] is divided into columns of vectors. Where inner is less than a vector, `fold` rows
-// are taken as one, so that it is a whole number of vectors: every column appears `fold` times, and the sums
-// of its appearances are merged.
-struct Folding {
-  Folding(const Layout& layout, int lanes)
-      : fold(layout.inner >= lanes ? 1 : lanes / std::gcd(static_cast<int>(layout.inner), lanes)),
-        stride(layout.inner * fold),
-        rows(layout.n / fold),
-        tail(static_cast<int>(layout.n % fold * layout.inner)) {}
+// Rows that kernels take at a time where the bits of a column are to depend on n alone. With the widest panel
+// they have 16 KiB of float32, half of a first-level cache.
+inline constexpr std::int64_t kPanelBlock = 16;
 
+// How an array is divided into panels, each of columns of one matrix [n, inner] unless matrices are so narrow
+// that they leave lanes of a vector empty. Then several lie side by side in a panel, which needs a copy of
+// some of their rows; or `fold` rows are taken as one, so that it is a whole number of vectors: every column
+// appears `fold` times, and the sums of its appearances are merged, which gives them other bits.
+struct PanelPlan {
+  std::int64_t group;  // matrices side by side
   int fold;
-  std::int64_t stride;
-  std::int64_t rows;
-  int tail;
+  int width;           // the most columns of a panel
+  std::int64_t block;  // as in Panel; 0 for as many rows as fill a first-level cache
+  std::int64_t panels_per_matrix;
+  std::int64_t panels;
 };
 
-// Columns side by side: up to kPanelWidth, in segments of up to kMaxPanelRows rows, so that the bits of a
-// column depend on its length alone. What kernels find is in arrays [segments, width], of which the first
-// columns become the result.
+// Panels in which the bits of a column depend on n alone.
+inline PanelPlan PlanPanels(const Layout& layout, int lanes) {
+  // What is done once a panel takes as long as some hundred elements.
+  constexpr std::int64_t kSmallMatrix = 1024, kSmallPanel = 64;
+  const std::int64_t inner = layout.inner;
+  const bool is_small = layout.n * inner <= kSmallMatrix;
+  const std::int64_t wanted = is_small ? kPanelWidth : inner < lanes ? kSmallPanel : 1;
+  const std::int64_t group = std::max<std::int64_t>(1, std::min(layout.outer, wanted / inner));
+  const int width = static_cast<int>(std::min<std::int64_t>(kPanelWidth, group * inner));
+  const std::int64_t per_matrix = CeilDiv(inner, width);
+  return {group, 1, width, kPanelBlock, per_matrix, CeilDiv(layout.outer, group) * per_matrix};
+}
+
+// Panels of softmax without operands, where matrices are folded.
+inline PanelPlan PlanFoldedPanels(const Layout& layout, int lanes) {
+  const std::int64_t inner = layout.inner;
+  const int fold = inner >= lanes ? 1 : lanes / std::gcd(static_cast<int>(inner), lanes);
+  // Wide, also where a panel then leaves the second-level cache between the passes: every row of a narrow one
+  // is another page.
+  const int width = static_cast<int>(std::min<std::int64_t>(kPanelWidth, inner * fold));
+  const std::int64_t per_matrix = fold > 1 ? 1 : CeilDiv(inner, width);
+  return {1, fold, width, 0, per_matrix, layout.outer * per_matrix};
+}
+
+// One panel of a plan after the other: columns side by side, in segments of up to kMaxPanelRows rows, so that
+// the bits of a column do not depend on the number of threads. What kernels find is in arrays [segments,
+// width], of which the first columns become the result.
 class ColumnPanel {
  public:
-  // `width` is the most columns that the panel will have.
-  ColumnPanel(Executor& executor, const Layout& layout, int lanes, int width)
+  // Some of the rows, `tail` as in Panel, and the place of their first column in an array [segments, width].
+  struct Segment {
+    std::int64_t begin;
+    std::int64_t rows;
+    int tail;
+    std::int64_t place;
+  };
+
+  ColumnPanel(Executor& executor, const Layout& layout, const PanelPlan& plan)
       : executor_(executor),
-        folding_(layout, lanes),
-        inner_(layout.inner),
-        segments_(std::max<std::int64_t>(1, CeilDiv(folding_.rows, kMaxPanelRows))),
-        width_(width) {}
+        layout_(layout),
+        plan_(plan),
+        rows_(layout.n / plan.fold),
+        segments_(std::max<std::int64_t>(1, CeilDiv(rows_, kMaxPanelRows))),
+        width_(plan.width) {}
 
-  void SetWidth(int width) { width_ = width; }
-  int width() const { return width_; }
+  // Becomes panel number p.
+  void Move(std::int64_t p) {
+    const std::int64_t o = p / plan_.panels_per_matrix * plan_.group;
+    const std::int64_t column = p % plan_.panels_per_matrix * plan_.width;
+    const std::int64_t columns =
+        plan_.group > 1 ? std::min(plan_.group, layout_.outer - o) * layout_.inner : stride() - column;
+    first_ = o * Matrix() + column;
+    row_ = o * layout_.inner + column;
+    width_ = static_cast<int>(std::min<std::int64_t>(plan_.width, columns));
+  }
+
+  const Layout& layout() const { return layout_; }
+  // Whether the panel is that of several matrices.
+  bool IsGroup() const { return width_ > stride(); }
+  // Of the array, from one row to the next.
+  std::int64_t stride() const { return layout_.inner * plan_.fold; }
   std::int64_t segments() const { return segments_; }
+  int width() const { return width_; }
+  // The most that a panel has.
+  int max_width() const { return plan_.width; }
   // The number of columns that differ: the others repeat them.
-  int Columns() const { return folding_.fold == 1 ? width_ : static_cast<int>(inner_); }
+  int Columns() const { return plan_.fold == 1 ? width_ : static_cast<int>(layout_.inner); }
+  // The first column, counted over [outer, inner], and its first element.
+  std::int64_t row() const { return row_; }
+  std::int64_t first() const { return first_; }
+  // The first element of column c.
+  std::int64_t FirstOf(int c) const { return first_ + c / stride() * Matrix() + c % stride(); }
 
-  // Calls body(place of its first column in arrays [segments, width], first element, panel) for every
-  // segment, on as many threads as the executor has.
+  // Calls body(segment) for all of these, on as many threads as the executor has.
   template <typename Body>
   void ForSegments(const Body& body) const {
     ParallelFor(executor_, segments_, [&](std::int64_t i) {
       const ScopedFloatMode mode;
-      const std::int64_t first = i * kMaxPanelRows, rest = folding_.rows - first;
+      const std::int64_t begin = i * kMaxPanelRows, rest = rows_ - begin;
       const bool last = i + 1 == segments_;
-      body(i * width_, first * folding_.stride,
-           Panel{last ? rest : kMaxPanelRows, folding_.stride, width_, last ? folding_.tail : 0});
+      const std::int64_t tail = last ? layout_.n % plan_.fold * layout_.inner : 0;
+      body(Segment{begin, last ? rest : kMaxPanelRows, static_cast<int>(tail), i * width_});
     });
+  }
+
+  // Those rows of a segment for a kernel, which reads them from an array with that stride.
+  Panel Rows(const Segment& segment, std::int64_t rows, std::int64_t stride) const {
+    constexpr std::int64_t kBlockElements = 4096;
+    const std::int64_t block = plan_.block != 0 ? plan_.block : kBlockElements / width_;
+    return {rows, stride, width_, segment.tail, block};
   }
 
   // Calls merge(place, columns) for what is to be merged into the first columns of an array [segments,
@@ -67,7 +129,7 @@ class ColumnPanel {
   template <typename Merge>
   void ForMerges(const Merge& merge) const {
     for (std::int64_t i = 1; i < segments_; ++i) merge(i * width_, width_);
-    for (int i = 1; i < folding_.fold; ++i) merge(i * inner_, Columns());
+    for (int i = 1; i < plan_.fold; ++i) merge(i * layout_.inner, Columns());
   }
 
   // Gives the columns that repeat others the values of those.
@@ -75,58 +137,110 @@ class ColumnPanel {
   void Repeat(T* values) const {
     for (int c = Columns(); c < width_; ++c) values[c] = values[c - Columns()];
   }
-  // Copies the values of those that differ, and repeats them.
-  template <typename T>
-  void CopyRepeated(const T* from, std::vector<T>& to) const {
-    to.resize(static_cast<std::size_t>(width_));
-    std::copy(from, from + Columns(), to.begin());
-    Repeat(to.data());
-  }
 
  private:
+  std::int64_t Matrix() const { return layout_.n * layout_.inner; }
+
   Executor& executor_;
-  Folding folding_;
-  std::int64_t inner_;
+  Layout layout_;
+  PanelPlan plan_;
+  std::int64_t rows_;
   std::int64_t segments_;
+  std::int64_t first_ = 0;
+  std::int64_t row_ = 0;
   int width_;
 };
 
-// Makes objects by make(ColumnPanel), one a thread, and calls Compute(first element, first row, columns) of
-// these for panel after panel, until all columns are done. Rows are counted over [outer, inner].
-template <typename Make>
-void ForColumnPanels(Executor& executor, const Layout& layout, int lanes, const Make& make) {
-  const Folding folding(layout, lanes);
-  // Wide, also where a panel then leaves the second-level cache between the passes: every row of a narrow one
-  // is another page.
-  const int width = static_cast<int>(std::min<std::int64_t>(kPanelWidth, folding.stride));
-  const std::int64_t matrix = layout.n * layout.inner;
-  const std::int64_t panels_per_matrix = folding.fold > 1 ? 1 : CeilDiv(layout.inner, width);
-  const std::int64_t panels = layout.outer * panels_per_matrix;
-  const auto body = [&](std::int64_t first, std::int64_t end, Executor& segments_executor) {
-    auto panel = make(ColumnPanel(segments_executor, layout, lanes, width));
-    for (std::int64_t p = first; p < end; ++p) {
-      const std::int64_t o = p / panels_per_matrix, column = p % panels_per_matrix * width;
-      const std::int64_t rest = folding.stride - column;
-      panel.Compute(o * matrix + column, o * layout.inner + column,
-                    static_cast<int>(std::min<std::int64_t>(width, rest)));
-    }
-  };
-  if (folding.rows > kMaxPanelRows && panels < kManyRows * (executor.Helpers() + 1)) {
-    const ScopedFloatMode mode;
-    body(0, panels, executor);
-    return;
+// Copies a row of a narrow matrix.
+template <typename E>
+void CopyRow(const E* from, E* to, std::int64_t size) {
+  constexpr std::int64_t kWhole = 8;
+  for (; size >= kWhole; size -= kWhole, from += kWhole, to += kWhole) {
+    std::memcpy(to, from, kWhole * sizeof(E));
   }
-  ParallelForWholeRows(executor, panels, matrix / panels_per_matrix,
-                       [&](std::int64_t first, std::int64_t end) {
-                         InlineExecutor this_thread;
-                         body(first, end, this_thread);
-                       });
+  const auto part = [&](auto count) {
+    if ((size & count) == 0) return;
+    std::memcpy(to, from, count * sizeof(E));
+    from += count;
+    to += count;
+  };
+  part(std::integral_constant<int, 4>{});
+  part(std::integral_constant<int, 2>{});
+  part(std::integral_constant<int, 1>{});
 }
 
-// Whether columns of an array of that layout are taken as panels. Smaller matrices are not worth the sums of
-// a panel: many are better taken at a time.
-inline bool HasPanels(const Layout& layout) {
-  return layout.inner > 1 && layout.n * layout.inner > kMaxSmall;
+// Blocks of rows of a panel of an array of E, which may be const: where they lie in it, or, of several
+// matrices, a copy of up to kPanelBlock rows.
+template <typename E>
+class PanelRows {
+  using Element = std::remove_const_t<E>;
+
+ public:
+  PanelRows(const ColumnPanel& panel, E* array) : panel_(panel), array_(array + panel.first()) {}
+
+  std::int64_t stride() const { return panel_.IsGroup() ? kPanelWidth : panel_.stride(); }
+
+  // Where rows are to be written from row `begin` on.
+  E* Begin(std::int64_t begin) { return panel_.IsGroup() ? buffer_ : array_ + begin * panel_.stride(); }
+  // After Begin, when they are written.
+  void Store(std::int64_t begin, std::int64_t rows) {
+    ForMatrices(begin, rows,
+                [](E* in_array, const E* copy, std::int64_t size) { CopyRow(copy, in_array, size); });
+  }
+
+  E* Load(std::int64_t begin, std::int64_t rows) {
+    ForMatrices(begin, rows, [](E* in_array, Element* copy, std::int64_t size) {
+      CopyRow<Element>(in_array, copy, size);
+    });
+    return Begin(begin);
+  }
+
+ private:
+  // Calls body(in the array, in the copy, elements) for every row of every matrix, if there are several.
+  template <typename Body>
+  void ForMatrices(std::int64_t begin, std::int64_t rows, const Body& body) {
+    if (!panel_.IsGroup()) return;
+    const std::int64_t inner = panel_.stride(), matrix = panel_.layout().n * inner;
+    E* from = array_ + begin * inner;
+    for (std::int64_t at = 0; at < panel_.width(); at += inner, from += matrix) {
+      for (std::int64_t i = 0; i < rows; ++i) body(from + i * inner, buffer_ + i * kPanelWidth + at, inner);
+    }
+  }
+
+  const ColumnPanel& panel_;
+  E* array_;
+  alignas(64) Element buffer_[kPanelBlock * kPanelWidth];
+};
+
+// Calls body(first row, rows) for the rows of a segment: for all at once, or, where they are copied, block
+// after block.
+template <typename Body>
+void ForPanelRows(const ColumnPanel::Segment& segment, bool copied, const Body& body) {
+  const std::int64_t most = copied ? kPanelBlock : std::max<std::int64_t>(1, segment.rows);
+  for (std::int64_t i = 0; i < segment.rows; i += most) {
+    body(segment.begin + i, std::min(most, segment.rows - i));
+  }
+}
+
+// Makes objects by make(ColumnPanel), one a thread, and calls Compute(panel number) of these for panel after
+// panel, until all columns are done.
+template <typename Make>
+void ForColumnPanels(Executor& executor, const Layout& layout, const PanelPlan& plan, const Make& make) {
+  const auto body = [&](std::int64_t first, std::int64_t end, Executor& segments_executor) {
+    auto panel = make(ColumnPanel(segments_executor, layout, plan));
+    for (std::int64_t p = first; p < end; ++p) panel.Compute(p);
+  };
+  if (layout.n / plan.fold > kMaxPanelRows && plan.panels < kManyRows * (executor.Helpers() + 1)) {
+    const ScopedFloatMode mode;
+    body(0, plan.panels, executor);
+    return;
+  }
+  const std::int64_t elements =
+      std::max<std::int64_t>(1, layout.n * layout.inner * plan.group / plan.panels_per_matrix);
+  ParallelForWholeRows(executor, plan.panels, elements, [&](std::int64_t first, std::int64_t end) {
+    InlineExecutor this_thread;
+    body(first, end, this_thread);
+  });
 }
 
 }  // namespace jax_softmax2p

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ffi/ops/logits_panel.h"
 #include "ffi/ops/logits_row.h"
 #include "ffi/ops/logsumexp.h"
 
@@ -31,10 +32,11 @@ class Label {
     if (has_logit_) row.ApplyOperands(index_ - row.begin(), 1, &z_);
   }
 
-  // Of a row of logits without operands, whose elements are `stride` apart.
-  Label(const E* x, std::int64_t stride, std::int64_t n, std::int32_t label) : index_(LabelIndex(label, n)) {
-    has_logit_ = index_ >= 0;
-    if (has_logit_) z_ = Widen(x[index_ * stride]);
+  // Of column c of a panel.
+  Label(const LogitsPanel<E>& panel, int c, std::int32_t label)
+      : index_(LabelIndex(label, panel.panel().layout().n)) {
+    has_logit_ = index_ >= 0 && !panel.IsMasked(c, index_);
+    if (has_logit_) z_ = panel.At(c, index_);
   }
 
   // Replaces y[label] = factor·e^(z - lse) by factor·(e^(z - lse) - 1), where elements of y are `stride`

@@ -3,8 +3,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "ffi/ops/column_panels.h"
-#include "ffi/ops/column_tiles.h"
 #include "ffi/ops/label.h"
 #include "ffi/ops/logsumexp.h"
 #include "ffi/ops/parallel_logits_rows.h"
@@ -37,11 +35,6 @@ RowScale<T> ScaleFromLse(T hi, T lo, double factor, int max_exponent) {
     scale.shift_lo = lo;
   }
   return scale;
-}
-
-template <typename E>
-LabelledLse<E> FromRow(const LabelledLse<E>& lse, std::int64_t row) {
-  return {lse.hi + row, lse.lo + row, LabelOf(lse, row)};
 }
 
 template <typename E>
@@ -123,19 +116,8 @@ void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
     return;
   }
   const KernelTable<E>& table = kernels.Of<E>();
-  if (!logits.HasOperands() && HasPanels(logits.layout())) {
-    return LogSumExpJvpColumns(table, executor, logits, lse, t, out);
-  }
   MergeDims(logits);
-  if (logits.inner > 1) {
-    return ForColumnTiles<E>(kernels, executor, logits, nullptr,
-                             [&](const Logits<E>& rows, E*, Executor& rows_executor) {
-                               ColumnTile<E> t_tile(table, n, logits.inner, rows.rows);
-                               t_tile.Pack(t, rows.first_row, rows.rows);
-                               LogSumExpJvp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
-                                            t_tile.rows(), out + rows.first_row);
-                             });
-  }
+  if (logits.inner > 1) return LogSumExpJvpColumns(kernels, executor, logits, lse, t, out);
   if (HasSmallRows(logits)) {
     return ForSmallProbabilities(kernels, executor, logits, lse, [&](std::int64_t r, const T* p) {
       const E* const row_t = t + r * n;
@@ -167,17 +149,8 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
   using T = ComputeOf<E>;
   if (logits.rows * logits.n == 0) return;
   AdviseHugePagesFor(logits, y);
-  if (!logits.HasOperands() && HasPanels(logits.layout())) {
-    return LogSumExpVjpColumns(kernels.Of<E>(), executor, logits, lse, factor, y);
-  }
   MergeDims(logits);
-  if (logits.inner > 1) {
-    return ForColumnTiles(kernels, executor, logits, y,
-                          [&](const Logits<E>& rows, E* y_rows, Executor& rows_executor) {
-                            LogSumExpVjp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
-                                         factor + rows.first_row, y_rows);
-                          });
-  }
+  if (logits.inner > 1) return LogSumExpVjpColumns(kernels, executor, logits, lse, factor, y);
   if (HasSmallRows(logits)) return SmallLogSumExpVjp(kernels, executor, logits, lse, factor, y);
   const bool non_temporal = ExceedsCaches(logits);
   const int max_exponent = kernels.Of<E>().max_exponent;
@@ -210,20 +183,8 @@ void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits,
   if (logits.rows * n == 0) return;
   AdviseHugePagesFor(logits, out);
   const KernelTable<E>& table = kernels.Of<E>();
-  if (!logits.HasOperands() && HasPanels(logits.layout())) {
-    return LogSoftmaxVjpColumns(table, executor, logits, lse, t, out);
-  }
   MergeDims(logits);
-  if (logits.inner > 1) {
-    return ForColumnTiles<E>(kernels, executor, logits, nullptr,
-                             [&](const Logits<E>& rows, E*, Executor& rows_executor) {
-                               ColumnTile<E> t_tile(table, n, logits.inner, rows.rows);
-                               t_tile.Pack(t, rows.first_row, rows.rows);
-                               LogSoftmaxVjp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
-                                             t_tile.rows(), t_tile.rows());
-                               t_tile.Unpack(out, rows.first_row, rows.rows);
-                             });
-  }
+  if (logits.inner > 1) return LogSoftmaxVjpColumns(kernels, executor, logits, lse, t, out);
   const auto fill_masked = [&](const LogitsRow<E>& row, std::int64_t r) {
     if (!logits.HasMask()) return;
     std::isfinite(lse.hi[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});

@@ -17,14 +17,13 @@ class PanelDotSum {
 
  public:
   PanelDotSum(const KernelTable<E>& kernels, const ColumnPanel& panel)
-      : kernels_(kernels), size_(panel.segments() * panel.width()), dots_(2 * size_) {}
+      : kernels_(kernels), size_(panel.segments() * panel.max_width()), dots_(2 * size_) {}
 
-  // Calls dot(first element, segment, where its dot products go) for every segment. The result has those of
-  // each of the panel's columns as hi + lo, hi its rounding, until the next call.
+  // Calls dot(segment, where its dot products go) for every segment. The result has those of each of the
+  // panel's columns as hi + lo, hi its rounding, until the next call.
   template <typename Dot>
   PanelDots<T> Compute(const ColumnPanel& panel, const Dot& dot) {
-    panel.ForSegments(
-        [&](std::int64_t place, std::int64_t at, const Panel& segment) { dot(at, segment, From(place)); });
+    panel.ForSegments([&](const ColumnPanel::Segment& segment) { dot(segment, From(segment.place)); });
     const PanelDots<T> dots = From(0);
     panel.ForMerges(
         [&](std::int64_t place, int columns) { kernels_.panel_add_dots(dots, From(place), columns); });
@@ -35,8 +34,6 @@ class PanelDotSum {
       dots.hi[c] = hi;
       dots.lo[c] = lo;
     }
-    panel.Repeat(dots.hi);
-    panel.Repeat(dots.lo);
     return dots;
   }
 

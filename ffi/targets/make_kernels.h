@@ -2,7 +2,6 @@
 #pragma once
 
 #include "ffi/kernels/jacobian.h"
-#include "ffi/kernels/pack.h"
 #include "ffi/kernels/panel_jacobian.h"
 #include "ffi/kernels/panels.h"
 #include "ffi/kernels/rows.h"
@@ -33,12 +32,14 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.apply_scale_bias_mask = ScaleBiasMaskKernel<V, E>::Apply;
   table.logits_row_write = Rows::template Write<T>;
   table.logits_row_write_log = Rows::template WriteLog<T>;
+  table.panel_apply = ScaleBiasMaskKernel<V, E>::ApplyToPanel;
   table.panel_max = Panels::Maximum;
   table.panel_sum = Panels::Sum;
   table.panel_merge = Panels::Merge;
   table.panel_invert = Panels::Invert;
   table.panel_lse = Panels::Lse;
   table.panel_write = Panels::Write;
+  table.logits_panel_write = Panels::WriteLogits;
   table.panel_minus_lse = Panels::MinusLse;
   table.panel_dot = PanelJacobian::Dot;
   table.panel_sum_terms = PanelJacobian::Sum;
@@ -52,8 +53,6 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.small_lse = SmallLse::template Lse<E>;
   table.small_minus_lse = SmallLse::template MinusLse<E, E>;
   table.logits_small_minus_lse = SmallLse::template MinusLse<T, E>;
-  table.pack_columns = PackKernels<V, E>::Pack;
-  table.unpack_columns = PackKernels<V, E>::Unpack;
   table.dot = Jacobian::template Dot<E>;
   table.logits_dot = Jacobian::template Dot<T>;
   table.sum = Jacobian::Sum;
