@@ -5,12 +5,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <numeric>
 #include <type_traits>
 
 #include "ffi/base/layout.h"
 #include "ffi/kernels/table.h"
+#include "ffi/ops/copy_rows.h"
 #include "ffi/ops/parallel_rows.h"
 
 namespace jax_softmax2p {
@@ -151,24 +151,6 @@ class ColumnPanel {
   int width_;
 };
 
-// Copies a row of a narrow matrix.
-template <typename E>
-void CopyRow(const E* from, E* to, std::int64_t size) {
-  constexpr std::int64_t kWhole = 8;
-  for (; size >= kWhole; size -= kWhole, from += kWhole, to += kWhole) {
-    std::memcpy(to, from, kWhole * sizeof(E));
-  }
-  const auto part = [&](auto count) {
-    if ((size & count) == 0) return;
-    std::memcpy(to, from, count * sizeof(E));
-    from += count;
-    to += count;
-  };
-  part(std::integral_constant<int, 4>{});
-  part(std::integral_constant<int, 2>{});
-  part(std::integral_constant<int, 1>{});
-}
-
 // Blocks of rows of a panel of an array of E, which may be const: where they lie in it, or, of several
 // matrices, a copy of up to kPanelBlock rows.
 template <typename E>
@@ -184,26 +166,28 @@ class PanelRows {
   E* Begin(std::int64_t begin) { return panel_.IsGroup() ? buffer_ : array_ + begin * panel_.stride(); }
   // After Begin, when they are written.
   void Store(std::int64_t begin, std::int64_t rows) {
-    ForMatrices(begin, rows,
-                [](E* in_array, const E* copy, std::int64_t size) { CopyRow(copy, in_array, size); });
+    ForMatrices(begin, [&](E* in_array, const E* copy, std::int64_t inner) {
+      CopyRows<E>(copy, kPanelWidth, in_array, inner, rows, inner);
+    });
   }
 
   E* Load(std::int64_t begin, std::int64_t rows) {
-    ForMatrices(begin, rows, [](E* in_array, Element* copy, std::int64_t size) {
-      CopyRow<Element>(in_array, copy, size);
+    ForMatrices(begin, [&](E* in_array, Element* copy, std::int64_t inner) {
+      CopyRows<Element>(in_array, inner, copy, kPanelWidth, rows, inner);
     });
     return Begin(begin);
   }
 
  private:
-  // Calls body(in the array, in the copy, elements) for every row of every matrix, if there are several.
+  // Calls body(row `begin` in the array, its place in the copy, inner) for every matrix, if there are
+  // several.
   template <typename Body>
-  void ForMatrices(std::int64_t begin, std::int64_t rows, const Body& body) {
+  void ForMatrices(std::int64_t begin, const Body& body) {
     if (!panel_.IsGroup()) return;
     const std::int64_t inner = panel_.stride(), matrix = panel_.layout().n * inner;
     E* from = array_ + begin * inner;
     for (std::int64_t at = 0; at < panel_.width(); at += inner, from += matrix) {
-      for (std::int64_t i = 0; i < rows; ++i) body(from + i * inner, buffer_ + i * kPanelWidth + at, inner);
+      body(from, buffer_ + at, inner);
     }
   }
 

@@ -29,6 +29,7 @@
 #include "ffi/runtime/dispatch.h"
 #include "ffi/runtime/float_mode.h"
 #include "ffi/runtime/parallel.h"
+#include "tests/selftest/column_bits.h"
 #include "tests/selftest/current_case.h"
 #include "tests/selftest/family.h"
 #include "tests/selftest/halves.h"
@@ -588,6 +589,7 @@ void CheckElement(const Options& options, Report& report) {
     CheckJacobian<E>(options.kernels, options.quick, report);
   CheckLseClasses<E>(options.kernels, options.quick, report);
   CheckFamily<E>(options.kernels, options.quick, report);
+  CheckColumnBits<E>(options.kernels, options.quick, report);
 }
 
 int Main(const Options& options) {
