@@ -30,6 +30,12 @@ class ColumnBitsCheck {
       array->resize(size);
       for (E& element : *array) Encode(random.Normal(), element);
     }
+    // Blocks of rows have other maxima, and sums of t that cancel.
+    for (std::size_t at = 0; at < size; ++at) {
+      const std::int64_t i = static_cast<std::int64_t>(at) % n;
+      Encode(Decode(x_[at]) + 30.0 * static_cast<double>(i) / static_cast<double>(n), x_[at]);
+      Encode(i % 2 == 0 ? Decode(t_[at]) + 100.0 : -100.0, t_[at]);
+    }
     where_.resize(size);
     for (std::uint8_t& element : where_) element = random.Uniform() < 0.7;
     for (auto* array : {&scale_, &factor_}) {
