@@ -33,16 +33,22 @@ struct PanelPlan {
 };
 
 // Panels in which the bits of a column depend on n alone.
-inline PanelPlan PlanPanels(const Layout& layout, int lanes) {
+inline PanelPlan PlanPanels(const Executor& executor, const Layout& layout, int lanes) {
   // What is done once a panel takes as long as some hundred elements.
-  constexpr std::int64_t kSmallMatrix = 1024, kSmallPanel = 64;
-  const std::int64_t inner = layout.inner;
+  constexpr std::int64_t kSmallMatrix = 1024, kNarrowPanel = 64;
+  const std::int64_t inner = layout.inner, threads = executor.Helpers() + 1;
   const bool is_small = layout.n * inner <= kSmallMatrix;
-  const std::int64_t wanted = is_small ? kPanelWidth : inner < lanes ? kSmallPanel : 1;
+  const std::int64_t wanted = is_small ? kPanelWidth : inner < lanes ? kNarrowPanel : 1;
   const std::int64_t group = std::max<std::int64_t>(1, std::min(layout.outer, wanted / inner));
-  const int width = static_cast<int>(std::min<std::int64_t>(kPanelWidth, group * inner));
-  const std::int64_t per_matrix = CeilDiv(inner, width);
-  return {group, 1, width, kPanelBlock, per_matrix, CeilDiv(layout.outer, group) * per_matrix};
+  // Every thread should find panels, though narrow ones touch more pages.
+  std::int64_t most = kPanelWidth;
+  if (layout.outer * layout.n * inner >= kMinParallel) {
+    while (most > kNarrowPanel && layout.outer * CeilDiv(inner, most) < 2 * threads) most /= 2;
+  }
+  const std::int64_t width = group > 1 ? group * inner : std::min(most, inner);
+  const std::int64_t per_matrix = group > 1 ? 1 : CeilDiv(inner, width);
+  return {group,       1,          static_cast<int>(width),
+          kPanelBlock, per_matrix, CeilDiv(layout.outer, group) * per_matrix};
 }
 
 // Panels of softmax without operands, where matrices are folded.

@@ -38,10 +38,7 @@ class LogitsRow {
   // `buffer` has room for BufferSize(logits) elements, or is null: then operands are applied block by block.
   // It is the row's until another is constructed with it.
   LogitsRow(const Kernels& kernels, const Logits<E>& logits, std::int64_t row, T* buffer)
-      : kernels_(&kernels),
-        where_(logits.where.data),
-        where_step_(logits.where.step),
-        full_(logits.n) {
+      : kernels_(&kernels), where_(logits.where.data), where_step_(logits.where.step), full_(logits.n) {
     args_ = {logits.x + row * logits.n, nullptr, nullptr, 1, 0, -std::numeric_limits<T>::infinity()};
     begin_ = 0;
     end_ = full_;

@@ -83,7 +83,7 @@ class LogSumExpPanel {
 template <typename E>
 void LogSumExpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits, E* y,
                       Lse<ComputeOf<E>> lse) {
-  const PanelPlan plan = PlanPanels(logits.layout(), kernels.Of<E>().lanes);
+  const PanelPlan plan = PlanPanels(executor, logits.layout(), kernels.Of<E>().lanes);
   ForColumnPanels(executor, logits.layout(), plan, [&](const ColumnPanel& panel) {
     return LogSumExpPanel<E>(kernels, logits, panel, y, lse);
   });

@@ -160,7 +160,7 @@ class LogSoftmaxVjpPanel {
 template <typename E>
 void LogSumExpJvpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
                          const LabelledLse<E>& lse, const E* t, ComputeOf<E>* out) {
-  const PanelPlan plan = PlanPanels(logits.layout(), kernels.Of<E>().lanes);
+  const PanelPlan plan = PlanPanels(executor, logits.layout(), kernels.Of<E>().lanes);
   ForColumnPanels(executor, logits.layout(), plan, [&](const ColumnPanel& panel) {
     return LogSumExpJvpPanel<E>(kernels, logits, panel, lse, t, out);
   });
@@ -169,7 +169,7 @@ void LogSumExpJvpColumns(const Kernels& kernels, Executor& executor, const Logit
 template <typename E>
 void LogSumExpVjpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
                          const LabelledLse<E>& lse, const ComputeOf<E>* factor, E* y) {
-  const PanelPlan plan = PlanPanels(logits.layout(), kernels.Of<E>().lanes);
+  const PanelPlan plan = PlanPanels(executor, logits.layout(), kernels.Of<E>().lanes);
   ForColumnPanels(executor, logits.layout(), plan, [&](const ColumnPanel& panel) {
     return LogSumExpVjpPanel<E>(kernels, logits, panel, lse, factor, y);
   });
@@ -178,7 +178,7 @@ void LogSumExpVjpColumns(const Kernels& kernels, Executor& executor, const Logit
 template <typename E>
 void LogSoftmaxVjpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
                           const LabelledLse<E>& lse, const E* t, E* out) {
-  const PanelPlan plan = PlanPanels(logits.layout(), kernels.Of<E>().lanes);
+  const PanelPlan plan = PlanPanels(executor, logits.layout(), kernels.Of<E>().lanes);
   ForColumnPanels(executor, logits.layout(), plan, [&](const ColumnPanel& panel) {
     return LogSoftmaxVjpPanel<E>(kernels, logits, panel, lse, t, out);
   });

@@ -126,9 +126,9 @@ void SoftmaxColumns(const Kernels& kernels, Executor& executor, const SoftmaxPla
   const Layout layout = logits.layout();
   const KernelTable<E>& table = kernels.Of<E>();
   if (logits.HasOperands()) {
-    return ForColumnPanels(executor, layout, PlanPanels(layout, table.lanes), [&](const ColumnPanel& panel) {
-      return LogitsSoftmaxPanel<E>(kernels, logits, panel, plan, y);
-    });
+    return ForColumnPanels(
+        executor, layout, PlanPanels(executor, layout, table.lanes),
+        [&](const ColumnPanel& panel) { return LogitsSoftmaxPanel<E>(kernels, logits, panel, plan, y); });
   }
   if (layout.n <= kMaxSmallColumn && layout.inner >= table.lanes) {
     return SmallColumns(table, executor, logits.x, y, layout);

@@ -96,7 +96,7 @@ void SoftmaxJacobian(const KernelTable<E>& kernels, Executor& executor, const E*
     const bool exceeds_llc = 3 * rows * n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
     return JacobianRows(kernels, executor, y, t, out, rows, n, exceeds_llc && out != y && out != t);
   }
-  ForColumnPanels(executor, layout, PlanPanels(layout, kernels.lanes),
+  ForColumnPanels(executor, layout, PlanPanels(executor, layout, kernels.lanes),
                   [&](const ColumnPanel& panel) { return JacobianPanel<E>(kernels, panel, y, t, out); });
 }
 
