@@ -129,7 +129,12 @@ class LogitsPanel {
     ForPanelRows(segment, true, [&](std::int64_t begin, std::int64_t rows) {
       if constexpr (std::is_same_v<E, T>) {
         if (!logits_->HasOperands()) {
-          return body(x.Load(begin, rows), panel_.Rows(segment, rows, kPanelWidth), begin);
+          const T* from = x.Load(begin, rows);
+          if (!panel_.IsGroup()) {
+            CopyRows<T>(from, x.stride(), z, kPanelWidth, rows, panel_.width());
+            from = z;
+          }
+          return body(from, panel_.Rows(segment, rows, kPanelWidth), begin);
         }
       }
       E bias[kPanelBlock * kPanelWidth];
@@ -175,7 +180,11 @@ class LogitsPanel {
   }
 
  private:
-  bool IsX() const { return std::is_same_v<E, T> && !logits_->HasOperands() && !panel_.IsGroup(); }
+  bool IsX() const {
+    return std::is_same_v<E, T> && !logits_->HasOperands() && !panel_.IsGroup() && !RowsShareSets();
+  }
+  // Whether a block's rows would push each other out of a first-level cache of 8 ways and 4096 bytes each.
+  bool RowsShareSets() const { return panel_.stride() * static_cast<std::int64_t>(sizeof(E)) % 4096 == 0; }
 
   const Kernels* kernels_;
   const Logits<E>* logits_;

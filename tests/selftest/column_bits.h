@@ -60,7 +60,7 @@ class ColumnBitsCheck {
   void CheckKernels(const Kernels& kernels, bool has_operands) {
     InlineExecutor this_thread;
     const Results expected = Run(kernels, this_thread, {1, n_, kColumns}, has_operands);
-    for (const std::int64_t inner : {2, 3, 4, 7, 8, 15, 16, 17, 40, 100, 257}) {
+    for (const std::int64_t inner : {2, 3, 4, 7, 8, 15, 16, 17, 40, 100, 257, 1024}) {
       for (const std::int64_t outer : {1, 2, 9, 33, 120}) {
         const Layout layout{outer, n_, inner};
         if (outer * n_ * inner > 300000) continue;
