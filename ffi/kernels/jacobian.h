@@ -7,6 +7,7 @@
 #include "ffi/base/error_free.h"
 #include "ffi/base/inline.h"
 #include "ffi/base/layout.h"
+#include "ffi/kernels/compensated_lanes.h"
 #include "ffi/kernels/extended_sum.h"
 #include "ffi/kernels/table.h"
 
@@ -97,8 +98,8 @@ class JacobianKernels {
   template <typename Source>
   static SOFTMAX2P_INLINE void SumBlock(const Source& source, std::int64_t i, std::int64_t n,
                                         CompensatedSum& total) {
-    Accumulator even, odd;
-    const auto add = [&](Accumulator& to, auto... at) {
+    CompensatedLanes<V> even, odd;
+    const auto add = [&](CompensatedLanes<V>& to, auto... at) {
       V error;
       const V term = source.At(at..., error);
       to.Add(term, error);
@@ -112,26 +113,16 @@ class JacobianKernels {
       i += V::kLanes;
     }
     if (i < n) add(odd, i, static_cast<int>(n - i));
-    even.AddTo(total);
-    odd.AddTo(total);
+    AddTo(total, even);
+    AddTo(total, odd);
   }
 
-  struct Accumulator {
-    V sum = V::Broadcast(0);
-    V rest = V::Broadcast(0);
-
-    SOFTMAX2P_INLINE void Add(V term, V error) {
-      V rounding;
-      sum = TwoSum(sum, term, rounding);
-      rest = rest + (rounding + error);
-    }
-    SOFTMAX2P_INLINE void AddTo(CompensatedSum& total) const {
-      total.AddLanes(sum);
-      CompensatedSum errors;
-      errors.AddLanes(rest);
-      total.lo += errors.hi;
-    }
-  };
+  static SOFTMAX2P_INLINE void AddTo(CompensatedSum& total, const CompensatedLanes<V>& lanes) {
+    total.AddLanes(lanes.sum);
+    CompensatedSum errors;
+    errors.AddLanes(lanes.rest);
+    total.lo += errors.hi;
+  }
 };
 
 }  // namespace jax_softmax2p

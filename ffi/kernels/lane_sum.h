@@ -70,6 +70,12 @@ class LaneAccumulator {
   // With the lowest reference.
   SOFTMAX2P_INLINE LaneAccumulator() : reference_(V::Broadcast(-kMaxExponent)) {}
 
+  // Continues where another stopped.
+  explicit SOFTMAX2P_INLINE LaneAccumulator(const LaneSums<V>& state)
+      : sum_(state.hi), rest_(state.lo), reference_(state.exponent) {}
+  // What another needs to continue: no sums, but as many vectors.
+  SOFTMAX2P_INLINE LaneSums<V> State() const { return {sum_, rest_, reference_}; }
+
   SOFTMAX2P_INLINE V reference() const { return reference_; }
 
   // Raises the reference where needed, so that there is room for elements x of up to `maximum`.

@@ -1,13 +1,13 @@
-// Softmax along an axis that is not the last: panels of columns, lanes across columns, without a transpose.
-//
-// Every column has a sum, an exponent and a scale of its own. Pass 1 takes a panel in blocks of rows, and in
-// every block one vector of columns after the other, so that a block stays in the first-level cache while its
-// maximum is found and its exponentials are added.
+// Softmax and its logarithm along an axis that is not the last: panels of columns, lanes across columns,
+// without a transpose. Every column has a sum, an exponent and a scale of its own. In pass 1 the maximum of a
+// block is found, and then its exponentials are added.
 #pragma once
 
 #include <cstdint>
 
 #include "ffi/base/inline.h"
+#include "ffi/kernels/lane_log.h"
+#include "ffi/kernels/panel_blocks.h"
 #include "ffi/kernels/passes.h"
 #include "ffi/kernels/table.h"
 
@@ -17,14 +17,12 @@ namespace jax_softmax2p {
 template <typename V, typename E>
 class PanelKernels {
   using T = typename V::Scalar;
-  // Elements of a block of rows: 16 KiB of float32.
-  static constexpr int kBlock = 4096;
-  static constexpr int kVectors = kPanelWidth / V::kLanes;
 
  public:
-  static void Maximum(const E* x, const Panel& panel, T* maximum) {
+  static void Maximum(const E* x, const Panel& panel, bool resume, T* maximum) {
     ForVectors<V>(panel.width, [&](int, int at, const auto& access) {
-      access.Store(MaxColumn<V>(access, x + at, panel.stride, panel.rows), maximum + at);
+      const V above = resume ? access.Load(maximum + at) : V::Broadcast(kMinusInfinity<V>);
+      access.Store(Max(MaxColumn<V>(access, x + at, panel.stride, panel.rows), above), maximum + at);
     });
     ForVectors<V>(panel.tail, [&](int, int at, const auto& access) {
       const V above = access.Load(maximum + at);
@@ -32,14 +30,14 @@ class PanelKernels {
     });
   }
 
-  static void Sum(const E* x, T* kept, const Panel& panel, const T* maximum, const T* subtract,
-                  const PanelSums<T>& sums) {
+  static void Sum(const E* x, T* kept, const Panel& panel, PanelStretch stretch, const T* maximum,
+                  const T* subtract, const PanelSums<T>& sums, T* largest) {
     if (subtract != nullptr) {
-      SumPanel(x, Discard{}, panel, maximum, SubtractMaxOf{subtract}, sums);
+      SumPanel(x, Discard{}, panel, stretch, maximum, SubtractMaxOf{subtract}, sums, largest);
     } else if (kept != nullptr) {
-      SumPanel(x, kept, panel, maximum, RecomputeAll{}, sums);
+      SumPanel(x, kept, panel, stretch, maximum, RecomputeAll{}, sums, largest);
     } else {
-      SumPanel(x, Discard{}, panel, maximum, RecomputeAll{}, sums);
+      SumPanel(x, Discard{}, panel, stretch, maximum, RecomputeAll{}, sums, largest);
     }
   }
 
@@ -59,15 +57,57 @@ class PanelKernels {
     });
   }
 
+  static void Lse(const PanelSums<T>& sums, const T* maximum, const T* subtract, int width, T* hi, T* lo,
+                  T* log) {
+    ForVectors<V>(width, [&](int, int at, const auto& access) {
+      const V largest = access.Load(maximum + at, 0);
+      const V read = subtract != nullptr ? largest - access.Load(subtract + at, 0) : largest;
+      const LaneLog<V> of_sum(Load(access, sums, at), read);
+      const V of_lanes = V::Load(of_sum.log);
+      V error, rest;
+      const V sum = TwoSum(largest, of_lanes, error);
+      access.Store(FastTwoSum(sum, error + V::Load(of_sum.rest), rest), hi + at);
+      access.Store(rest, lo + at);
+      access.Store(of_lanes, log + at);
+    });
+  }
+
   static void Write(const E* x, const T* kept, E* y, const Panel& panel, const PanelSums<T>& scales,
                     const T* subtract) {
     if (subtract != nullptr) {
-      WritePanel(SubtractMaxOf{subtract}, x, Discard{}, y, panel, scales);
+      WriteScaled(SubtractMaxOf{subtract}, x, Discard{}, y, panel, panel.stride, scales);
     } else if (kept != nullptr) {
-      WritePanel(ReloadAll{}, x, kept, y, panel, scales);
+      WriteScaled(ReloadAll{}, x, kept, y, panel, panel.stride, scales);
     } else {
-      WritePanel(RecomputeAll{}, x, Discard{}, y, panel, scales);
+      WriteScaled(RecomputeAll{}, x, Discard{}, y, panel, panel.stride, scales);
     }
+  }
+
+  static void WriteLogits(const T* z, E* y, const Panel& panel, std::int64_t y_stride,
+                          const PanelSums<T>& scales, const T* subtract) {
+    if (subtract != nullptr) {
+      WriteScaled(SubtractMaxOf{subtract}, z, Discard{}, y, panel, y_stride, scales);
+    } else {
+      WriteScaled(RecomputeAll{}, z, Discard{}, y, panel, y_stride, scales);
+    }
+  }
+
+  static void MinusLse(const T* z, E* y, const Panel& panel, std::int64_t y_stride, const T* hi, const T* lo,
+                       const T* factor) {
+    ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
+      const T* const from = z + row * panel.stride + at;
+      E* const to = y + row * y_stride + at;
+      const V lse_hi = access.Load(hi + at, 0), lse_lo = access.Load(lo + at, 0);
+      if (factor == nullptr) {
+        const NoExp<V, SubtractLse<V>> minus{{lse_hi, lse_lo}};
+        WriteColumn<V>(access, access, minus, from, Discard{}, to, panel.stride, y_stride, panel.block, rows,
+                       NoScaler<V>{});
+      } else {
+        const RecomputeMinusLse<V> minus(lse_hi, lse_lo);
+        WriteColumn<V>(access, access, minus, from, Discard{}, to, panel.stride, y_stride, panel.block, rows,
+                       Scaler<V>{access.Load(factor + at, 0), V::Broadcast(0)});
+      }
+    });
   }
 
  private:
@@ -102,31 +142,29 @@ class PanelKernels {
     }
   };
 
-  static SOFTMAX2P_INLINE std::int64_t BlockRows(const Panel& panel) {
-    return panel.width < kBlock / kUnroll ? kBlock / panel.width : kUnroll;
-  }
-
   template <typename Kept, typename Readers>
-  static SOFTMAX2P_INLINE void SumPanel(const E* x, Kept kept, const Panel& panel, const T* maximum,
-                                        const Readers& readers, const PanelSums<T>& sums) {
-    LaneAccumulator<V> accumulators[kVectors];
-    const auto add = [&](int v, int at, const auto& access, std::int64_t row, std::int64_t rows) {
-      const auto read = readers.Reader(access, at);
-      const E* const from = x + row * panel.stride + at;
-      const V highest =
-          maximum != nullptr ? access.Load(maximum + at) : MaxColumn<V>(access, from, panel.stride, rows);
-      accumulators[v].Rescale(read(highest));
-      AddColumn(access, from, kept + row * panel.stride + at, panel.stride, BlockRows(panel), rows, read,
-                accumulators[v]);
-    };
-    const std::int64_t block = BlockRows(panel);
-    for (std::int64_t row = 0; row < panel.rows; row += block) {
-      const std::int64_t rows = panel.rows - row < block ? panel.rows - row : block;
-      ForVectors<V>(panel.width, [&](int v, int at, const auto& access) { add(v, at, access, row, rows); });
-    }
-    ForVectors<V>(panel.tail, [&](int v, int at, const auto& access) { add(v, at, access, panel.rows, 1); });
+  static SOFTMAX2P_INLINE void SumPanel(const E* x, Kept kept, const Panel& panel, PanelStretch stretch,
+                                        const T* maximum, const Readers& readers, const PanelSums<T>& sums,
+                                        T* largest) {
+    LaneAccumulator<V> accumulators[kPanelVectors<V>];
+    V maxima[kPanelVectors<V>];
     ForVectors<V>(panel.width, [&](int v, int at, const auto& access) {
-      Store(access, accumulators[v].Sums(), sums, at);
+      if (!stretch.first) accumulators[v] = LaneAccumulator<V>(Load(access, sums, at));
+      const bool resume = largest != nullptr && !stretch.first;
+      maxima[v] = resume ? access.Load(largest + at) : V::Broadcast(kMinusInfinity<V>);
+    });
+    ForPanelBlocks<V>(panel, [&](int v, int at, const auto& access, std::int64_t row, std::int64_t rows) {
+      const auto read = readers.Reader(access, at);
+      const std::int64_t i = row * panel.stride + at;
+      const V highest =
+          maximum != nullptr ? access.Load(maximum + at) : MaxColumn<V>(access, x + i, panel.stride, rows);
+      maxima[v] = Max(highest, maxima[v]);
+      accumulators[v].Rescale(read(highest));
+      AddColumn(access, x + i, kept + i, panel.stride, panel.block, rows, read, accumulators[v]);
+    });
+    ForVectors<V>(panel.width, [&](int v, int at, const auto& access) {
+      Store(access, stretch.last ? accumulators[v].Sums() : accumulators[v].State(), sums, at);
+      if (largest != nullptr) access.Store(maxima[v], largest + at);
     });
   }
 
@@ -142,21 +180,18 @@ class PanelKernels {
     access.Store(total.exponent, sums.exponent + at);
   }
 
-  template <typename Sources, typename Kept>
-  static SOFTMAX2P_INLINE void WritePanel(const Sources& sources, const E* x, Kept kept, E* y,
-                                          const Panel& panel, const PanelSums<T>& scales) {
-    const auto write = [&](int at, const auto& access, std::int64_t row, std::int64_t rows) {
-      const std::int64_t i = row * panel.stride + at;
+  // `In` is E or T.
+  template <typename Sources, typename In, typename Kept>
+  static SOFTMAX2P_INLINE void WriteScaled(const Sources& sources, const In* x, Kept kept, E* y,
+                                           const Panel& panel, std::int64_t y_stride,
+                                           const PanelSums<T>& scales) {
+    ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const LaneSums<V> scale = Load(access, scales, at);
-      WriteColumn<V>(access, access, sources.Source(access, at, scale.exponent), x + i, kept + i, y + i,
-                     panel.stride, BlockRows(panel), rows, Scaler<V>{scale.hi, scale.lo});
-    };
-    const std::int64_t block = BlockRows(panel);
-    for (std::int64_t row = 0; row < panel.rows; row += block) {
-      const std::int64_t rows = panel.rows - row < block ? panel.rows - row : block;
-      ForVectors<V>(panel.width, [&](int, int at, const auto& access) { write(at, access, row, rows); });
-    }
-    ForVectors<V>(panel.tail, [&](int, int at, const auto& access) { write(at, access, panel.rows, 1); });
+      const std::int64_t i = row * panel.stride + at;
+      WriteColumn<V>(access, access, sources.Source(access, at, scale.exponent), x + i, kept + i,
+                     y + row * y_stride + at, panel.stride, y_stride, panel.block, rows,
+                     Scaler<V>{scale.hi, scale.lo});
+    });
   }
 };
 

@@ -10,6 +10,7 @@
 //
 // Arguments that all loops share: `x` points to the first vector, `stride` is the distance of vectors in
 // elements, `rows` their number, `access` is how they are loaded, `ahead` how far they are fetched ahead.
+// Results have a stride of their own, `y_stride`.
 #pragma once
 
 #include <cstdint>
@@ -86,29 +87,30 @@ struct NoScaler {
 };
 
 template <int K, typename V, typename Access, typename Out, typename In, typename E, typename Kept,
-          typename Stride, typename Far, typename Source, typename Scaling>
+          typename Stride, typename YStride, typename Far, typename Source, typename Scaling>
 SOFTMAX2P_INLINE void WriteVectors(const Access& access, const Out& out, const Source& source, const In* x,
-                                   Kept kept, E* y, Stride stride, Far ahead, const Scaling& scaler) {
+                                   Kept kept, E* y, Stride stride, YStride y_stride, Far ahead,
+                                   const Scaling& scaler) {
   Prefetch<K>(x, stride, ahead);
   V v[K];
   scaler(source.template At<K>(access, x, kept, stride), v);
-  SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) out.Store(v[k], y + k * stride);
+  SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) out.Store(v[k], y + k * y_stride);
 }
 
 // Pass 2: writes scaler(source(x)) to y through `out`. y may be x.
 template <typename V, typename Access, typename Out, typename In, typename E, typename Kept, typename Stride,
-          typename Far, typename Source, typename Scaling>
+          typename YStride, typename Far, typename Source, typename Scaling>
 SOFTMAX2P_INLINE void WriteColumn(const Access& access, const Out& out, const Source& source, const In* x,
-                                  Kept kept, E* y, Stride stride, Far ahead, std::int64_t rows,
-                                  const Scaling& scaler) {
+                                  Kept kept, E* y, Stride stride, YStride y_stride, Far ahead,
+                                  std::int64_t rows, const Scaling& scaler) {
   std::int64_t i = 0;
   for (; i + kUnroll <= rows; i += kUnroll) {
-    WriteVectors<kUnroll, V>(access, out, source, x + i * stride, kept + i * stride, y + i * stride, stride,
-                             ahead, scaler);
+    WriteVectors<kUnroll, V>(access, out, source, x + i * stride, kept + i * stride, y + i * y_stride, stride,
+                             y_stride, ahead, scaler);
   }
   for (; i < rows; ++i) {
-    WriteVectors<1, V>(access, out, source, x + i * stride, kept + i * stride, y + i * stride, stride, ahead,
-                       scaler);
+    WriteVectors<1, V>(access, out, source, x + i * stride, kept + i * stride, y + i * y_stride, stride,
+                       y_stride, ahead, scaler);
   }
 }
 

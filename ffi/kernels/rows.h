@@ -117,7 +117,8 @@ class RowKernels {
                                          const Scaling& scaler, bool non_temporal) {
     const auto part = [&](std::int64_t i, int count) {
       const Tail<V> access{count};
-      WriteVectors<1, V>(access, access, source, x + i, kept + i, y + i, kAdjacent<V>, Ahead<0>{}, scaler);
+      WriteVectors<1, V>(access, access, source, x + i, kept + i, y + i, kAdjacent<V>, kAdjacent<V>,
+                         Ahead<0>{}, scaler);
     };
     std::int64_t i = 0;
     if (non_temporal) {
@@ -128,10 +129,10 @@ class RowKernels {
     const std::int64_t vectors = (n - i) / V::kLanes;
     if (non_temporal) {
       WriteColumn<V>(FullVector<V>{}, NonTemporal<V>{}, source, x + i, kept + i, y + i, kAdjacent<V>,
-                     WriteAhead{}, vectors, scaler);
+                     kAdjacent<V>, WriteAhead{}, vectors, scaler);
     } else {
       WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, source, x + i, kept + i, y + i, kAdjacent<V>,
-                     WriteAhead{}, vectors, scaler);
+                     kAdjacent<V>, WriteAhead{}, vectors, scaler);
     }
     i += vectors * V::kLanes;
     if (i < n) part(i, static_cast<int>(n - i));

@@ -1,5 +1,5 @@
 // The scale, the bias and the mask that stand before a softmax in most programs, applied to a stretch of a
-// row.
+// row, or to rows of a panel.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace jax_softmax2p {
 
-// For elements E, computed in V. KernelTable says what Apply does.
+// For elements E, computed in V. KernelTable says what the public functions do.
 template <typename V, typename E>
 class ScaleBiasMaskKernel {
   using T = typename V::Scalar;
@@ -23,7 +23,71 @@ class ScaleBiasMaskKernel {
     return args.where == nullptr ? ApplyWith<false>(args, z, n) : ApplyWith<true>(args, z, n);
   }
 
+  static void ApplyToPanel(const PanelLogits<E>& logits, std::int64_t rows, int width, T* z,
+                           std::int64_t z_stride) {
+    const PanelOperand<E>& bias = logits.bias;
+    const PanelOperand<std::uint8_t>& where = logits.where;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const E* const x = logits.x + i * logits.stride;
+      T* const to = z + i * z_stride;
+      const std::uint8_t* const mask = where.data == nullptr ? nullptr : where.data + i * where.stride;
+      const bool masked_throughout = mask != nullptr && where.step == 0 && *mask == 0;
+      const auto apply = [&](const auto& shift) {
+        if (masked_throughout) return FillRow(width, to);
+        where.step == 0 ? ApplyToRow<false>(x, logits.scale, shift, mask, width, to)
+                        : ApplyToRow<true>(x, logits.scale, shift, mask, width, to);
+      };
+      if (bias.step != 0) {
+        apply(Shifts{bias.data + i * bias.stride});
+      } else {
+        apply(Shift{V::Broadcast(bias.data == nullptr ? T{0} : T{Widen(bias.data[i * bias.stride])})});
+      }
+    }
+  }
+
  private:
+  // The bias of the columns from `at` on: an element for each, or one for all.
+  struct Shifts {
+    const E* bias;
+    template <typename Access>
+    SOFTMAX2P_INLINE V At(const Access& access, int at) const {
+      return access.Load(bias + at, 0);
+    }
+  };
+  struct Shift {
+    V bias;
+    template <typename Access>
+    SOFTMAX2P_INLINE V At(const Access&, int) const {
+      return bias;
+    }
+  };
+
+  // The bytes of a mask that belong to a vector: where there are fewer, a copy.
+  struct Mask {
+    SOFTMAX2P_INLINE Mask(const FullVector<V>&, const std::uint8_t* where) : bytes(where) {}
+    SOFTMAX2P_INLINE Mask(const Tail<V>& tail, const std::uint8_t* where) : bytes(copy) {
+      std::memcpy(copy, where, static_cast<std::size_t>(tail.count));
+    }
+    const std::uint8_t* bytes;
+    std::uint8_t copy[V::kLanes] = {};
+  };
+
+  template <bool masked, typename Bias>
+  static SOFTMAX2P_INLINE void ApplyToRow(const E* x, const T* scale, const Bias& bias,
+                                          const std::uint8_t* where, int width, T* z) {
+    ForVectors<V>(width, [&](int, int at, const auto& access) {
+      V v = Fma(access.Load(x + at, 0), access.Load(scale + at, 0), bias.At(access, at));
+      if constexpr (masked) v = V::Where(Mask(access, where + at).bytes, v, V::Broadcast(kMinusInfinity<V>));
+      access.Store(v, z + at);
+    });
+  }
+
+  static SOFTMAX2P_INLINE void FillRow(int width, T* z) {
+    ForVectors<V>(width, [&](int, int at, const auto& access) {
+      access.Store(V::Broadcast(kMinusInfinity<V>), z + at);
+    });
+  }
+
   template <bool masked>
   static SOFTMAX2P_INLINE T ApplyWith(const ScaleBiasMaskArgs<E>& args, T* z, std::int64_t n) {
     const V scale = V::Broadcast(args.scale), shift = V::Broadcast(args.shift),

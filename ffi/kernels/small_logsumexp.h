@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "ffi/base/inline.h"
-#include "ffi/kernels/log.h"
+#include "ffi/kernels/lane_log.h"
 #include "ffi/kernels/passes.h"
 #include "ffi/kernels/small_tile.h"
 #include "ffi/kernels/table.h"
@@ -24,32 +24,16 @@ class SmallLogSumExpKernels {
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {
       const int count = Tile::RowsOf(outer - first);
       Tile::Load(x + first * n, count, n, tile);
-      const V largest[1] = {MaxColumn<V>(FullVector<V>{}, tile, kAdjacent<V>, n)};
-      LaneAccumulator<V> sum(largest[0]);
+      const V largest = MaxColumn<V>(FullVector<V>{}, tile, kAdjacent<V>, n);
+      LaneAccumulator<V> sum(largest);
       AddColumn(FullVector<V>{}, tile, Discard{}, kAdjacent<V>, Ahead<0>{}, n, Identity{}, sum);
-      const LaneSums<V> total = sum.Sums();
-      const ExtExp<V, 1> of_largest = ExtExpKernel<V>(sum.reference())(largest);
-      T maxima[V::kLanes], sums[V::kLanes], rests[V::kLanes], exponents[V::kLanes];
-      T powers[V::kLanes], mantissas[V::kLanes];
-      double logs[V::kLanes], log_rests[V::kLanes];
-      largest[0].Store(maxima);
-      total.hi.Store(sums);
-      total.lo.Store(rests);
-      total.exponent.Store(exponents);
-      of_largest.pow2[0].Store(powers);
-      of_largest.expm1[0].Store(mantissas);
-      for (int l = 0; l < V::kLanes; ++l) {
-        logs[l] = LogOfSumOverLargest(sums[l], rests[l], powers[l], mantissas[l], log_rests[l]);
-      }
-      for (int l = 0; l < count; ++l) {
-        const T size = exponents[l] < 0 ? -exponents[l] : exponents[l];
-        const bool exact = size < ReductionFor<V>::kMaxExponent - 1;
-        maximum[first + l] = maxima[l];
-        // sums - sums is NaN where the sum is no number.
-        log[first + l] =
-            exact ? static_cast<T>(logs[l]) + (sums[l] - sums[l]) : kMinusInfinity<V> - kMinusInfinity<V>;
-        rest[first + l] = static_cast<T>((logs[l] - static_cast<double>(log[first + l])) + log_rests[l]);
-      }
+      const LaneLog<V> of_sum(sum.Sums(), largest);
+      const auto store = [&](V lanes, T* p) {
+        count == V::kLanes ? lanes.Store(p) : Tail<V>{count}.Store(lanes, p);
+      };
+      store(largest, maximum + first);
+      store(V::Load(of_sum.log), log + first);
+      store(V::Load(of_sum.rest), rest + first);
     }
   }
 
@@ -68,7 +52,7 @@ class SmallLogSumExpKernels {
         for (int i = 0; i < n; ++i) minus(V::Load(tile + i * V::kLanes)).Store(tile + i * V::kLanes);
       } else {
         WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, RecomputeMinusLse<V>(lse_hi, lse_lo), tile,
-                       Discard{}, tile, kAdjacent<V>, Ahead<0>{}, n,
+                       Discard{}, tile, kAdjacent<V>, kAdjacent<V>, Ahead<0>{}, n,
                        Scaler<V>{load(factor + first), V::Broadcast(0)});
       }
       Tile::Store(tile, count, n, y + first * n, false);

@@ -99,7 +99,7 @@ class SmallSoftmaxKernels {
   static SOFTMAX2P_INLINE void Write(const ColumnScale& sum, T* x, const T* kept, int n, int stride) {
     if (!sum.exact) return GuardedColumn(x, n, stride);
     WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, Reload<V>(sum.scale.exponent), x, kept, x, stride,
-                   Ahead<0>{}, n, Scaler<V>{sum.scale.hi, sum.scale.lo});
+                   stride, Ahead<0>{}, n, Scaler<V>{sum.scale.hi, sum.scale.lo});
   }
 
   // The guard's third pass (see ops/guarded_sum.h), for the lanes that need it: the others have a maximum of
@@ -127,7 +127,7 @@ class SmallSoftmaxKernels {
       if (infinite[l]) hi[l] = kMinusInfinity<V> - kMinusInfinity<V>;
     }
     WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, Recompute<V, SubtractMax<V>>(scale.exponent, minus), x,
-                   Discard{}, x, stride, Ahead<0>{}, n, Scaler<V>{V::Load(hi), scale.lo});
+                   Discard{}, x, stride, stride, Ahead<0>{}, n, Scaler<V>{V::Load(hi), scale.lo});
   }
 };
 

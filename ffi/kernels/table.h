@@ -47,12 +47,20 @@ struct RowScale {
 };
 
 // `width` columns of `rows` elements each, element i of column c at x[c + i * stride], and one element more
-// in the first `tail` columns.
+// in the first `tail` columns. Kernels take `block` rows at a time, which share an exponent.
 struct Panel {
   std::int64_t rows;
   std::int64_t stride;
   int width;
   int tail;
+  std::int64_t block;
+};
+
+// Which rows of a sum a panel has. Unless it has the last of them, the sum is a state for the kernel to
+// continue from; the bits are those of one panel, if all stretches but the last have whole blocks.
+struct PanelStretch {
+  bool first;
+  bool last;
 };
 
 // For every column of a panel a sum, or the inverse of one: (hi + lo)·2^exponent.
@@ -61,6 +69,13 @@ struct PanelSums {
   T* hi;
   T* lo;
   T* exponent;
+};
+
+// For every column of a panel a dot product, hi + lo, in twice the working precision.
+template <typename T>
+struct PanelDots {
+  T* hi;
+  T* lo;
 };
 
 // A stretch of a row, and what is applied to it: scale·x + bias where the mask is not 0, otherwise `fill`.
@@ -74,6 +89,25 @@ struct ScaleBiasMaskArgs {
   ComputeOf<E> scale;
   ComputeOf<E> shift;
   ComputeOf<E> fill;
+};
+
+// An operand of a panel's logits: element (i, c) at data[i * stride + c * step], where step is 0 or 1.
+template <typename Element>
+struct PanelOperand {
+  const Element* data;
+  std::int64_t stride;
+  int step;
+};
+
+// The columns of a panel, and what is applied to them: scale·x + bias where the mask is not 0, otherwise
+// -inf. Every column has a scale; the bias and the mask may be null.
+template <typename E>
+struct PanelLogits {
+  const E* x;
+  std::int64_t stride;
+  const ComputeOf<E>* scale;
+  PanelOperand<E> bias;
+  PanelOperand<std::uint8_t> where;
 };
 
 // The sum of e^x of a row, and its largest element, NaNs passed over. A monoid under Combine.
@@ -143,18 +177,48 @@ struct KernelTable {
   // ---- Panels, of up to kPanelWidth columns and kMaxPanelRows rows. `maximum` and `subtract` are null, or
   // have an element for each column: the reference of its exponents, and what is subtracted from it.
 
-  // maximum[width]: the largest element of every column, NaNs passed over.
-  void (*panel_max)(const E* x, const Panel& panel, T* maximum);
-  // Pass 1: the sum of e^x of every column. `kept` is as in row_sum, and laid out as x.
-  void (*panel_sum)(const E* x, T* kept, const Panel& panel, const T* maximum, const T* subtract,
-                    const PanelSums<T>& sums);
+  // z = scale·x + bias, masked, as apply_scale_bias_mask rounds it; element (i, c) at z[c + i * z_stride].
+  void (*panel_apply)(const PanelLogits<E>& logits, std::int64_t rows, int width, T* z,
+                      std::int64_t z_stride);
+  // maximum[width]: the largest element of every column, NaNs passed over; with `resume`, or what is there.
+  void (*panel_max)(const E* x, const Panel& panel, bool resume, T* maximum);
+  // Pass 1: the sum of e^x of every column. `kept` is as in row_sum, and laid out as x. Where `maximum` is
+  // null, `largest` is null, too, or becomes what panel_max finds.
+  void (*panel_sum)(const E* x, T* kept, const Panel& panel, PanelStretch stretch, const T* maximum,
+                    const T* subtract, const PanelSums<T>& sums, T* largest);
   // Adds the sums `from` to the sums `into`, for `width` columns.
   void (*panel_merge)(const PanelSums<T>& into, const PanelSums<T>& from, int width);
   // Replaces hi + lo by 1/(hi + lo), for `width` columns. The exponents stay.
   void (*panel_invert)(const PanelSums<T>& sums, int width);
+  // The lse of `width` columns as hi + lo, hi its rounding, and `log`, as lse = maximum + log, all [width].
+  // `sums` are those of panel_sum with `subtract`, `maximum` those of x. The errors are those of small_lse;
+  // hi, lo and log are NaN where the sum is no number.
+  void (*panel_lse)(const PanelSums<T>& sums, const T* maximum, const T* subtract, int width, T* hi, T* lo,
+                    T* log);
   // Pass 2: y = (hi + lo)·2^-exponent·e^x, with the column's scale.
   void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelSums<T>& scales,
                       const T* subtract);
+  // The kernels below read columns of z, what panel_apply wrote, or x itself where that is a T; the panel is
+  // z's. The arrays beside it have a stride of their own.
+  void (*logits_panel_write)(const T* z, E* y, const Panel& panel, std::int64_t y_stride,
+                             const PanelSums<T>& scales, const T* subtract);
+  // As small_minus_lse, with one hi, lo and factor for each column.
+  void (*panel_minus_lse)(const T* z, E* y, const Panel& panel, std::int64_t y_stride, const T* hi,
+                          const T* lo, const T* factor);
+  // <e^(z - hi - lo), t> of every column, the exponential as in panel_minus_lse. Infinite and NaN terms make
+  // the hi of a sum infinite or NaN, and its lo 0. With `resume`, it is added to what is there.
+  void (*panel_dot_minus_lse)(const T* z, const E* t, const Panel& panel, std::int64_t t_stride, bool resume,
+                              const T* hi, const T* lo, const PanelDots<T>& dots);
+  // out = t - factor·e^(z - hi - lo), with one hi, lo and factor for each column. out may be t.
+  void (*panel_subtract_minus_lse)(const T* z, const E* t, E* out, const Panel& panel, std::int64_t t_stride,
+                                   const T* hi, const T* lo, const PanelDots<T>& factors);
+  // <y, t> and <1, t> alike.
+  void (*panel_dot)(const E* y, const E* t, const Panel& panel, bool resume, const PanelDots<T>& dots);
+  void (*panel_sum_terms)(const E* t, const Panel& panel, bool resume, const PanelDots<T>& dots);
+  // Adds the dot products `from` to those `into`, for `width` columns.
+  void (*panel_add_dots)(const PanelDots<T>& into, const PanelDots<T>& from, int width);
+  // As jacobian_write, with one dot product for each column. out may be y or t.
+  void (*panel_jacobian_write)(const E* y, const E* t, E* out, const Panel& panel, const PanelDots<T>& dots);
 
   // ---- Small arrays, with the guard's third pass where a row needs it.
 
@@ -173,10 +237,6 @@ struct KernelTable {
                           const T* factor);
   void (*logits_small_minus_lse)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
                                  const T* factor);
-
-  // ---- Columns, `stride` from one of their elements to the next, copied into rows[columns, n] and back.
-  void (*pack_columns)(const E* x, std::int64_t stride, std::int64_t n, std::int64_t columns, E* rows);
-  void (*unpack_columns)(const E* rows, E* x, std::int64_t stride, std::int64_t n, std::int64_t columns);
 
   // ---- Derivatives, over contiguous rows. Sums and dot products have twice the working precision.
 

@@ -11,7 +11,7 @@
 //   published algorithm would compute -inf + inf.
 // * kernels/lane_sum.h: LaneAccumulator::Reference clamps the exponent of a sum from below alike.
 // * kernels/small_softmax.h: GuardedColumn is the third pass of small matrices and columns.
-// * ops/softmax_columns.cc: SumMinusMaximum is the third pass of panels.
+// * ops/guarded_panel_sum.h is the third pass of panels.
 // * kernels/small_logsumexp.h: a log that is NaN tells the caller that a row needs the third pass.
 // * ops/logsumexp_derivatives.cc: ScaleFromLse has the lse subtracted beyond the exact range.
 // * kernels/unguarded_build.h compiles both clamps out, to measure what they cost.

@@ -28,8 +28,8 @@ struct Band {
 };
 
 // scale·x + bias where the masks let it through. x is [rows/inner, n, inner], C-contiguous; operations work
-// along n. Row r of x is row first_row + r of the operands, counted over `dims`, which are x's sizes without
-// n. Without operands `dims` is not needed and may be empty.
+// along n. Rows are counted over `dims`, which are x's sizes without n. Without operands `dims` is not needed
+// and may be empty.
 template <typename E>
 struct Logits {
   const E* x = nullptr;
@@ -37,7 +37,6 @@ struct Logits {
   std::int64_t rows = 0;
   std::int64_t n = 0;
   std::int64_t inner = 1;
-  std::int64_t first_row = 0;
   BroadcastOperand<ComputeOf<E>> scale;
   BroadcastOperand<E> bias;
   BroadcastOperand<std::uint8_t> where;
@@ -46,8 +45,8 @@ struct Logits {
   Layout layout() const { return {rows / inner, n, inner}; }
   bool HasBand() const { return band.before != Band::kUnlimited || band.after != Band::kUnlimited; }
   bool HasMask() const { return where.data != nullptr || HasBand(); }
-  // Whether x must be changed before a kernel takes it. Only LogitsRow, SmallRows and the choice of an
-  // algorithm depend on this; all else is one path.
+  // Whether x must be changed before a kernel takes it. Only LogitsRow, LogitsPanel, SmallRows and the choice
+  // of an algorithm depend on this; all else is one path.
   bool HasOperands() const { return scale.data != nullptr || bias.data != nullptr || HasMask(); }
 };
 

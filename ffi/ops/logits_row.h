@@ -38,17 +38,13 @@ class LogitsRow {
   // `buffer` has room for BufferSize(logits) elements, or is null: then operands are applied block by block.
   // It is the row's until another is constructed with it.
   LogitsRow(const Kernels& kernels, const Logits<E>& logits, std::int64_t row, T* buffer)
-      : kernels_(&kernels),
-        where_(logits.where.data),
-        bias_step_(logits.bias.step),
-        where_step_(logits.where.step),
-        full_(logits.n) {
+      : kernels_(&kernels), where_(logits.where.data), where_step_(logits.where.step), full_(logits.n) {
     args_ = {logits.x + row * logits.n, nullptr, nullptr, 1, 0, -std::numeric_limits<T>::infinity()};
     begin_ = 0;
     end_ = full_;
     has_operands_ = logits.HasOperands();
     if (!has_operands_) return;
-    FindOperands(logits, logits.first_row + row);
+    FindOperands(logits, row);
     if (buffer != nullptr) {
       maximum_ = ApplyOperands(0, size(), buffer);
       z_ = buffer;
@@ -153,10 +149,8 @@ class LogitsRow {
   T ApplyOperands(std::int64_t at, std::int64_t count, T* z) const {
     ScaleBiasMaskArgs<E> args = args_;
     args.x += at;
-    E bias[kLogitsBlock];
-    std::uint8_t where[kLogitsBlock];
-    args.bias = Contiguous(args.bias, at, count, bias_step_, bias);
-    args.where = Contiguous(args.where, at, count, where_step_, where);
+    if (args.bias != nullptr) args.bias += at;
+    if (args.where != nullptr) args.where += at;
     return kernels_->Of<E>().apply_scale_bias_mask(args, z, count);
   }
 
@@ -182,29 +176,17 @@ class LogitsRow {
       if (logits.bias.step == 0) {
         args_.shift = Widen(logits.bias.data[bias]);
       } else {
-        args_.bias = logits.bias.data + bias + begin_ * bias_step_;
+        args_.bias = logits.bias.data + bias + begin_;
       }
     }
     args_.x += begin_;
     if (where_ == nullptr) return;
     where_ += where;
     if (where_step_ != 0) {
-      args_.where = where_ + begin_ * where_step_;
+      args_.where = where_ + begin_;
     } else if (*where_ == 0) {
       end_ = begin_;
     }
-  }
-
-  // `count` elements from `at` on: copied into the buffer where there is a step between them, as there is
-  // along an axis that is not the last.
-  template <typename Element>
-  static const Element* Contiguous(const Element* from, std::int64_t at, std::int64_t count,
-                                   std::int64_t step, Element* buffer) {
-    if (from == nullptr) return nullptr;
-    from += at * step;
-    if (step == 1) return from;
-    for (std::int64_t i = 0; i < count; ++i) buffer[i] = from[i * step];
-    return buffer;
   }
 
   // Calls body(place among the `size` from `at`, z, their number, an upper bound of their maximum).
@@ -222,7 +204,6 @@ class LogitsRow {
   const Kernels* kernels_;
   ScaleBiasMaskArgs<E> args_;
   const std::uint8_t* where_;
-  std::int64_t bias_step_;
   std::int64_t where_step_;
   std::int64_t full_;
   std::int64_t begin_;

@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "ffi/kernels/log.h"
-#include "ffi/ops/column_tiles.h"
 #include "ffi/ops/guarded_sum.h"
 #include "ffi/ops/parallel_logits_rows.h"
 #include "ffi/ops/small_rows.h"
@@ -112,22 +111,14 @@ void SmallLogSoftmax(const Kernels& kernels, Executor& executor, const Logits<E>
   });
 }
 
-template <typename T>
-Lse<T> FromRow(const Lse<T>& lse, std::int64_t row) {
-  return {lse.hi + row, lse.lo + row};
-}
-
 }  // namespace
 
 template <typename E>
 void LogSumExp(const Kernels& kernels, Executor& executor, Logits<E> logits, Lse<ComputeOf<E>> lse) {
   using T = ComputeOf<E>;
   MergeDims(logits);
-  if (logits.inner > 1 && logits.n > 0) {
-    return ForColumnTiles<E>(kernels, executor, logits, nullptr,
-                             [&](const Logits<E>& rows, E*, Executor& rows_executor) {
-                               LogSumExp(kernels, rows_executor, rows, FromRow(lse, rows.first_row));
-                             });
+  if (logits.inner > 1 && logits.rows * logits.n > 0) {
+    return LogSumExpColumns<E>(kernels, executor, logits, nullptr, lse);
   }
   if (HasSmallRows(logits)) {
     return ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
@@ -144,14 +135,9 @@ template <typename E>
 void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, Lse<ComputeOf<E>> lse) {
   using T = ComputeOf<E>;
   if (logits.rows * logits.n == 0) return LogSumExp(kernels, executor, std::move(logits), lse);
-  MergeDims(logits);
   AdviseHugePagesFor(logits, y);
-  if (logits.inner > 1) {
-    return ForColumnTiles(kernels, executor, logits, y,
-                          [&](const Logits<E>& rows, E* y_rows, Executor& rows_executor) {
-                            LogSoftmax(kernels, rows_executor, rows, y_rows, FromRow(lse, rows.first_row));
-                          });
-  }
+  MergeDims(logits);
+  if (logits.inner > 1) return LogSumExpColumns(kernels, executor, logits, y, lse);
   const bool non_temporal = ExceedsCaches(logits);
   const E masked = FromDouble<E>(-std::numeric_limits<double>::infinity());
   if (HasSmallRows(logits)) return SmallLogSoftmax(kernels, executor, logits, y, lse, masked);

@@ -27,6 +27,11 @@ void LogSumExp(const Kernels& kernels, Executor& executor, Logits<E> logits, Lse
 template <typename E>
 void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E* y, Lse<ComputeOf<E>> lse);
 
+// What LogSumExp and LogSoftmax call for logits of inner above 1: y is null, or becomes z - lse.
+template <typename E>
+void LogSumExpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits, E* y,
+                      Lse<ComputeOf<E>> lse);
+
 // What the derivatives below are those of: lse - z[label], or lse alone where `labels` is null. A label below
 // 0 counts from the end of its row; out-of-range labels match no class.
 template <typename E>
@@ -53,5 +58,16 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
 template <typename E>
 void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
                    const E* t, E* out);
+
+// What these derivatives call for logits of inner above 1.
+template <typename E>
+void LogSumExpJvpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                         const LabelledLse<E>& lse, const E* t, ComputeOf<E>* out);
+template <typename E>
+void LogSumExpVjpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                         const LabelledLse<E>& lse, const ComputeOf<E>* factor, E* y);
+template <typename E>
+void LogSoftmaxVjpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                          const LabelledLse<E>& lse, const E* t, E* out);
 
 }  // namespace jax_softmax2p

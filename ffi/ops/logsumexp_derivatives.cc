@@ -3,7 +3,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "ffi/ops/column_tiles.h"
+#include "ffi/ops/label.h"
 #include "ffi/ops/logsumexp.h"
 #include "ffi/ops/parallel_logits_rows.h"
 #include "ffi/ops/small_rows.h"
@@ -37,66 +37,6 @@ RowScale<T> ScaleFromLse(T hi, T lo, double factor, int max_exponent) {
   return scale;
 }
 
-// The index that a label means in a row of n elements; -1 where it is out of range.
-std::int64_t LabelIndex(std::int32_t label, std::int64_t n) {
-  const std::int64_t index = label < 0 ? label + n : label;
-  return index < n ? std::max<std::int64_t>(index, -1) : -1;
-}
-
-// A row's label and its logit z, which is read before a result is written over x.
-template <typename E>
-class Label {
-  using T = ComputeOf<E>;
-
- public:
-  // `label` is null where the row has none.
-  Label(const LogitsRow<E>& row, std::int64_t n, const std::int32_t* label) {
-    if (label == nullptr) return;
-    index_ = LabelIndex(*label, n);
-    has_logit_ = index_ >= 0 && !row.IsMasked(index_);
-    if (has_logit_) row.ApplyOperands(index_ - row.begin(), 1, &z_);
-  }
-
-  // Replaces row_y[label] = factor·e^(z - lse) by factor·(e^(z - lse) - 1). Where e^(z - lse) is near 1, the
-  // difference is computed from z, since its rounding has no digits left.
-  void Write(E* row_y, T hi, T lo, T factor) const {
-    if (index_ < 0) return;
-    E& y = row_y[index_];
-    const double log_p = (static_cast<double>(z_) - static_cast<double>(hi)) - static_cast<double>(lo);
-    if constexpr (std::is_same_v<E, T>) {
-      if (has_logit_ && log_p < -0.7) {
-        y -= factor;
-        return;
-      }
-    }
-    y = FromDouble<E>(static_cast<double>(factor) * (has_logit_ ? std::expm1(log_p) : -1.0));
-  }
-
- private:
-  std::int64_t index_ = -1;
-  bool has_logit_ = false;
-  T z_ = 0;
-};
-
-template <typename E>
-const std::int32_t* LabelOf(const LabelledLse<E>& lse, std::int64_t row) {
-  return lse.labels == nullptr ? nullptr : lse.labels + row;
-}
-
-template <typename E>
-LabelledLse<E> FromRow(const LabelledLse<E>& lse, std::int64_t row) {
-  return {lse.hi + row, lse.lo + row, LabelOf(lse, row)};
-}
-
-// <p, t> - t[label] of one row, from <p, t>.
-template <typename E>
-ComputeOf<E> MinusLabel(const CompensatedSum& dot, const std::int32_t* label, const E* t, std::int64_t n) {
-  double sum = dot.hi + dot.lo;
-  const std::int64_t index = label == nullptr ? -1 : LabelIndex(*label, n);
-  if (index >= 0) sum -= Widen(t[index]);
-  return static_cast<ComputeOf<E>>(sum);
-}
-
 template <typename E>
 void SmallLogSumExpVjp(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
                        const LabelledLse<E>& lse, const ComputeOf<E>* factor, E* y) {
@@ -116,7 +56,7 @@ void SmallLogSumExpVjp(const Kernels& kernels, Executor& executor, const Logits<
         LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});
       }
       if (labels.empty()) continue;
-      labels[static_cast<std::size_t>(i)].Write(y + r * n, lse.hi[r], lse.lo[r], factor[r]);
+      labels[static_cast<std::size_t>(i)].Write(y + r * n, 1, lse.hi[r], lse.lo[r], factor[r]);
     }
   });
 }
@@ -175,23 +115,15 @@ void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
     std::fill(out, out + logits.rows, T{0});
     return;
   }
-  MergeDims(logits);
   const KernelTable<E>& table = kernels.Of<E>();
-  if (logits.inner > 1) {
-    return ForColumnTiles<E>(kernels, executor, logits, nullptr,
-                             [&](const Logits<E>& rows, E*, Executor& rows_executor) {
-                               ColumnTile<E> t_tile(table, n, logits.inner, rows.rows);
-                               t_tile.Pack(t, rows.first_row, rows.rows);
-                               LogSumExpJvp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
-                                            t_tile.rows(), out + rows.first_row);
-                             });
-  }
+  MergeDims(logits);
+  if (logits.inner > 1) return LogSumExpJvpColumns(kernels, executor, logits, lse, t, out);
   if (HasSmallRows(logits)) {
     return ForSmallProbabilities(kernels, executor, logits, lse, [&](std::int64_t r, const T* p) {
       const E* const row_t = t + r * n;
       const bool fully_masked = logits.HasMask() && !std::isfinite(lse.hi[r]);
       const CompensatedSum dot = fully_masked ? CompensatedSum{} : table.logits_dot(p, row_t, n);
-      out[r] = MinusLabel(dot, LabelOf(lse, r), row_t, n);
+      out[r] = MinusLabel(dot, LabelOf(lse, r), row_t, 1, n);
     });
   }
   ForLogitsRows(kernels, executor, logits,
@@ -207,7 +139,7 @@ void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
                         return sum;
                       },
                       [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
-                  out[r] = MinusLabel(dot, LabelOf(lse, r), row_t, n);
+                  out[r] = MinusLabel(dot, LabelOf(lse, r), row_t, 1, n);
                 });
 }
 
@@ -216,15 +148,9 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
                   const ComputeOf<E>* factor, E* y) {
   using T = ComputeOf<E>;
   if (logits.rows * logits.n == 0) return;
-  MergeDims(logits);
   AdviseHugePagesFor(logits, y);
-  if (logits.inner > 1) {
-    return ForColumnTiles(kernels, executor, logits, y,
-                          [&](const Logits<E>& rows, E* y_rows, Executor& rows_executor) {
-                            LogSumExpVjp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
-                                         factor + rows.first_row, y_rows);
-                          });
-  }
+  MergeDims(logits);
+  if (logits.inner > 1) return LogSumExpVjpColumns(kernels, executor, logits, lse, factor, y);
   if (HasSmallRows(logits)) return SmallLogSumExpVjp(kernels, executor, logits, lse, factor, y);
   const bool non_temporal = ExceedsCaches(logits);
   const int max_exponent = kernels.Of<E>().max_exponent;
@@ -245,7 +171,7 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
                       row.FillMasked(row_y, E{});
                     }
                   }
-                  label.Write(row_y, hi, lo, factor[r]);
+                  label.Write(row_y, 1, hi, lo, factor[r]);
                 });
 }
 
@@ -255,19 +181,10 @@ void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits,
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
   if (logits.rows * n == 0) return;
-  MergeDims(logits);
   AdviseHugePagesFor(logits, out);
   const KernelTable<E>& table = kernels.Of<E>();
-  if (logits.inner > 1) {
-    return ForColumnTiles<E>(kernels, executor, logits, nullptr,
-                             [&](const Logits<E>& rows, E*, Executor& rows_executor) {
-                               ColumnTile<E> t_tile(table, n, logits.inner, rows.rows);
-                               t_tile.Pack(t, rows.first_row, rows.rows);
-                               LogSoftmaxVjp(kernels, rows_executor, rows, FromRow(lse, rows.first_row),
-                                             t_tile.rows(), t_tile.rows());
-                               t_tile.Unpack(out, rows.first_row, rows.rows);
-                             });
-  }
+  MergeDims(logits);
+  if (logits.inner > 1) return LogSoftmaxVjpColumns(kernels, executor, logits, lse, t, out);
   const auto fill_masked = [&](const LogitsRow<E>& row, std::int64_t r) {
     if (!logits.HasMask()) return;
     std::isfinite(lse.hi[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});

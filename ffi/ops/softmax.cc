@@ -3,7 +3,6 @@
 #include <cmath>
 #include <type_traits>
 
-#include "ffi/ops/column_tiles.h"
 #include "ffi/ops/logits_row.h"
 #include "ffi/ops/parallel_rows.h"
 #include "ffi/ops/small_rows.h"
@@ -87,16 +86,11 @@ void Softmax(const Kernels& kernels, Executor& executor, Algorithm algorithm, Lo
   SoftmaxPlan plan = PlanSoftmax<E>(algorithm, logits.layout(), kernels.Of<E>().lanes);
   if (!logits.HasOperands()) {
     if (logits.n * logits.inner <= kMaxSmall) return SmallMatrices(kernels, executor, plan, logits, y);
-    if (logits.inner > 1) return SoftmaxColumns(kernels.Of<E>(), executor, plan, logits, y);
+    if (logits.inner > 1) return SoftmaxColumns(kernels, executor, plan, logits, y);
     return SoftmaxRows(kernels, executor, plan, logits, y);
   }
   MergeDims(logits);
-  if (logits.inner > 1) {
-    return ForColumnTiles(kernels, executor, logits, y,
-                          [&](const Logits<E>& rows, E* y_rows, Executor& rows_executor) {
-                            Softmax(kernels, rows_executor, algorithm, rows, y_rows);
-                          });
-  }
+  if (logits.inner > 1) return SoftmaxColumns(kernels, executor, plan, logits, y);
   // Cache lines that are half result and half zeros would go to memory twice.
   if (logits.HasBand()) plan.non_temporal = false;
   if (HasSmallRows(logits)) return SmallRows(kernels, executor, plan, logits, y);

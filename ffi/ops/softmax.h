@@ -33,9 +33,10 @@ template <typename E>
 void SoftmaxRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
                  E* y);
 
-// What Softmax calls for logits without operands of inner above 1, too large for small_matrices.
+// What Softmax calls for logits of inner above 1, unless they are without operands and small_matrices takes
+// them.
 template <typename E>
-void SoftmaxColumns(const KernelTable<E>& kernels, Executor& executor, const SoftmaxPlan& plan,
+void SoftmaxColumns(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan,
                     const Logits<E>& logits, E* y);
 
 }  // namespace jax_softmax2p

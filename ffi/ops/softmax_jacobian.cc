@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ffi/ops/column_tiles.h"
+#include "ffi/ops/column_panels.h"
+#include "ffi/ops/panel_dot_sum.h"
 #include "ffi/ops/parallel_rows.h"
 #include "ffi/runtime/memory.h"
 
@@ -41,31 +42,62 @@ void JacobianRows(const KernelTable<E>& kernels, Executor& executor, const E* y,
   });
 }
 
+// Panels of columns.
+template <typename E>
+class JacobianPanel {
+ public:
+  JacobianPanel(const KernelTable<E>& kernels, const ColumnPanel& panel, const E* y, const E* t, E* out)
+      : kernels_(kernels), panel_(panel), y_(y), t_(t), out_(out), dot_(kernels, panel) {}
+
+  void Compute(std::int64_t p) {
+    panel_.Move(p);
+    const auto dots = dot_.Compute(panel_, [&](const ColumnPanel::Segment& segment, const auto& sums) {
+      ForBlocks(segment, [&](const E* y, const E* t, const Panel& rows, std::int64_t begin) {
+        kernels_.panel_dot(y, t, rows, begin != segment.begin, sums);
+      });
+    });
+    panel_.ForSegments([&](const ColumnPanel::Segment& segment) {
+      PanelRows<E> out(panel_, out_);
+      ForBlocks(segment, [&](const E* y, const E* t, const Panel& rows, std::int64_t begin) {
+        kernels_.panel_jacobian_write(y, t, out.Begin(begin), rows, dots);
+        out.Store(begin, rows.rows);
+      });
+    });
+  }
+
+ private:
+  // Calls body(y, t, panel of their rows, first row) for all rows of a segment in order.
+  template <typename Body>
+  void ForBlocks(const ColumnPanel::Segment& segment, const Body& body) const {
+    PanelRows<const E> y(panel_, y_), t(panel_, t_);
+    ForPanelRows(segment, panel_.IsGroup(), [&](std::int64_t begin, std::int64_t rows) {
+      body(y.Load(begin, rows), t.Load(begin, rows), panel_.Rows(segment, rows, y.stride()), begin);
+    });
+  }
+
+  const KernelTable<E>& kernels_;
+  ColumnPanel panel_;
+  const E* y_;
+  const E* t_;
+  E* out_;
+  PanelDotSum<E> dot_;
+};
+
 }  // namespace
 
 template <typename E>
 void SoftmaxJacobian(const KernelTable<E>& kernels, Executor& executor, const E* y, const E* t, E* out,
                      const Layout& layout) {
-  const std::int64_t n = layout.n, inner = layout.inner, columns = layout.outer * inner;
-  if (columns * n == 0) return;
-  AdviseHugePages(out, static_cast<std::size_t>(columns * n) * sizeof(E));
-  if (inner == 1) {
+  const std::int64_t n = layout.n, rows = layout.outer * layout.inner;
+  if (rows * n == 0) return;
+  AdviseHugePages(out, static_cast<std::size_t>(rows * n) * sizeof(E));
+  if (layout.inner == 1) {
     // In place the cache lines that are written are in a cache already.
-    const bool exceeds_llc = 3 * columns * n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
-    return JacobianRows(kernels, executor, y, t, out, columns, n, exceeds_llc && out != y && out != t);
+    const bool exceeds_llc = 3 * rows * n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
+    return JacobianRows(kernels, executor, y, t, out, rows, n, exceeds_llc && out != y && out != t);
   }
-  ParallelForColumns(executor, columns, n,
-                     [&](std::int64_t first, std::int64_t end, std::int64_t width, Executor& rows_executor) {
-                       ColumnTile<E> y_tile(kernels, n, inner, width), t_tile(kernels, n, inner, width);
-                       for (; first < end; first += width) {
-                         const std::int64_t count = std::min(width, end - first);
-                         y_tile.Pack(y, first, count);
-                         t_tile.Pack(t, first, count);
-                         JacobianRows(kernels, rows_executor, y_tile.rows(), t_tile.rows(), t_tile.rows(),
-                                      count, n, false);
-                         t_tile.Unpack(out, first, count);
-                       }
-                     });
+  ForColumnPanels(executor, layout, PlanPanels(executor, layout, kernels.lanes),
+                  [&](const ColumnPanel& panel) { return JacobianPanel<E>(kernels, panel, y, t, out); });
 }
 
 #define SOFTMAX2P_INSTANTIATE(E) \

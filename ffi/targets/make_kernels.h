@@ -2,7 +2,7 @@
 #pragma once
 
 #include "ffi/kernels/jacobian.h"
-#include "ffi/kernels/pack.h"
+#include "ffi/kernels/panel_jacobian.h"
 #include "ffi/kernels/panels.h"
 #include "ffi/kernels/rows.h"
 #include "ffi/kernels/scale_bias_mask.h"
@@ -17,6 +17,7 @@ constexpr KernelTable<E> MakeKernelTable() {
   using T = typename V::Scalar;
   using Rows = RowKernels<V, E>;
   using Panels = PanelKernels<V, E>;
+  using PanelJacobian = PanelJacobianKernels<V, E>;
   using Small = SmallSoftmaxKernels<V, E>;
   using SmallLse = SmallLogSumExpKernels<V>;
   using Jacobian = JacobianKernels<V, E>;
@@ -31,19 +32,27 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.apply_scale_bias_mask = ScaleBiasMaskKernel<V, E>::Apply;
   table.logits_row_write = Rows::template Write<T>;
   table.logits_row_write_log = Rows::template WriteLog<T>;
+  table.panel_apply = ScaleBiasMaskKernel<V, E>::ApplyToPanel;
   table.panel_max = Panels::Maximum;
   table.panel_sum = Panels::Sum;
   table.panel_merge = Panels::Merge;
   table.panel_invert = Panels::Invert;
+  table.panel_lse = Panels::Lse;
   table.panel_write = Panels::Write;
+  table.logits_panel_write = Panels::WriteLogits;
+  table.panel_minus_lse = Panels::MinusLse;
+  table.panel_dot = PanelJacobian::Dot;
+  table.panel_sum_terms = PanelJacobian::Sum;
+  table.panel_dot_minus_lse = PanelJacobian::DotMinusLse;
+  table.panel_add_dots = PanelJacobian::Add;
+  table.panel_jacobian_write = PanelJacobian::Write;
+  table.panel_subtract_minus_lse = PanelJacobian::SubtractMinusLse;
   table.small_matrices = Small::template Matrices<E>;
   table.logits_small_matrices = Small::template Matrices<T>;
   table.small_columns = Small::Columns;
   table.small_lse = SmallLse::template Lse<E>;
   table.small_minus_lse = SmallLse::template MinusLse<E, E>;
   table.logits_small_minus_lse = SmallLse::template MinusLse<T, E>;
-  table.pack_columns = PackKernels<V, E>::Pack;
-  table.unpack_columns = PackKernels<V, E>::Unpack;
   table.dot = Jacobian::template Dot<E>;
   table.logits_dot = Jacobian::template Dot<T>;
   table.sum = Jacobian::Sum;

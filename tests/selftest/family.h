@@ -299,6 +299,7 @@ void CheckFamily(const std::vector<const Kernels*>& all, bool quick, Report& rep
     for (const std::int64_t n : {1, 2, 3, 7, 15, 16, 17, 33, 100, 128, 129, 300, 1025, 4097, 5000, 40000}) {
       layouts.push_back({n < 1000 ? 19 : 3, n, 1});
     }
+    layouts.push_back({2, 40, 300});
     for (const std::int64_t inner : {2, 5, 16, 37}) {
       for (const std::int64_t n : {1, 4, 16, 33, 130, 5000}) layouts.push_back({3, n, inner});
     }

@@ -29,9 +29,11 @@
 #include "ffi/runtime/dispatch.h"
 #include "ffi/runtime/float_mode.h"
 #include "ffi/runtime/parallel.h"
+#include "tests/selftest/column_bits.h"
 #include "tests/selftest/current_case.h"
 #include "tests/selftest/family.h"
 #include "tests/selftest/halves.h"
+#include "tests/selftest/lse_classes.h"
 #include "tests/selftest/memory.h"
 #include "tests/selftest/support.h"
 
@@ -411,6 +413,9 @@ void CheckJacobian(const std::vector<const Kernels*>& all, bool quick, Report& r
     for (const std::int64_t n : {1, 5, 16, 100}) check.Check(rows, n, inner);
   }
   if (quick) return;
+  check.Check(300, 150, 300);
+  check.Check(rows, 5000, 21);
+  check.Check(3, 40000, 3);
   for (const std::int64_t n : {1023, 1024, 1025, 2049, 5000}) check.Check(rows, n);
   check.Check(3, 70001);
 }
@@ -582,7 +587,9 @@ void CheckElement(const Options& options, Report& report) {
   // Most of the Jacobian's small results are subnormal halves, which the emulator flushes.
   if (!options.emulated_x86 || !std::is_same_v<E, Float16>)
     CheckJacobian<E>(options.kernels, options.quick, report);
+  CheckLseClasses<E>(options.kernels, options.quick, report);
   CheckFamily<E>(options.kernels, options.quick, report);
+  CheckColumnBits<E>(options.kernels, options.quick, report);
 }
 
 int Main(const Options& options) {

@@ -1,0 +1,196 @@
+// Derivatives of logsumexp and log_softmax along an axis that is not the last: panels of columns, without a
+// transpose.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "ffi/ops/column_panels.h"
+#include "ffi/ops/label.h"
+#include "ffi/ops/logits_panel.h"
+#include "ffi/ops/logsumexp.h"
+#include "ffi/ops/panel_dot_sum.h"
+
+namespace jax_softmax2p {
+namespace {
+
+// A panel of z with the lse of its columns.
+template <typename E>
+class LsePanel {
+  using T = ComputeOf<E>;
+
+ public:
+  LsePanel(const Kernels& all, const Logits<E>& of, const ColumnPanel& panel, const LabelledLse<E>& lse)
+      : kernels(all.Of<E>()), logits(all, of, panel), has_mask(of.HasMask()), lse_(lse) {}
+
+  const ColumnPanel& panel() const { return logits.panel(); }
+  const T* hi() const { return lse_.hi + panel().row(); }
+  const T* lo() const { return lse_.lo + panel().row(); }
+  // The label of column c, or null.
+  const std::int32_t* LabelOfColumn(int c) const { return LabelOf(lse_, panel().row() + c); }
+
+  const KernelTable<E>& kernels;
+  LogitsPanel<E> logits;
+  const bool has_mask;
+
+ private:
+  const LabelledLse<E>& lse_;
+};
+
+template <typename E>
+class LogSumExpJvpPanel {
+  using T = ComputeOf<E>;
+
+ public:
+  LogSumExpJvpPanel(const Kernels& kernels, const Logits<E>& logits, const ColumnPanel& panel,
+                    const LabelledLse<E>& lse, const E* t, T* out)
+      : in_(kernels, logits, panel, lse), t_(t), out_(out), dot_(in_.kernels, panel) {}
+
+  void Compute(std::int64_t p) {
+    in_.logits.Move(p);
+    const ColumnPanel& panel = in_.panel();
+    const PanelDots<T> dots =
+        dot_.Compute(panel, [&](const ColumnPanel::Segment& segment, const PanelDots<T>& sums) {
+          PanelRows<const E> t(panel, t_);
+          in_.logits.ForBlocks(segment, [&](const T* z, const Panel& rows, std::int64_t begin) {
+            in_.kernels.panel_dot_minus_lse(z, t.Load(begin, rows.rows), rows, t.stride(),
+                                            begin != segment.begin, in_.hi(), in_.lo(), sums);
+          });
+        });
+    for (int c = 0; c < panel.width(); ++c) {
+      const bool fully_masked = in_.has_mask && !std::isfinite(in_.hi()[c]);
+      const CompensatedSum dot = fully_masked ? CompensatedSum{} : CompensatedSum{dots.hi[c], dots.lo[c]};
+      out_[panel.row() + c] =
+          MinusLabel(dot, in_.LabelOfColumn(c), t_ + panel.FirstOf(c), panel.stride(), panel.layout().n);
+    }
+  }
+
+ private:
+  LsePanel<E> in_;
+  const E* t_;
+  T* out_;
+  PanelDotSum<E> dot_;
+};
+
+template <typename E>
+class LogSumExpVjpPanel {
+  using T = ComputeOf<E>;
+
+ public:
+  LogSumExpVjpPanel(const Kernels& kernels, const Logits<E>& logits, const ColumnPanel& panel,
+                    const LabelledLse<E>& lse, const T* factor, E* y)
+      : in_(kernels, logits, panel, lse), factor_(factor), y_(y) {}
+
+  void Compute(std::int64_t p) {
+    in_.logits.Move(p);
+    const ColumnPanel& panel = in_.panel();
+    const T* const factor = factor_ + panel.row();
+    // Their logits are read before y, which may be x, is written.
+    labels_.clear();
+    for (int c = 0; c < panel.width() && in_.LabelOfColumn(c) != nullptr; ++c) {
+      labels_.emplace_back(in_.logits, c, *in_.LabelOfColumn(c));
+    }
+    panel.ForSegments([&](const ColumnPanel::Segment& segment) {
+      PanelRows<E> y(panel, y_);
+      in_.logits.ForBlocks(segment, [&](const T* z, const Panel& rows, std::int64_t begin) {
+        in_.kernels.panel_minus_lse(z, y.Begin(begin), rows, y.stride(), in_.hi(), in_.lo(), factor);
+        y.Store(begin, rows.rows);
+      });
+    });
+    for (int c = 0; in_.has_mask && c < panel.width(); ++c) {
+      if (!(std::isfinite(in_.hi()[c]) && std::isfinite(factor[c]))) in_.logits.FillMasked(c, y_, E{});
+    }
+    for (std::size_t c = 0; c < labels_.size(); ++c) {
+      labels_[c].Write(y_ + panel.FirstOf(static_cast<int>(c)), panel.stride(), in_.hi()[c], in_.lo()[c],
+                       factor[c]);
+    }
+  }
+
+ private:
+  LsePanel<E> in_;
+  const T* factor_;
+  E* y_;
+  std::vector<Label<E>> labels_;
+};
+
+template <typename E>
+class LogSoftmaxVjpPanel {
+  using T = ComputeOf<E>;
+
+ public:
+  LogSoftmaxVjpPanel(const Kernels& kernels, const Logits<E>& logits, const ColumnPanel& panel,
+                     const LabelledLse<E>& lse, const E* t, E* out)
+      : in_(kernels, logits, panel, lse), t_(t), out_(out), sum_(in_.kernels, panel) {}
+
+  void Compute(std::int64_t p) {
+    in_.logits.Move(p);
+    const ColumnPanel& panel = in_.panel();
+    const PanelDots<T> sums =
+        sum_.Compute(panel, [&](const ColumnPanel::Segment& segment, const PanelDots<T>& of_segment) {
+          PanelRows<const E> t(panel, t_);
+          ForPanelRows(segment, panel.IsGroup(), [&](std::int64_t begin, std::int64_t rows) {
+            in_.kernels.panel_sum_terms(t.Load(begin, rows), panel.Rows(segment, rows, t.stride()),
+                                        begin != segment.begin, of_segment);
+          });
+        });
+    panel.ForSegments([&](const ColumnPanel::Segment& segment) {
+      PanelRows<const E> t(panel, t_);
+      PanelRows<E> out(panel, out_);
+      in_.logits.ForBlocks(segment, [&](const T* z, const Panel& rows, std::int64_t begin) {
+        in_.kernels.panel_subtract_minus_lse(z, t.Load(begin, rows.rows), out.Begin(begin), rows, t.stride(),
+                                             in_.hi(), in_.lo(), sums);
+        out.Store(begin, rows.rows);
+      });
+    });
+    for (int c = 0; in_.has_mask && c < panel.width(); ++c) {
+      if (!std::isfinite(in_.hi()[c])) in_.logits.FillMasked(c, out_, E{});
+    }
+  }
+
+ private:
+  LsePanel<E> in_;
+  const E* t_;
+  E* out_;
+  PanelDotSum<E> sum_;
+};
+
+}  // namespace
+
+template <typename E>
+void LogSumExpJvpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                         const LabelledLse<E>& lse, const E* t, ComputeOf<E>* out) {
+  const PanelPlan plan = PlanPanels(executor, logits.layout(), kernels.Of<E>().lanes);
+  ForColumnPanels(executor, logits.layout(), plan, [&](const ColumnPanel& panel) {
+    return LogSumExpJvpPanel<E>(kernels, logits, panel, lse, t, out);
+  });
+}
+
+template <typename E>
+void LogSumExpVjpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                         const LabelledLse<E>& lse, const ComputeOf<E>* factor, E* y) {
+  const PanelPlan plan = PlanPanels(executor, logits.layout(), kernels.Of<E>().lanes);
+  ForColumnPanels(executor, logits.layout(), plan, [&](const ColumnPanel& panel) {
+    return LogSumExpVjpPanel<E>(kernels, logits, panel, lse, factor, y);
+  });
+}
+
+template <typename E>
+void LogSoftmaxVjpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
+                          const LabelledLse<E>& lse, const E* t, E* out) {
+  const PanelPlan plan = PlanPanels(executor, logits.layout(), kernels.Of<E>().lanes);
+  ForColumnPanels(executor, logits.layout(), plan, [&](const ColumnPanel& panel) {
+    return LogSoftmaxVjpPanel<E>(kernels, logits, panel, lse, t, out);
+  });
+}
+
+#define SOFTMAX2P_INSTANTIATE(E)                                                                         \
+  template void LogSumExpJvpColumns(const Kernels&, Executor&, const Logits<E>&, const LabelledLse<E>&,  \
+                                    const E*, ComputeOf<E>*);                                            \
+  template void LogSumExpVjpColumns(const Kernels&, Executor&, const Logits<E>&, const LabelledLse<E>&,  \
+                                    const ComputeOf<E>*, E*);                                            \
+  template void LogSoftmaxVjpColumns(const Kernels&, Executor&, const Logits<E>&, const LabelledLse<E>&, \
+                                     const E*, E*);
+SOFTMAX2P_FOR_EACH_ELEMENT(SOFTMAX2P_INSTANTIATE)
+
+}  // namespace jax_softmax2p
