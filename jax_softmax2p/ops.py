@@ -10,7 +10,7 @@ import numpy as np
 from jax.nn import logsumexp as logsumexp_of_jax
 
 from jax_softmax2p import native, reference, sharding
-from jax_softmax2p.arguments import Axis, Logits, Where, as_array, as_logits, as_numeric_array
+from jax_softmax2p.arguments import Axis, Bias, Logits, Where, as_array, as_logits, as_numeric_array
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.native import Algorithm
 from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
@@ -19,6 +19,7 @@ from jax_softmax2p.primitives import softmax as softmax_primitive
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, choose_path, refuse_native
 from jax_softmax2p.primitives.operands import Band, operand_mask
+from jax_softmax2p.primitives.row_bias import add_row_bias
 from jax_softmax2p.reference import Lse
 
 Array = jax.Array
@@ -31,7 +32,7 @@ def softmax(
     where: Where = None,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     algorithm: Algorithm = "auto",
     implementation: Implementation | None = None,
@@ -54,9 +55,10 @@ def softmax(
         a True gives zeros. Or a :class:`Band`, a mask that needs no array.
       scale: x is multiplied by it first: a real number, or an array that broadcasts to x's shape and has
         size 1 along the axis, such as a temperature's inverse for every row.
-      bias: is added to scale·x: a real array that broadcasts to x's shape. With scale and bias the result has
-        the dtype of x * scale + bias, and no array for that is made: scale·x + bias is rounded once, in
-        float32 for 16-bit logits.
+      bias: is added to scale·x: a real array that broadcasts to x's shape, or a tuple of several, each of
+        which broadcasts to it by itself. With scale and bias the result has the dtype of x * scale + bias,
+        and no array for that is made: scale·x + bias is rounded once, in float32 for 16-bit logits. Nor is
+        one made for ``bias=(f[:, None], g[None, :])``: see below.
       axis_name: inside :func:`jax.shard_map`, the axis of the mesh, or several, along which ``axis`` is
         sharded: x, where and bias are this device's shard, and so is the result. See below.
       algorithm: "auto", or by name "two_pass" (the second pass recomputes every exponential) or
@@ -114,6 +116,12 @@ def softmax(
       costs, are described in docs/sharding.md. Integers are not shifted by their maximum, and complex x is an
       error.
 
+    Several biases:
+      Those of size 1 along the axis do not change a softmax where they are finite, and are added to a
+      logsumexp, hi + lo, afterwards: no kernel reads them. The others are added to one another, in x's dtype,
+      as an array of the shape to which they broadcast without x: if that is x's own, an array of x's size is
+      made. With ``axis_name`` all of them are added so.
+
     Source: M. Dukhan and A. Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, Algorithm 3.
     """
     native.check_algorithm(algorithm)
@@ -153,7 +161,11 @@ def logsumexp_of_logits(logits: Logits) -> Lse:
         case "reference":
             return reference.logsumexp(*logits.reference_operands(), axis=logits.axis)
         case "primitive":
-            return logsumexp_primitive.logsumexp(*logits.operands, **logits.params)
+            lse = logsumexp_primitive.logsumexp(*logits.operands, **logits.params)
+            x, *operands = logits.operands
+            for row_bias in logits.row_biases:
+                lse = add_row_bias(x, lse, row_bias, *operands, **logits.params)
+            return lse
 
 
 @jit_when_eager("x", "where", "scale", "bias")
@@ -163,7 +175,7 @@ def log_softmax(
     where: Where = None,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> Array:
@@ -222,7 +234,7 @@ def logsumexp(
     where: Where = None,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> Array: ...
@@ -236,7 +248,7 @@ def logsumexp(
     return_sign: Literal[True],
     where: Where = None,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Array, Array]: ...
@@ -250,7 +262,7 @@ def logsumexp(
     where: Where = None,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array]: ...
@@ -264,7 +276,7 @@ def logsumexp(
     where: Where = None,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -320,7 +332,7 @@ def logsumexp(
         bias=bias,
         axis_name=axis_name,
         implementation=implementation,
-        shift_integers=False,
+        shift_invariant=False,
         name="a",
     )
     result = logits.restore_reduced(logsumexp_of_logits(logits).hi, keepdims)
@@ -339,21 +351,21 @@ def _logsumexp_by_jax(
     return_sign: bool,
     where: Where,
     scale: jax.typing.ArrayLike | None,
-    bias: jax.typing.ArrayLike | None,
+    bias: Bias,
     implementation: str | None,
 ) -> Array | tuple[Array, Array]:
     """logsumexp with factors b, or of complex a, by jax.nn.logsumexp."""
     z = _broadcast_with(as_numeric_array(a, "a"), b, where)
     logits = as_logits(
-        z, axis, where, scale=scale, bias=bias, implementation=None, shift_integers=False, name="a"
+        z, axis, where, scale=scale, bias=bias, implementation=None, shift_invariant=False, name="a"
     )
     if implementation == "native":
         refuse_native("there is no native kernel with b, or for complex")
     mask = operand_mask(logits.shape, None, logits.spec.band) if isinstance(where, Band) else where
     if scale is not None:
         z = z * scale
-    if bias is not None:
-        z = z + bias
+    for term in bias if isinstance(bias, tuple) else () if bias is None else (bias,):
+        z = z + term
     return logsumexp_of_jax(z, axis, b, keepdims, return_sign, mask)
 
 
