@@ -66,6 +66,10 @@ class Logits:
         """The merged x and what is applied to it, as functions of ``reference`` take them."""
         return self.operands[0], self.spec.unpack_with_band(self.operands)
 
+    def merge(self, y: Array) -> Array:
+        """An array of the shape of x as it was passed, with the axes merged as those of x are."""
+        return _merge_axes(y, self.axes)[0]
+
     def restore(self, y: Array) -> Array:
         """A result of the merged x's shape, in the shape and dtype that users expect."""
         if len(self.axes) != 1:
@@ -88,6 +92,7 @@ def as_logits(
     *,
     scale: jax.typing.ArrayLike | None = None,
     bias: Bias = None,
+    splits_bias: bool = True,
     band: Band | None = None,
     axis_name: AxisNames | None = None,
     implementation: str | None,
@@ -102,6 +107,7 @@ def as_logits(
       where: as in the public functions.
       scale: as in the public functions.
       bias: as in the public functions.
+      splits_bias: whether biases of rows may become ``row_biases``.
       band: a mask besides ``where``, if that is an array.
       axis_name: as in the public functions.
       implementation: as in the public functions.
@@ -138,7 +144,7 @@ def as_logits(
     row_biases: list[Array] = []
     if isinstance(bias, tuple):
         biases = [_with_rank(term, x.ndim).astype(computed) for term in biases]
-        if choose_path(chosen, axis_name) == "primitive" and not jnp.iscomplexobj(x):
+        if splits_bias and choose_path(chosen, axis_name) == "primitive" and not jnp.iscomplexobj(x):
             row_biases = [term for term in biases if _is_of_rows(term, axes)]
             biases = [term for term in biases if not _is_of_rows(term, axes)]
     named = {

@@ -6,19 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# By name: inside patch_jax_nn() the attribute of jax.nn is this module's function.
-from jax.nn import logsumexp as logsumexp_of_jax
-
 from jax_softmax2p import native, reference, sharding
-from jax_softmax2p.arguments import Axis, Bias, Logits, Where, as_array, as_logits, as_numeric_array
+from jax_softmax2p.arguments import Axis, Bias, Logits, Where, as_logits
 from jax_softmax2p.eager import jit_when_eager
+from jax_softmax2p.factors import logsumexp_with_factors
 from jax_softmax2p.native import Algorithm
 from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
 from jax_softmax2p.primitives import logsumexp as logsumexp_primitive
 from jax_softmax2p.primitives import softmax as softmax_primitive
 from jax_softmax2p.primitives.collectives import AxisNames
-from jax_softmax2p.primitives.dispatch import Implementation, choose_path, refuse_native
-from jax_softmax2p.primitives.operands import Band, operand_mask
+from jax_softmax2p.primitives.dispatch import Implementation, choose_path
 from jax_softmax2p.primitives.row_bias import add_row_bias
 from jax_softmax2p.reference import Lse
 
@@ -291,21 +288,23 @@ def logsumexp(
     Args:
       a: array of logits, as x of :func:`softmax`, or of booleans, which count as 0 and 1.
       axis: the axis or axes to reduce; None for all.
-      b: factors of the exponentials. a, b and where broadcast, and axis counts the dimensions of the result
-        of that. With factors, and for complex a, jax.nn.logsumexp computes.
+      b: factors of the exponentials, of any sign. a, b and where broadcast, and axis counts the dimensions of
+        the result of that. Elements with a factor of 0 take no part. For complex a or b, jax.nn.logsumexp
+        computes.
       keepdims: whether the axes stay in the result, with size 1.
       return_sign: whether to return (result, sign), where sign is that of the sum.
       where: as in :func:`softmax`; what is masked adds nothing.
       scale: as in :func:`softmax`.
       bias: as in :func:`softmax`.
       axis_name: as in :func:`softmax`; cannot be combined with b, nor with complex a.
-      implementation: as in :func:`softmax`; "native" cannot be combined with b.
+      implementation: as in :func:`softmax`.
 
     Returns:
-      Array of a's shape without the axes, of its (promoted) dtype; with return_sign, also an array of
-      the signs. Results are
+      Array of a's shape without the axes, of its (promoted) dtype: the logarithm of the sum, NaN of a
+      negative one. With return_sign, that of the sum's absolute value, and an array of the signs. Results are
       within 2 ULP of the exact value or 1 ULP of the row's largest logit, whichever is more, where a native
-      kernel runs.
+      kernel runs; with b, besides, what a relative error of the sum of 2 ULP of the sum of all |b·exp(a)|
+      makes of it.
 
     Raises:
       TypeError, ValueError: as :func:`softmax`.
@@ -316,6 +315,11 @@ def logsumexp(
       >>> float(jax_softmax2p.logsumexp(jnp.full(8, 1000.0)) - 1000)
       2.0794677734375
 
+      e^1001 - e^1000:
+
+      >>> jax_softmax2p.logsumexp(jnp.array([1001.0, 1000.0]), b=jnp.array([1.0, -1.0])).round(2)
+      Array(1000.54, dtype=float32)
+
     Source: pass 1 of Algorithm 3 of arXiv 2001.04438.
     """
     if b is not None and axis_name is not None:
@@ -323,7 +327,17 @@ def logsumexp(
     if getattr(a, "dtype", type(a)) in (jnp.bool_, bool):
         a = jnp.asarray(a).astype(jax.eval_shape(jnp.exp, a).dtype)
     if b is not None or (np.iscomplexobj(a) and axis_name is None):
-        return _logsumexp_by_jax(a, axis, b, keepdims, return_sign, where, scale, bias, implementation)
+        return logsumexp_with_factors(
+            a,
+            b,
+            axis,
+            where,
+            scale=scale,
+            bias=bias,
+            keepdims=keepdims,
+            return_sign=return_sign,
+            implementation=implementation,
+        )
     logits = as_logits(
         a,
         axis,
@@ -341,40 +355,3 @@ def logsumexp(
     # Of a sum of exponentials: 1, or 0 where there is none, or NaN.
     sign = jnp.where(result == -jnp.inf, 0, jnp.where(jnp.isnan(result), result, 1))
     return result, sign.astype(result.dtype)
-
-
-def _logsumexp_by_jax(
-    a: jax.typing.ArrayLike,
-    axis: Axis,
-    b: jax.typing.ArrayLike | None,
-    keepdims: bool,
-    return_sign: bool,
-    where: Where,
-    scale: jax.typing.ArrayLike | None,
-    bias: Bias,
-    implementation: str | None,
-) -> Array | tuple[Array, Array]:
-    """logsumexp with factors b, or of complex a, by jax.nn.logsumexp."""
-    z = _broadcast_with(as_numeric_array(a, "a"), b, where)
-    logits = as_logits(
-        z, axis, where, scale=scale, bias=bias, implementation=None, shift_invariant=False, name="a"
-    )
-    if implementation == "native":
-        refuse_native("there is no native kernel with b, or for complex")
-    mask = operand_mask(logits.shape, None, logits.spec.band) if isinstance(where, Band) else where
-    if scale is not None:
-        z = z * scale
-    for term in bias if isinstance(bias, tuple) else () if bias is None else (bias,):
-        z = z + term
-    return logsumexp_of_jax(z, axis, b, keepdims, return_sign, mask)
-
-
-def _broadcast_with(a: Array, b: jax.typing.ArrayLike | None, where: Where) -> Array:
-    """a, broadcast with factors and with a mask that is an array; ValueError if they do not broadcast."""
-    named = {"a": a, "b": b, "where": where}
-    arrays = {key: x for key, x in named.items() if x is not None and not isinstance(x, Band)}
-    shapes = [as_array(x, key).shape for key, x in arrays.items()]
-    try:
-        return jnp.broadcast_to(a, jnp.broadcast_shapes(*shapes))
-    except ValueError:
-        raise ValueError(f"a, b and where must broadcast, got shapes {shapes}") from None
