@@ -117,7 +117,7 @@ def softmax(
       Those of size 1 along the axis do not change a softmax where they are finite, and are added to a
       logsumexp, hi + lo, afterwards: no kernel reads them. The others are added to one another, in x's dtype,
       as an array of the shape to which they broadcast without x: if that is x's own, an array of x's size is
-      made. With ``axis_name`` all of them are added so.
+      made. With ``axis_name``, and with the factors b of a logsumexp, all of them are added so.
 
     Source: M. Dukhan and A. Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, Algorithm 3.
     """
@@ -303,8 +303,7 @@ def logsumexp(
       Array of a's shape without the axes, of its (promoted) dtype: the logarithm of the sum, NaN of a
       negative one. With return_sign, that of the sum's absolute value, and an array of the signs. Results are
       within 2 ULP of the exact value or 1 ULP of the row's largest logit, whichever is more, where a native
-      kernel runs; with b, besides, what a relative error of the sum of 2 ULP of the sum of all |b·exp(a)|
-      makes of it.
+      kernel runs. With b the sum besides is off by up to 4 ULP of the sum of all |b·exp(a)|.
 
     Raises:
       TypeError, ValueError: as :func:`softmax`.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from comparison import normal
 from functions import FLOATS, HALVES, INF, NAN
+from jax.experimental import jet
 from jax.test_util import check_grads
 
 from jax_softmax2p import Band, logsumexp
@@ -193,3 +194,11 @@ class TestTransforms:
         actual = jax.vmap(lambda a, b: jnp.stack(logsumexp(a, b=b, return_sign=True)), in_axes)(a, b)
         expected = jax.vmap(lambda a, b: jnp.stack(jax.nn.logsumexp(a, b=b, return_sign=True)), in_axes)(a, b)
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+    def test_jet(self, implementation):
+        a, b = normal(3, 4), normal(4) + 1
+        series = [normal(3, 4, seed=2), normal(3, 4, seed=3)]
+        actual = jet.jet(lambda a: logsumexp(a, -1, b, implementation=implementation), (a,), (series,))
+        expected = jet.jet(lambda a: jax.nn.logsumexp(a, -1, b), (a,), (series,))
+        for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-13)

@@ -4,7 +4,6 @@ A logsumexp changes by that number, which add_row_bias_p adds to hi and lo, and 
 sum of biases of rows and of columns then needs no array of the logits' size.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ from jax.interpreters import ad
 
 from jax_softmax2p import reference
 from jax_softmax2p.primitives.collectives import add_max
+from jax_softmax2p.primitives.interpreters import define_interpreter_rules
 from jax_softmax2p.primitives.mask_to_zero import mask_to_zero
-from jax_softmax2p.primitives.operands import Band, OperandSpec, Tangent
+from jax_softmax2p.primitives.operands import Band, OperandSpec, Tangent, move_batch_to_front
 from jax_softmax2p.primitives.registration import bind, define_primitive
 from jax_softmax2p.reference import Lse, select
 
@@ -42,22 +42,8 @@ def apply_invariant_bias(
     # Of a constant NaN, JAX's checks for NaNs would report that it is one.
     zero_or_nan = 0 * total
     if "where" in operands or band is not None:
-        x = _mask_cotangent(band, x, operands.get("where"))
+        x = bind(mask_cotangent_p, x, *(operands[name] for name in ("where",) if name in operands), band=band)
     return x, operands | {"scale": operands.get("scale", 1) + zero_or_nan}
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _mask_cotangent(band: Band | None, x: Array, where: Array | None) -> Array:
-    """x, with a cotangent of 0 where it is masked: there, a NaN in the scale would make it NaN."""
-    return x
-
-
-@_mask_cotangent.defjvp
-def _mask_cotangent_jvp(
-    band: Band | None, primals: tuple[Array, Array | None], tangents: tuple[Array, Any]
-) -> tuple[Array, Array]:
-    x, where = primals
-    return x, mask_to_zero(tangents[0], where, band)
 
 
 def add_row_bias(
@@ -119,6 +105,13 @@ def add_row_bias_batch_rule(
     return add_row_bias_p.bind(x, hi, lo, *rest, **params), (0, 0)
 
 
+def add_finite_row_bias(
+    x: Array, hi: Array, lo: Array, row_bias: Array, *_: Array, axis: int, **params: Any
+) -> Lse:
+    """The results where the row bias is neither NaN nor +inf."""
+    return add_max(jnp.squeeze(row_bias, axis), hi, lo)
+
+
 def add_row_bias_lowering(
     x: Array, hi: Array, lo: Array, row_bias: Array, *operands: Array, axis: int, spec: OperandSpec
 ) -> Lse:
@@ -128,7 +121,7 @@ def add_row_bias_lowering(
     does not tell which, since -inf plus +inf is NaN.
     """
     f = jnp.squeeze(row_bias, axis)
-    total = add_max(f, hi, lo)
+    total = add_finite_row_bias(x, hi, lo, row_bias, axis=axis)
     is_special = jnp.broadcast_to(~(f < jnp.inf), hi.shape)
 
     def of_all_logits() -> Array:
@@ -140,6 +133,33 @@ def add_row_bias_lowering(
     return Lse(jax.lax.cond(jnp.any(is_special), of_all_logits, lambda: total.hi), total.lo)
 
 
+def mask_cotangent_jvp_rule(
+    primals: Sequence[Array], tangents: Sequence[Tangent], *, band: Band | None
+) -> tuple[Array, Tangent]:
+    """The tangent is 0 where x is masked: there, a NaN in the scale would make the cotangent NaN."""
+    x, *where = primals
+    y = mask_cotangent_p.bind(x, *where, band=band)
+    if isinstance(tangents[0], ad.Zero):
+        return y, tangents[0]
+    return y, mask_to_zero(tangents[0], where[0] if where else None, band)
+
+
+def mask_cotangent_batch_rule(
+    operands: Sequence[Array], dims: Sequence[int | None], **params: Any
+) -> tuple[Array, int]:
+    """The band masks the last two dimensions, which stay where they are."""
+    return mask_cotangent_p.bind(*move_batch_to_front(operands, dims), **params), 0
+
+
+mask_cotangent_p = define_primitive(
+    "softmax2p_mask_cotangent",
+    params=("band",),
+    abstract_eval=lambda x, *_, **params: x,
+    jvp_rule=mask_cotangent_jvp_rule,
+    batch_rule=mask_cotangent_batch_rule,
+    lowering=lambda x, *_, **params: x,
+)
+
 add_row_bias_p = define_primitive(
     "softmax2p_add_row_bias",
     params=_PARAMS,
@@ -149,3 +169,5 @@ add_row_bias_p = define_primitive(
     batch_rule=add_row_bias_batch_rule,
     lowering=add_row_bias_lowering,
 )
+# jet knows no branches.
+define_interpreter_rules(add_row_bias_p, add_finite_row_bias)
