@@ -145,6 +145,19 @@ class TestArguments:
         for ours, theirs in zip(actual, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
+    def test_masked_factors_do_not_count(self, implementation):
+        """NaN and infinities at masked positions of a and b affect neither results nor gradients."""
+        mask = np.tri(3, 4, dtype=bool)
+        a, b = normal(3, 4), normal(3, 4, seed=1)
+        filled = np.where(mask, a, NAN), np.where(mask, b, [NAN, INF, -INF, NAN])
+        for where in (Band(), mask):
+            total = lambda f, a, b, w=where, **o: f(a, -1, b, return_sign=True, where=w, **o)[0].sum()
+            ours = lambda a, b, t=total: t(logsumexp, a, b, implementation=implementation)
+            actual = jax.value_and_grad(ours, (0, 1))(*filled)
+            expected = jax.value_and_grad(lambda a, b, t=total: t(jax.nn.logsumexp, a, b, mask), (0, 1))(a, b)
+            for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
+
     @pytest.mark.parametrize("a", [np.float32, np.float16, jnp.bfloat16, np.int32, np.int8, bool])
     @pytest.mark.parametrize("b", [2, 2.5, np.float32, np.float64, np.int32, jnp.bfloat16, bool])
     def test_dtype_is_that_of_jax_nn(self, a, b, implementation):
