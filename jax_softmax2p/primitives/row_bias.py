@@ -126,7 +126,7 @@ def add_row_bias_lowering(
 
     def of_all_logits() -> Array:
         unpacked = spec.unpack_with_band((x, *operands))
-        bias = row_bias if unpacked.bias is None else unpacked.bias + row_bias
+        bias = row_bias if unpacked.bias is None else unpacked.bias.astype(row_bias.dtype) + row_bias
         z_max = reference.maximum(x, unpacked._replace(bias=bias), axis=axis)
         return select(is_special, z_max + hi, total.hi)
 

@@ -103,7 +103,7 @@ def _largest_term(x: Array, factors: Array, operands: ScaleBiasMask[Array], axis
     """max(z + log|b|), roughly: -inf of a row without a term, and NaN or +inf where a term is."""
     size = jnp.abs(factors).astype(compute_dtype(factors.dtype))
     shift = select(size < jnp.inf, _LN2 * _far_exponent(size), size)
-    bias = shift if operands.bias is None else operands.bias + shift
+    bias = shift if operands.bias is None else operands.bias.astype(shift.dtype) + shift
     where = factors != 0 if operands.where is None else operands.where & (factors != 0)
     return reference.maximum(x, operands._replace(bias=bias, where=where), axis=axis)
 

@@ -90,9 +90,9 @@ FUNCTIONS = {
         "x mask",
     ),
     "logsumexp with factors": (
-        lambda x, b, **o: s2p.logsumexp(x, -1, b=b, **o),
-        lambda x, b: jax.nn.logsumexp(x, -1, b=b),
-        "x soft",
+        lambda x, b, g, **o: s2p.logsumexp(x, -1, b=b, bias=g, **o),
+        lambda x, b, g: jax.nn.logsumexp(x + g, -1, b=b),
+        "x soft bias",
     ),
     "softmax with two biases": (
         lambda x, f, g, m, **o: s2p.softmax(x, bias=(f, g), where=m, **o),
