@@ -17,13 +17,16 @@ from jax_softmax2p.primitives.dispatch import (
     Implementation,
     as_implementation,
     check_native_support,
+    choose_path,
 )
 from jax_softmax2p.primitives.operands import OPERAND_FLAGS, Band, OperandSpec
+from jax_softmax2p.primitives.row_bias import apply_invariant_bias
 from jax_softmax2p.reference import ScaleBiasMask, compute_dtype
 
 Array = jax.Array
 Axis = int | Sequence[int] | None
 Where = jax.typing.ArrayLike | Band | None
+Bias = jax.typing.ArrayLike | tuple[jax.typing.ArrayLike, ...] | None
 _INT32 = np.iinfo(np.int32)
 
 
@@ -40,6 +43,8 @@ class Logits:
       shape: of x as it was passed.
       dtype: of results.
       axis_name: the mesh axes over which the axis is sharded, if it is.
+      row_biases: what is to be added to the lse of the operands, in its dtype: arrays of the merged x's rank
+        that broadcast to it, of size 1 along the axis.
     """
 
     operands: tuple[Array, ...]
@@ -50,6 +55,7 @@ class Logits:
     shape: tuple[int, ...]
     dtype: np.dtype
     axis_name: tuple[str, ...] | None = None
+    row_biases: tuple[Array, ...] = ()
 
     @property
     def params(self) -> dict[str, Any]:
@@ -59,6 +65,10 @@ class Logits:
     def reference_operands(self) -> tuple[Array, ScaleBiasMask[Array]]:
         """The merged x and what is applied to it, as functions of ``reference`` take them."""
         return self.operands[0], self.spec.unpack_with_band(self.operands)
+
+    def merge(self, y: Array) -> Array:
+        """An array of the shape of x as it was passed, with the axes merged as those of x are."""
+        return _merge_axes(y, self.axes)[0]
 
     def restore(self, y: Array) -> Array:
         """A result of the merged x's shape, in the shape and dtype that users expect."""
@@ -81,11 +91,12 @@ def as_logits(
     where: Where,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
+    splits_bias: bool = True,
     band: Band | None = None,
     axis_name: AxisNames | None = None,
     implementation: str | None,
-    shift_integers: bool = True,
+    shift_invariant: bool = True,
     name: str = "x",
 ) -> Logits:
     """Checks the arguments that softmaxes have in common.
@@ -96,11 +107,13 @@ def as_logits(
       where: as in the public functions.
       scale: as in the public functions.
       bias: as in the public functions.
+      splits_bias: whether biases of rows may become ``row_biases``.
       band: a mask besides ``where``, if that is an array.
       axis_name: as in the public functions.
       implementation: as in the public functions.
-      shift_integers: whether the result does not change with a constant added to x; the maximum of integers
-        is subtracted then, which they do exactly and floats may not.
+      shift_invariant: whether the result does not change with a constant added to a row. The maximum of
+        integers is subtracted then, which they do exactly and floats may not, and biases of rows only matter
+        where they are not finite.
       name: what the public function calls x.
 
     Raises:
@@ -118,17 +131,25 @@ def as_logits(
     if band is not None:
         _check_band(x, axes, name)
     mask = None if where is None else as_mask(where, x.shape, name)
-    scale, bias, promoted = _as_operands(x, axes, scale, bias, name)
-    if shift_integers and scale is None and bias is None and axis_name is None:
+    scale, biases, promoted = _as_operands(x, axes, scale, bias, name)
+    if shift_invariant and scale is None and not biases and axis_name is None:
         x = _as_inexact(x, axes, mask)
     # That of the formula, jnp.exp(x * scale + bias).
     dtype = jax.eval_shape(jnp.exp, jax.ShapeDtypeStruct((), promoted or x.dtype)).dtype
     wide = jnp.float32 if _is_narrower_than_16_bits(dtype) else dtype
     x = x.astype(wide)
     check_native_support(chosen, x.dtype)
+    computed = compute_dtype(wide)
+    scale = None if scale is None else scale.astype(computed)
+    row_biases: list[Array] = []
+    if isinstance(bias, tuple):
+        biases = [_with_rank(term, x.ndim).astype(computed) for term in biases]
+        if splits_bias and choose_path(chosen, axis_name) == "primitive" and not jnp.iscomplexobj(x):
+            row_biases = [term for term in biases if _is_of_rows(term, axes)]
+            biases = [term for term in biases if not _is_of_rows(term, axes)]
     named = {
-        "scale": None if scale is None else scale.astype(compute_dtype(wide)),
-        "bias": None if bias is None else bias.astype(wide),
+        "scale": scale,
+        "bias": sum(biases[1:], biases[0]).astype(wide) if biases else None,
         "where": mask,
     }
     merged, merged_axis = _merge_axes(x, axes)
@@ -137,6 +158,10 @@ def as_logits(
         for key, operand in named.items()
         if operand is not None
     }
+    row_biases = [_merge_axes(term, axes)[0] for term in row_biases]
+    if shift_invariant and row_biases:
+        merged, operands = apply_invariant_bias(merged, operands, row_biases, band)
+        row_biases = []
     spec = OperandSpec(tuple(key for key in OPERAND_FLAGS if key in operands), band)
     return Logits(
         operands=(merged, *(operands[key] for key in spec.names)),
@@ -147,6 +172,7 @@ def as_logits(
         shape=x.shape,
         dtype=dtype,
         axis_name=axis_name,
+        row_biases=tuple(row_biases),
     )
 
 
@@ -273,34 +299,35 @@ def _check_band(x: Array, axes: tuple[int, ...], name: str) -> None:
 
 
 def _as_operands(
-    x: Array,
-    axes: tuple[int, ...],
-    scale: jax.typing.ArrayLike | None,
-    bias: jax.typing.ArrayLike | None,
-    name: str,
-) -> tuple[Array | None, Array | None, Any]:
-    """Scale and bias as arrays, and to which dtype they promote x; None where it stays."""
-    arrays: dict[str, Array] = {}
-    for key, operand in (("scale", scale), ("bias", bias)):
-        if operand is None:
-            continue
-        array = as_numeric_array(operand, key)
-        if jnp.issubdtype(array.dtype, jnp.complexfloating):
-            raise TypeError(f"{key} must be real, got dtype {array.dtype}")
-        _check_broadcasts(key, array, x.shape, name)
-        arrays[key] = array
-    if "scale" in arrays:
-        sizes = _with_rank(arrays["scale"], x.ndim).shape
-        if any(sizes[a] != 1 for a in axes):
-            raise ValueError(
-                f"scale must have size 1 along axis {axes if len(axes) > 1 else axes[0]}, "
-                f"got shape {arrays['scale'].shape}"
-            )
-    promoted = None
-    if arrays:
-        # A number in Python takes on x's dtype, as in x * scale + bias.
-        promoted = jnp.result_type(x, *arrays.values())
-    return arrays.get("scale"), arrays.get("bias"), promoted
+    x: Array, axes: tuple[int, ...], scale: jax.typing.ArrayLike | None, bias: Bias, name: str
+) -> tuple[Array | None, list[Array], Any]:
+    """Scale and the terms of the bias as arrays, and to which dtype they promote x; None where it stays."""
+    scales = [] if scale is None else [_as_operand("scale", scale, x.shape, name)]
+    if isinstance(bias, tuple):
+        biases = [_as_operand(f"bias[{i}]", term, x.shape, name) for i, term in enumerate(bias)]
+    else:
+        biases = [] if bias is None else [_as_operand("bias", bias, x.shape, name)]
+    if scales and not _is_of_rows(_with_rank(scales[0], x.ndim), axes):
+        raise ValueError(
+            f"scale must have size 1 along axis {axes if len(axes) > 1 else axes[0]}, "
+            f"got shape {scales[0].shape}"
+        )
+    # A number in Python takes on x's dtype, as in x * scale + bias.
+    promoted = jnp.result_type(x, *scales, *biases) if scales or biases else None
+    return (scales[0] if scales else None), biases, promoted
+
+
+def _as_operand(key: str, operand: jax.typing.ArrayLike, shape: tuple[int, ...], name: str) -> Array:
+    array = as_numeric_array(operand, key)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{key} must be real, got dtype {array.dtype}")
+    _check_broadcasts(key, array, shape, name)
+    return array
+
+
+def _is_of_rows(operand: Array, axes: tuple[int, ...]) -> bool:
+    """Whether an array of x's rank has one number for every row."""
+    return all(operand.shape[a] == 1 for a in axes)
 
 
 def _check_broadcasts(key: str, array: Array, shape: tuple[int, ...], name: str) -> None:

@@ -27,8 +27,8 @@ def jit_when_eager(*array_names: str) -> Callable[[F], F]:
     values, an ``axis_name``, and what is no array where one belongs, which the function refuses.
 
     Args:
-      array_names: the parameters that are arrays, numbers or None; a ``Band``, which is a pytree without
-        leaves, may stand in the place of one. All others are static.
+      array_names: the parameters that are arrays, numbers, tuples of these, or None; a ``Band``, which is a
+        pytree without leaves, may stand in the place of one. All others are static.
     """
 
     def decorate(function: F) -> F:
@@ -63,6 +63,8 @@ def _is_kept(value: Any) -> bool:
     """Whether jit hands the function an array of the same dtype, or the same value."""
     if value is None or isinstance(value, jax.Array | int | float | complex):
         return True
+    if isinstance(value, tuple):
+        return all(map(_is_kept, value))
     if isinstance(value, np.ndarray | np.generic):
         return value.dtype != object and jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
     return not jax.tree.leaves(value)

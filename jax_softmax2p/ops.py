@@ -6,18 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# By name: inside patch_jax_nn() the attribute of jax.nn is this module's function.
-from jax.nn import logsumexp as logsumexp_of_jax
-
 from jax_softmax2p import native, reference, sharding
-from jax_softmax2p.arguments import Axis, Logits, Where, as_array, as_logits, as_numeric_array
+from jax_softmax2p.arguments import Axis, Bias, Logits, Where, as_logits
 from jax_softmax2p.eager import jit_when_eager
+from jax_softmax2p.factors import logsumexp_with_factors
 from jax_softmax2p.native import Algorithm
 from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
 from jax_softmax2p.primitives import softmax as softmax_primitive
 from jax_softmax2p.primitives.collectives import AxisNames
-from jax_softmax2p.primitives.dispatch import Implementation, choose_path, refuse_native
-from jax_softmax2p.primitives.operands import Band, operand_mask
+from jax_softmax2p.primitives.dispatch import Implementation, choose_path
+from jax_softmax2p.primitives.row_bias import add_row_bias
 from jax_softmax2p.reference import Lse
 
 Array = jax.Array
@@ -30,7 +28,7 @@ def softmax(
     where: Where = None,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     algorithm: Algorithm = "auto",
     implementation: Implementation | None = None,
@@ -53,9 +51,10 @@ def softmax(
         a True gives zeros. Or a :class:`Band`, a mask that needs no array.
       scale: x is multiplied by it first: a real number, or an array that broadcasts to x's shape and has
         size 1 along the axis, such as a temperature's inverse for every row.
-      bias: is added to scale·x: a real array that broadcasts to x's shape. With scale and bias the result has
-        the dtype of x * scale + bias, and no array for that is made: scale·x + bias is rounded once, in
-        float32 for 16-bit logits.
+      bias: is added to scale·x: a real array that broadcasts to x's shape, or a tuple of several, each of
+        which broadcasts to it by itself. With scale and bias the result has the dtype of x * scale + bias,
+        and no array for that is made: scale·x + bias is rounded once, in float32 for 16-bit logits. Nor is
+        one made for ``bias=(f[:, None], g[None, :])``: see below.
       axis_name: inside :func:`jax.shard_map`, the axis of the mesh, or several, along which ``axis`` is
         sharded: x, where and bias are this device's shard, and so is the result. See below.
       algorithm: "auto", or by name "two_pass" (the second pass recomputes every exponential) or
@@ -115,6 +114,12 @@ def softmax(
       costs, are described in docs/sharding.md. Integers are not shifted by their maximum, and complex x is an
       error.
 
+    Several biases:
+      Those of size 1 along the axis do not change a softmax where they are finite, and are added to a
+      logsumexp, hi + lo, afterwards: no kernel reads them. The others are added to one another, in x's dtype,
+      as an array of the shape to which they broadcast without x: if that is x's own, an array of x's size is
+      made. With ``axis_name``, and with the factors b of a logsumexp, all of them are added so.
+
     Source: M. Dukhan and A. Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, Algorithm 3.
     """
     native.check_algorithm(algorithm)
@@ -154,7 +159,11 @@ def logsumexp_of_logits(logits: Logits) -> Lse:
         case "reference":
             return reference.logsumexp(*logits.reference_operands(), axis=logits.axis)
         case "primitive":
-            return softmax_primitive.logsumexp(*logits.operands, **logits.params)
+            lse = softmax_primitive.logsumexp(*logits.operands, **logits.params)
+            x, *operands = logits.operands
+            for row_bias in logits.row_biases:
+                lse = add_row_bias(x, lse, row_bias, *operands, **logits.params)
+            return lse
 
 
 @jit_when_eager("x", "where", "scale", "bias")
@@ -164,7 +173,7 @@ def log_softmax(
     where: Where = None,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> Array:
@@ -223,7 +232,7 @@ def logsumexp(
     where: Where = None,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> Array: ...
@@ -237,7 +246,7 @@ def logsumexp(
     return_sign: Literal[True],
     where: Where = None,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Array, Array]: ...
@@ -251,7 +260,7 @@ def logsumexp(
     where: Where = None,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array]: ...
@@ -265,7 +274,7 @@ def logsumexp(
     where: Where = None,
     *,
     scale: jax.typing.ArrayLike | None = None,
-    bias: jax.typing.ArrayLike | None = None,
+    bias: Bias = None,
     axis_name: AxisNames | None = None,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -280,21 +289,22 @@ def logsumexp(
     Args:
       a: array of logits, as x of :func:`softmax`, or of booleans, which count as 0 and 1.
       axis: the axis or axes to reduce; None for all.
-      b: factors of the exponentials. a, b and where broadcast, and axis counts the dimensions of the result
-        of that. With factors, and for complex a, jax.nn.logsumexp computes.
+      b: factors of the exponentials, of any sign. a, b and where broadcast, and axis counts the dimensions of
+        the result of that. Elements with a factor of 0 take no part. For complex a or b, jax.nn.logsumexp
+        computes.
       keepdims: whether the axes stay in the result, with size 1.
       return_sign: whether to return (result, sign), where sign is that of the sum.
       where: as in :func:`softmax`; what is masked adds nothing.
       scale: as in :func:`softmax`.
       bias: as in :func:`softmax`.
       axis_name: as in :func:`softmax`; cannot be combined with b, nor with complex a.
-      implementation: as in :func:`softmax`; "native" cannot be combined with b.
+      implementation: as in :func:`softmax`.
 
     Returns:
-      Array of a's shape without the axes, of its (promoted) dtype; with return_sign, also an array of
-      the signs. Results are
+      Array of a's shape without the axes, of its (promoted) dtype: the logarithm of the sum, NaN of a
+      negative one. With return_sign, that of the sum's absolute value, and an array of the signs. Results are
       within 2 ULP of the exact value or 1 ULP of the row's largest logit, whichever is more, where a native
-      kernel runs.
+      kernel runs. With b the sum besides is off by up to 4 ULP of the sum of all |b·exp(a)|.
 
     Raises:
       TypeError, ValueError: as :func:`softmax`.
@@ -305,6 +315,11 @@ def logsumexp(
       >>> float(jax_softmax2p.logsumexp(jnp.full(8, 1000.0)) - 1000)
       2.0794677734375
 
+      e^1001 - e^1000:
+
+      >>> jax_softmax2p.logsumexp(jnp.array([1001.0, 1000.0]), b=jnp.array([1.0, -1.0])).round(2)
+      Array(1000.54, dtype=float32)
+
     Source: pass 1 of Algorithm 3 of arXiv 2001.04438.
     """
     if b is not None and axis_name is not None:
@@ -312,7 +327,17 @@ def logsumexp(
     if getattr(a, "dtype", type(a)) in (jnp.bool_, bool):
         a = jnp.asarray(a).astype(jax.eval_shape(jnp.exp, a).dtype)
     if b is not None or (np.iscomplexobj(a) and axis_name is None):
-        return _logsumexp_by_jax(a, axis, b, keepdims, return_sign, where, scale, bias, implementation)
+        return logsumexp_with_factors(
+            a,
+            b,
+            axis,
+            where,
+            scale=scale,
+            bias=bias,
+            keepdims=keepdims,
+            return_sign=return_sign,
+            implementation=implementation,
+        )
     logits = as_logits(
         a,
         axis,
@@ -321,7 +346,7 @@ def logsumexp(
         bias=bias,
         axis_name=axis_name,
         implementation=implementation,
-        shift_integers=False,
+        shift_invariant=False,
         name="a",
     )
     result = logits.restore_reduced(logsumexp_of_logits(logits).hi, keepdims)
@@ -330,40 +355,3 @@ def logsumexp(
     # Of a sum of exponentials: 1, or 0 where there is none, or NaN.
     sign = jnp.where(result == -jnp.inf, 0, jnp.where(jnp.isnan(result), result, 1))
     return result, sign.astype(result.dtype)
-
-
-def _logsumexp_by_jax(
-    a: jax.typing.ArrayLike,
-    axis: Axis,
-    b: jax.typing.ArrayLike | None,
-    keepdims: bool,
-    return_sign: bool,
-    where: Where,
-    scale: jax.typing.ArrayLike | None,
-    bias: jax.typing.ArrayLike | None,
-    implementation: str | None,
-) -> Array | tuple[Array, Array]:
-    """logsumexp with factors b, or of complex a, by jax.nn.logsumexp."""
-    z = _broadcast_with(as_numeric_array(a, "a"), b, where)
-    logits = as_logits(
-        z, axis, where, scale=scale, bias=bias, implementation=None, shift_integers=False, name="a"
-    )
-    if implementation == "native":
-        refuse_native("there is no native kernel with b, or for complex")
-    mask = operand_mask(logits.shape, None, logits.spec.band) if isinstance(where, Band) else where
-    if scale is not None:
-        z = z * scale
-    if bias is not None:
-        z = z + bias
-    return logsumexp_of_jax(z, axis, b, keepdims, return_sign, mask)
-
-
-def _broadcast_with(a: Array, b: jax.typing.ArrayLike | None, where: Where) -> Array:
-    """a, broadcast with factors and with a mask that is an array; ValueError if they do not broadcast."""
-    named = {"a": a, "b": b, "where": where}
-    arrays = {key: x for key, x in named.items() if x is not None and not isinstance(x, Band)}
-    shapes = [as_array(x, key).shape for key, x in arrays.items()]
-    try:
-        return jnp.broadcast_to(a, jnp.broadcast_shapes(*shapes))
-    except ValueError:
-        raise ValueError(f"a, b and where must broadcast, got shapes {shapes}") from None

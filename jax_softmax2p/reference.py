@@ -81,6 +81,11 @@ def logsumexp(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Lse:
     return Lse(jnp.squeeze(hi, axis), jax.lax.stop_gradient(jnp.squeeze(lo, axis)))
 
 
+def maximum(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Array:
+    """The largest logit of rows, NaN if there is one; -inf of a row without an element that takes part."""
+    return jnp.squeeze(_maximum(_logits(x, operands, axis, fully_masked=-jnp.inf), axis), axis)
+
+
 def subtract_lse(x: Array, lse: Lse, operands: ScaleBiasMask[Array], *, axis: int) -> Array:
     """z - lse, of x's shape and dtype, -inf where masked: log_softmax(z) from the lse of rows."""
     hi, lo = (jnp.expand_dims(part, axis) for part in lse)

@@ -106,7 +106,7 @@ def sum_exp(
 
     Source: arXiv 2001.04438, section 4.
     """
-    logits = as_logits(x, axis, where, implementation=implementation, shift_integers=False)
+    logits = as_logits(x, axis, where, implementation=implementation, shift_invariant=False)
     return _from_lse(logsumexp_of_logits(logits))
 
 

@@ -19,7 +19,7 @@ PYTHON_LAYERS = (
     ("attention",),
     ("losses", "sum_exp"),
     ("ops",),
-    ("sharding",),
+    ("factors", "sharding"),
     ("arguments", "explain"),
     ("primitives",),
     ("eager",),

@@ -275,7 +275,3 @@ class TestLogsumexpArguments:
         np.testing.assert_allclose(logsumexp(x, -1, b, scale=3, bias=bias), expected, rtol=1e-13)
         lower = np.log((b * np.exp(x) * np.tri(2, 4)).sum(-1))
         np.testing.assert_allclose(logsumexp(x, -1, b, where=Band()), lower, rtol=1e-13)
-
-    def test_b_has_no_native_kernel(self):
-        with pytest.raises(ValueError, match=r"implementation='native' cannot run: .*with b"):
-            logsumexp(normal(3), b=2.0, implementation="native")

@@ -162,7 +162,8 @@ def logsumexp_jvp_change(
     change: Array, x: Array, hi: Array, lo: Array, labels: Array, t: Array, *operands: Array, **params: Any
 ) -> Array:
     """sum(p·change·t): the labels' term does not change."""
-    return logsumexp_jvp(x, hi, lo, no_labels(), (change * t).astype(x.dtype), *operands, **params)
+    changed = (change * t.astype(change.dtype)).astype(x.dtype)
+    return logsumexp_jvp(x, hi, lo, no_labels(), changed, *operands, **params)
 
 
 def logsumexp_jvp_sharded_rule(

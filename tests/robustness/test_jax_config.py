@@ -90,9 +90,19 @@ FUNCTIONS = {
         "x mask",
     ),
     "logsumexp with factors": (
-        lambda x, b, **o: s2p.logsumexp(x, -1, b=b),
-        lambda x, b: jax.nn.logsumexp(x, -1, b=b),
-        "x soft",
+        lambda x, b, g, **o: s2p.logsumexp(x, -1, b=b, bias=g, **o),
+        lambda x, b, g: jax.nn.logsumexp(x + g, -1, b=b),
+        "x soft bias",
+    ),
+    "softmax with two biases": (
+        lambda x, f, g, m, **o: s2p.softmax(x, bias=(f, g), where=m, **o),
+        lambda x, f, g, m: jax.nn.softmax(x + f + g, where=m),
+        "x scale bias mask",
+    ),
+    "logsumexp with two biases": (
+        lambda x, f, g, **o: s2p.logsumexp(x, -1, bias=(f, g), **o),
+        lambda x, f, g: jax.nn.logsumexp(x + f + g, -1),
+        "x scale bias",
     ),
     "sum_exp": (
         lambda x, **o: s2p.sum_exp(x, **o).combine(s2p.SumExp.empty((3,))).reduce().log().astype(x.dtype),

@@ -294,3 +294,56 @@ def test_errors(call, error, words):
 def test_outside_shard_map():
     with pytest.raises(ValueError, match=r"axis_name must name axes of the mesh .* jax\.shard_map"):
         s2p.softmax(np.ones(3), axis_name="v")
+
+
+@pytest.mark.parametrize("operation", ["softmax", "log_softmax", "logsumexp"])
+@pytest.mark.parametrize("name", [None, "model"])
+def test_several_biases(name, operation):
+    """Biases of rows and of columns, where rows are sharded and where columns are; some are not finite."""
+    x, f, g = 3 * normal(8, 16), normal(8, 1), normal(16)
+    x[1, 2], f[1], f[3], f[4], g[9] = -INF, INF, INF, NAN, -INF
+    ours = functools.partial(getattr(s2p, operation), axis=1, axis_name=name)
+    theirs = functools.partial(getattr(jax.nn, operation), axis=1)
+    spec, rows, columns = (
+        (P("model", None), P("model"), P()) if name is None else (P(None, name), P(), P(name))
+    )
+
+    def loss(x, f, g):
+        return jax.shard_map(
+            lambda x, f, g: ours(x, bias=(f, g)),
+            mesh=devices.make_mesh(),
+            in_specs=(spec, rows, columns),
+            out_specs=rows if operation == "logsumexp" else spec,
+        )(x, f, g)
+
+    with np.errstate(invalid="ignore"):
+        z = x.astype(float) + f + g
+    close(jax.jit(loss)(x, f, g), theirs(z))
+    f, g = np.nan_to_num(f, posinf=1), np.nan_to_num(g, neginf=1)
+    t = normal(*jax.eval_shape(loss, x, f, g).shape)
+    actual = jax.jit(jax.grad(lambda *operands: jnp.sum(t * loss(*operands)), (0, 1, 2)))(x, f, g)
+    expected = in_float64(
+        jax.grad(lambda x, f, g: jnp.sum(t * theirs(x + f + g)), (0, 1, 2)),
+        np.nan_to_num(x, neginf=-300),
+        f,
+        g,
+    )
+    for a, e in zip(actual, expected, strict=True):
+        close(a, e, 1e-5)
+
+
+@pytest.mark.parametrize("operation", ["softmax", "logsumexp"])
+def test_several_biases_of_arrays_that_jit_partitions(operation):
+    """Neither rows nor columns, nor the biases, are gathered to the size of x."""
+    mesh = devices.make_mesh()
+    x, f, g = 3 * normal(8, 16), normal(8, 1), normal(16)
+    f[3] = INF
+    for spec in (("data", None), (None, "model"), ("data", "model")):
+        operands = (
+            devices.place(x, mesh, *spec),
+            devices.place(f, mesh, *spec),
+            devices.place(g, mesh, spec[1]),
+        )
+        y, found = run(lambda x, f, g: getattr(s2p, operation)(x, axis=1, bias=(f, g)), *operands)
+        assert "all-gather" not in kinds(found) or spec[1]
+        close(y, getattr(jax.nn, operation)(x.astype(float) + f + g, axis=1))
