@@ -66,8 +66,8 @@ def softmax(
 
     Returns:
       Array of x's shape and (promoted) dtype. float32 results are within 2 ULP of the exact softmax of the
-      logits, and float64 within 4, where a native kernel runs, and within 4 ULP in rows of up to 1,024 elements
-      where the reference does; subnormal results may be flushed to zero.
+      logits, and float64 within 4, where a native kernel runs; where the reference does, within 4 ULP in rows
+      of up to 1,024 elements; subnormal results may be flushed to zero.
 
     Raises:
       TypeError: x, scale or bias is not an array of numbers, or axis no integer.

@@ -41,7 +41,7 @@ def test_compiled_programs_follow_the_table(name, column):
             "float32",
             axis - 2 * (axis == 0),
         )
-        assert f"{elements} elements" in explanation.reason and f"from {least} on" in explanation.reason
+        assert explanation.reason == f"{elements} elements: from {least} on a native call is faster"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -86,7 +86,8 @@ def test_explains_loops_branches_and_gradients():
 
 def test_explains_what_cannot_be_native():
     [explanation] = explain(softmax, jax.ShapeDtypeStruct((1000, 1000), jnp.complex64))
-    assert explanation.implementation == "reference" and "complex64" in explanation.reason
+    assert explanation.implementation == "reference"
+    assert "complex64" in explanation.reason
     with pytest.raises(ValueError, match="complex64"):
         explain(lambda x: softmax(x, implementation="native"), jax.ShapeDtypeStruct((4,), jnp.complex64))
 
