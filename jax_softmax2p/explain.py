@@ -32,9 +32,10 @@ class Explanation(NamedTuple):
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
     """Says which operations of this package in a function are native, which are the reference, and why.
 
-    With ``implementation=None`` small work runs as jax.numpy code that XLA fuses with its neighbours, and the
-    rest in native kernels. The shape decides, the dtype, the operation and the platform; where a program runs
-    on several devices, the shape of what lies on one of them. The table is in ``primitives/thresholds.py``.
+    With ``implementation=None`` small work in loops, and small derivatives, run as jax.numpy code that XLA
+    fuses with its neighbours, and the rest in native kernels. The shape decides, the dtype, the operation and
+    the platform; where a program runs on several devices, the shape of what lies on one of them. The table is
+    in ``primitives/thresholds.py``.
 
     Args:
       function: a function of arrays. It is traced, not run.
@@ -51,11 +52,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Exp
     Example:
       >>> import jax
       >>> import jax_softmax2p
-      >>> few, many = (jax.ShapeDtypeStruct((rows, 100), "float32") for rows in (1, 1000))
-      >>> [choice] = jax_softmax2p.explain(jax_softmax2p.softmax, few)
+      >>> loop = lambda rows: jax.lax.map(jax_softmax2p.softmax, rows)
+      >>> short, long = (jax.ShapeDtypeStruct((1000, n), "float32") for n in (100, 1000))
+      >>> [choice] = jax_softmax2p.explain(loop, short)
       >>> choice.implementation, choice.reason
-      ('reference', '100 elements: from 256 on a native call is faster')
-      >>> jax_softmax2p.explain(jax_softmax2p.softmax, many)[0].implementation
+      ('reference', '100 elements in a loop: from 256 on a native call is faster')
+      >>> jax_softmax2p.explain(loop, long)[0].implementation
       'native'
     """
     return list(_explain_jaxpr(jax.make_jaxpr(function)(*args, **kwargs).jaxpr))
@@ -65,15 +67,14 @@ def _explain_jaxpr(jaxpr: Jaxpr) -> Iterator[Explanation]:
     for equation in jaxpr.eqns:
         lowering = registration.LOWERINGS.get(equation.primitive)
         if isinstance(lowering, registration.NativeLowering):
-            yield _explain_equation(equation, lowering.operation)
+            yield _explain_equation(equation, lowering.operation_of(equation.params))
         elif lowering is not None:
             rule = lambda *operands, rule=lowering, params=equation.params: rule(*operands, **params)
             yield from _explain_jaxpr(jax.make_jaxpr(rule)(*(v.aval for v in equation.invars)).jaxpr)
         else:
+            replace = nested_computations.REPLACEMENTS.get(equation.primitive, lambda kept: kept)
             for param in equation.params.values():
-                if equation.primitive in nested_computations.OPERATIONS:
-                    param = nested_computations.choose_reference(param)
-                yield from _explain_param(param)
+                yield from _explain_param(nested_computations.replace_implementations(param, replace))
 
 
 def _explain_param(param: Any) -> Iterator[Explanation]:

@@ -14,8 +14,9 @@ from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, choose_path
+from jax_softmax2p.primitives.log_softmax import subtract_lse
 from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_jvp
-from jax_softmax2p.primitives.softmax import keeps_softmax, logsumexp, softmax_of_lse
+from jax_softmax2p.primitives.softmax import keeps_softmax, logsumexp
 from jax_softmax2p.reference import Lse, compute_dtype
 from jax_softmax2p.sharding import sharded_cross_entropy
 
@@ -265,7 +266,7 @@ def _subtract_label_logit(lse: Lse, x: Array, labels: Array, axis: int) -> Array
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _lse_minus_label_logit(params: _Params, x: Array, labels: Array, *operands: Array) -> Array:
     """The same from the primitives' operands; params are their parameters as a hashable value."""
-    lse = logsumexp(x, *operands, **dict(params))
+    lse = logsumexp(x, *operands, exact=True, **dict(params))
     return _subtract_label_logit(lse, x, labels, dict(params)["axis"])
 
 
@@ -275,11 +276,15 @@ def _lse_minus_label_logit_jvp(
 ) -> tuple[Array, Array]:
     x, labels, *operands = primals
     named = dict(params)
-    lse = logsumexp(x, *operands, **named)
-    if keeps_softmax(x, **named):
-        p = softmax_of_lse(lse, x, *operands, **named)
-        at_label = reference.one_hot(labels, x.shape, named["axis"])
-        loss_dot = jnp.sum((p - at_label) * tangents[0], named["axis"])
+    axis = named["axis"]
+    lse = logsumexp(x, *operands, exact=True, **named)
+    loss = _subtract_label_logit(lse, x, labels, axis)
+    if keeps_softmax("derivative of logsumexp", x, **named):
+        p = jnp.exp(subtract_lse(x, lse, *operands, **named))
+        at_label = reference.one_hot(labels, x.shape, axis)
+        # The label's probability minus 1, exact where that is nearly 0.
+        excess = jnp.broadcast_to(jnp.expand_dims(jnp.expm1(-loss), axis), x.shape)
+        loss_dot = jnp.sum(jnp.where(at_label, excess, p) * tangents[0], axis)
     else:
         loss_dot = logsumexp_jvp(x, *lse, labels, tangents[0], *operands, **named)
-    return _subtract_label_logit(lse, x, labels, named["axis"]), loss_dot
+    return loss, loss_dot

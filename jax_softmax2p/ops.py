@@ -151,15 +151,21 @@ def softmax_of_logits(logits: Logits, *, algorithm: Algorithm = "auto", in_place
     return logits.restore(y)
 
 
-def logsumexp_of_logits(logits: Logits) -> Lse:
-    """The lse of arguments that have been checked, of the merged x's shape without the axis."""
+def logsumexp_of_logits(logits: Logits, *, exact: bool = True) -> Lse:
+    """The lse of arguments that have been checked, of the merged x's shape without the axis.
+
+    Args:
+      logits: the arguments.
+      exact: whether lo matters; see :func:`reference.logsumexp`.
+    """
     match choose_path(logits.implementation, logits.axis_name):
         case "sharded":
             return sharding.sharded_logsumexp(logits)
         case "reference":
-            return reference.logsumexp(*logits.reference_operands(), axis=logits.axis)
+            return reference.logsumexp(*logits.reference_operands(), axis=logits.axis, exact=exact)
         case "primitive":
-            lse = softmax_primitive.logsumexp(*logits.operands, **logits.params)
+            exact = exact or bool(logits.row_biases)
+            lse = softmax_primitive.logsumexp(*logits.operands, exact=exact, **logits.params)
             x, *operands = logits.operands
             for row_bias in logits.row_biases:
                 lse = add_row_bias(x, lse, row_bias, *operands, **logits.params)
@@ -283,8 +289,8 @@ def logsumexp(
     .. math:: \mathrm{logsumexp}(a) = \log \sum_j b_j \exp(a_j)
 
     A drop-in for :func:`jax.nn.logsumexp`, which it follows on every edge case: a NaN gives NaN, else a +inf
-    +inf; nothing but -inf, or nothing at all, gives -inf. The gradient is recomputed from a and the result:
-    nothing else of a's size is kept for it.
+    +inf; nothing but -inf, or nothing at all, gives -inf. The gradient of a large array is recomputed
+    from a and the result: nothing else of a's size is kept for it. That of a small one keeps the softmax.
 
     Args:
       a: array of logits, as x of :func:`softmax`, or of booleans, which count as 0 and 1.
@@ -349,7 +355,7 @@ def logsumexp(
         shift_invariant=False,
         name="a",
     )
-    result = logits.restore_reduced(logsumexp_of_logits(logits).hi, keepdims)
+    result = logits.restore_reduced(logsumexp_of_logits(logits, exact=False).hi, keepdims)
     if not return_sign:
         return result
     # Of a sum of exponentials: 1, or 0 where there is none, or NaN.

@@ -18,6 +18,12 @@ Array = jax.Array
 T = TypeVar("T")
 
 
+MAX_PLAIN_LENGTH = 32
+"""Rows of up to this length are summed plainly in derivatives, within 4 ULP of the largest entry.
+
+In longer ones, small exponentials beside a large one may cost half an ULP each.
+"""
+
 MAX_EXACT_LENGTH = 2**12
 """Rows whose length is symbolic, in exported programs, are summed exactly up to this length."""
 
@@ -64,21 +70,32 @@ def log_softmax(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> tuple
     y = terms.shifted - _log_of_sum(terms.p, axis)
     y = (y if terms.rounding is None else y + terms.rounding).astype(x.dtype)
     y = y if operands.where is None else select(operands.where, y, -jnp.inf)
-    return y, *logsumexp(x, operands, axis=axis)
+    return y, *logsumexp(x, operands, axis=axis, exact=True)
 
 
-def logsumexp(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Lse:
-    """log(sum(exp(z))) of rows; -inf of a row without an element that takes part."""
+def logsumexp(x: Array, operands: ScaleBiasMask[Array], *, axis: int, exact: bool = False) -> Lse:
+    """log(sum(exp(z))) of rows; -inf of a row without an element that takes part.
+
+    Args:
+      x: the logits before scale, bias and mask.
+      operands: these.
+      axis: along which the rows lie.
+      exact: whether hi + lo is to be so near that its difference from the largest logit is within 4 ULP of
+        itself, however small.
+    """
     z = _logits(x, operands, axis, fully_masked=-jnp.inf)
-    z_max, _, _, p = _exp_of_shifted(z, x.dtype, axis)
-    log = _log_of_sum(p, axis)
-    finite = jnp.isfinite(log)
+    if exact:
+        shift = jnp.squeeze(jax.lax.stop_gradient(_maximum(z, axis)), axis)
+        log = jnp.squeeze(_log_of_sum(_exp_of_shifted(z, x.dtype, axis).p, axis), axis)
+        log = select(jnp.isfinite(log), log, 0)
+    else:
+        shift, _, total = _exp_and_sum(z, axis)
+        log = jnp.log(total)
+    hi = shift + log
     # Infinities are replaced before they are added: a NaN is reported by JAX's checks.
-    log = select(finite, log, 0)
-    hi = z_max + log
-    finite_max = select(finite, z_max, 0)
-    lo = two_sum_error(finite_max, log, select(finite, hi, 0))
-    return Lse(jnp.squeeze(hi, axis), jax.lax.stop_gradient(jnp.squeeze(lo, axis)))
+    finite = jnp.isfinite(hi)
+    lo = two_sum_error(*(select(finite, part, 0) for part in (shift, log, hi)))
+    return Lse(hi, jax.lax.stop_gradient(lo))
 
 
 def maximum(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Array:
@@ -115,7 +132,15 @@ def log_softmax_vjp(
 
 
 def logsumexp_vjp(
-    x: Array, hi: Array, lo: Array, labels: Array, factor: Array, operands: ScaleBiasMask[Array], *, axis: int
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    factor: Array,
+    operands: ScaleBiasMask[Array],
+    *,
+    axis: int,
+    shares_forward: bool = False,
 ) -> Array:
     """factor·(exp(z - lse) - one_hot(labels)), of x's shape and dtype; 0 where masked, but for the labels.
 
@@ -127,8 +152,15 @@ def logsumexp_vjp(
       factor: cotangent of rows.
       operands: of the logsumexp.
       axis: of the logsumexp.
+      shares_forward: whether the exponentials are those of the logsumexp, which XLA then computes once where
+        it finds both in one program, rather than computed from the lse.
     """
-    y = _probabilities(x, Lse(hi, lo), operands, axis)
+    if shares_forward:
+        _, p, total = _exp_and_sum(_logits(x, operands, axis, fully_masked=-jnp.inf), axis)
+        is_long = not isinstance(x.shape[axis], int) or x.shape[axis] > MAX_PLAIN_LENGTH
+        y = p / (_exact_sum(p, axis)[0] if is_long else jnp.expand_dims(total, axis))
+    else:
+        y = _probabilities(x, Lse(hi, lo), operands, axis)
     factor = jnp.expand_dims(factor, axis)
     counts = operands.where
     if operands.where is not None:
@@ -239,17 +271,28 @@ def _logits(x: Array, operands: ScaleBiasMask[Array], axis: int, fully_masked: f
     return select(where, z, masked)
 
 
+def _exp_and_sum(z: Array, axis: int) -> tuple[Array, Array, Array]:
+    """exp(z - shift) and its sum of rows, by the formula of jax.nn.logsumexp.
+
+    Returns:
+      The shift of rows, which is the maximum or 0 where that is not finite; the exponentials; their sums.
+    """
+    z_max = jax.lax.stop_gradient(jnp.max(z, axis, initial=-jnp.inf))
+    shift = select(jnp.isfinite(z_max), z_max, 0)
+    p = jnp.exp(z - jnp.expand_dims(shift, axis))
+    return shift, p, jnp.sum(p, axis)
+
+
 class _Exponentials(NamedTuple):
     """exp(z - max(z)) of rows.
 
     Attributes:
-      z_max: the maximum of each row; the axis has size 1.
       shifted: z - max(z).
-      rounding: the error of that, as :func:`_subtract_exactly` returns it.
+      rounding: the error of that, which in a difference of -80 is 64 ULP of the exponential; None where the
+        dtype of the results does not show it.
       p: exp(shifted + rounding).
     """
 
-    z_max: Array
     shifted: Array
     rounding: Array | None
     p: Array
@@ -258,30 +301,28 @@ class _Exponentials(NamedTuple):
 def _exp_of_shifted(z: Array, dtype: np.dtype, axis: int) -> _Exponentials:
     """Exponentials of logits z, for results of a dtype. In a program that takes several functions of one z,
     XLA computes them once."""
+    z_max, shifted = _shifted(z, axis)
+    rounding = None if dtype != z.dtype or jnp.iscomplexobj(z) else _rounding(z, _finite(z_max), shifted)
+    return _Exponentials(shifted, rounding, _exp(shifted, rounding))
+
+
+def _shifted(z: Array, axis: int) -> tuple[Array, Array]:
+    """The maximum of each row, with size 1 along the axis, and the logits minus that."""
     z_max = jax.lax.stop_gradient(_maximum(z, axis))
-    shift = z_max if jnp.iscomplexobj(z) else select(z_max == -jnp.inf, jnp.zeros_like(z_max), z_max)
-    shifted, rounding = _subtract_exactly(z, shift, dtype)
-    return _Exponentials(z_max, shifted, rounding, _exp(shifted, rounding))
+    return z_max, z - _finite(z_max)
 
 
-def _subtract_exactly(z: Array, shift: Array, dtype: np.dtype) -> tuple[Array, Array | None]:
-    """z - shift, and the error of its rounding, which in a difference of -80 is 64 ULP of the exponential.
+def _finite(z_max: Array) -> Array:
+    """What is subtracted of rows: 0 where all logits are -inf."""
+    return z_max if jnp.iscomplexobj(z_max) else select(z_max == -jnp.inf, jnp.zeros_like(z_max), z_max)
 
-    Args:
-      z: logits.
-      shift: finite, or of rows without a result; broadcasts to z.
-      dtype: that results are rounded to.
 
-    Returns:
-      The difference; and its error, which has no derivative, or None where the dtype does not show it.
-    """
-    difference = z - shift
-    if dtype != z.dtype or jnp.iscomplexobj(z):
-        return difference, None
+def _rounding(z: Array, shift: Array, difference: Array) -> Array:
+    """The error of the rounded difference z - shift, exactly; it has no derivative."""
     # JAX's checks report the difference of infinities. Of elements that are -inf the error does not matter.
     lowest = jnp.finfo(z.dtype).min
     minuend, rounded = (jnp.maximum(jax.lax.stop_gradient(a), lowest) for a in (z, difference))
-    return difference, two_sum_error(minuend, -jax.lax.stop_gradient(shift), rounded)
+    return two_sum_error(minuend, -jax.lax.stop_gradient(shift), rounded)
 
 
 def _exp(shifted: Array, rounding: Array | None) -> Array:
@@ -327,9 +368,13 @@ def _mask_to_zero(x: Array, where: Array | None) -> Array:
 def _probabilities(x: Array, lse: Lse, operands: ScaleBiasMask[Array], axis: int) -> Array:
     """exp(z - lse), of x's shape, in the dtype that it is computed in."""
     z = _logits(x, operands, axis)
-    shifted, rounding = _subtract_exactly(z, jnp.expand_dims(lse.hi, axis), x.dtype)
-    lo = jnp.expand_dims(lse.lo, axis)
-    return _exp(shifted, -lo if rounding is None else rounding - lo)
+    hi, lo = (jnp.expand_dims(part, axis) for part in lse)
+    minus_hi = z - hi
+    shifted = minus_hi - lo
+    if x.dtype != z.dtype:
+        return jnp.exp(shifted)
+    rounding = _rounding(z, select(jnp.isfinite(hi), hi, 0), minus_hi) + _rounding(minus_hi, lo, shifted)
+    return _exp(shifted, rounding)
 
 
 def _maximum(z: Array, axis: int) -> Array:

@@ -103,7 +103,7 @@ def _gather(static: _Static, x: Array, operands: Sequence[Array], *of_rows: Arra
 
     All of them travel in one all-gather, in the dtype of the lse.
     """
-    lse = softmax.logsumexp(x, *operands, **static.params)
+    lse = softmax.logsumexp(x, *operands, exact=True, **static.params)
     shard = jnp.stack(jnp.broadcast_arrays(*lse, *(array.astype(lse.hi.dtype) for array in of_rows)))
     gathered = all_gather_invariant(shard, static.axis_names)
     hi, lo, *rest = (gathered[:, i] for i in range(len(shard)))

@@ -9,7 +9,7 @@ from comparison import normal
 
 import jax_softmax2p
 from jax_softmax2p import Band, explain, log_softmax, logsumexp, softmax
-from jax_softmax2p.primitives.thresholds import SHORT_ROW, THRESHOLDS
+from jax_softmax2p.primitives.thresholds import least_elements
 
 FUNCTIONS = {"softmax": softmax, "logsumexp": logsumexp, "log_softmax": log_softmax}
 
@@ -23,34 +23,52 @@ def floats(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def in_loop(function):
+    return lambda x: jax.lax.fori_loop(0, 5, lambda _, x: x + jnp.sum(function(x)), x)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("column", ["rows", "short_rows", "other_axes"])
-def test_compiled_programs_follow_the_table(name, column):
+@pytest.mark.parametrize(("n", "axis"), [(2, -1), (16, -1), (64, -1), (256, -1), (4, -2)])
+def test_loops_follow_the_table(name, n, axis):
     """On both sides of each threshold; explain says the same."""
-    least = getattr(THRESHOLDS[name], column)
-    row = {"rows": SHORT_ROW, "short_rows": 2, "other_axes": 4}[column]
-    axis = 0 if column == "other_axes" else -1
-    for elements, expected in ((least, 1), (least - row, 0)):
-        shape = (row, elements // row) if axis == 0 else (elements // row, row)
-        call = lambda x: FUNCTIONS[name](x, axis=axis)
+    shape_of = lambda rows: (rows, n) if axis == -1 else (n, rows)
+    call = in_loop(lambda x: FUNCTIONS[name](x, axis=axis))
+    least = least_elements(name, shape_of(8), axis, in_loop=True)
+    for rows, expected in ((least // n, 1), (least // n - 1, 0)):
+        if not rows:
+            continue
+        shape = shape_of(rows)
         assert calls_in(call, floats(*shape)) == expected, shape
         [explanation] = explain(call, floats(*shape))
         assert explanation.implementation == ("native" if expected else "reference")
-        assert (explanation.shape, explanation.dtype, explanation.axis) == (
-            shape,
-            "float32",
-            axis - 2 * (axis == 0),
-        )
-        assert explanation.reason == f"{elements} elements: from {least} on a native call is faster"
+        assert (explanation.shape, explanation.dtype, explanation.axis) == (shape, "float32", axis)
+        assert explanation.reason == f"{rows * n} elements in a loop: from {least} on a native call is faster"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_batched_shape_counts(name):
-    f = lambda row: FUNCTIONS[name](row, axis=-1)
+    f = lambda row: in_loop(lambda row: FUNCTIONS[name](row, axis=-1))(row)
     assert calls_in(f, floats(100)) == 0
     assert calls_in(jax.vmap(f), floats(1000, 100)) == 1
     [explanation] = explain(jax.vmap(f), floats(1000, 100))
     assert (explanation.shape, explanation.implementation) == ((1000, 100), "native")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_outside_loops_all_sizes_are_native(name):
+    f = lambda x: FUNCTIONS[name](x, axis=-1)
+    assert calls_in(f, floats(3)) == 1
+    assert explain(f, floats(3))[0].implementation == "native"
+
+
+def test_scans_their_gradients_and_jitted_bodies_are_loops():
+    scan = lambda f: lambda x: jax.lax.scan(lambda c, row: (c + f(row), None), 0.0, x)[0]
+    jitted = jax.jit(lambda row: logsumexp(row))
+    for function in (scan(logsumexp), jax.grad(scan(logsumexp)), scan(jitted)):
+        assert calls_in(function, floats(20, 3)) == 0
+    assert explain(scan(jitted), floats(20, 3))[0].implementation == "reference"
+    both = lambda x: scan(jitted)(x) + jitted(x[0])
+    assert calls_in(both, floats(20, 3)) == 1
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -77,11 +95,11 @@ def test_explains_loops_branches_and_gradients():
     found = [(e.operation, e.shape, e.implementation) for e in explain(f, floats(300, 8))]
     assert sorted(found) == [
         ("softmax2p", (8,), "reference"),
-        ("softmax2p_log_softmax", (300, 8), "reference"),
+        ("softmax2p_log_softmax", (300, 8), "native"),
         ("softmax2p_logsumexp", (8,), "reference"),
     ]
     gradient = jax.grad(lambda x: softmax(x)[0, 0])
-    assert [e.operation for e in explain(gradient, floats(64, 64))] == ["softmax2p", "softmax2p_jacobian"]
+    assert [e.operation for e in explain(gradient, floats(64, 1000))] == ["softmax2p", "softmax2p_jacobian"]
 
 
 def test_explains_what_cannot_be_native():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_softmax2p.arguments import as_logits
-from jax_softmax2p.attention.operands import Operands, Options, Result
+from jax_softmax2p.attention.operands import Operands, Options, Result, are_known
 from jax_softmax2p.ops import logsumexp, softmax_of_logits
 from jax_softmax2p.primitives.operands import Band, operand_mask
 
@@ -27,7 +27,7 @@ def attention_core(
 
     Returns:
       The output, and lse or None, in query's layout. Those of fully masked queries mean nothing, except that
-      with dropout their output has equal weights for all keys.
+      where :func:`fills_weights` says so their output has equal weights for all keys.
     """
     sizes = operands.sizes
     # XLA copies the product before it goes into a custom call if it has a dimension of size 1 in front.
@@ -39,15 +39,26 @@ def attention_core(
         key, value = key[..., 0, :, :], value[..., 0, :, :]
     logits = jnp.einsum(qk_einsum, o.query, key, precision=options.precision)
     weights, lse = _softmax(logits, o, options, band, band_mask)
+    if o.fully_masked is not None and fills_weights(operands, band):
+        weights = jnp.where(o.fully_masked, 1 / sizes[-1], weights)
     if o.dropout_mask is not None:
-        if o.fully_masked is not None:
-            weights = jnp.where(o.fully_masked, 1 / sizes[-1], weights)
         weights = jnp.where(o.dropout_mask, weights, 0)
     output = jnp.einsum(wv_einsum, weights, value, precision=options.precision)
     output = output.reshape(*sizes[:-1], value.shape[-1])
     if o.dropout_mask is not None:
         output = output / options.keep_prob
     return Result(output, None if lse is None else lse.reshape(*sizes[:-1], 1))
+
+
+def fills_weights(operands: Operands, band: Band | None) -> bool:
+    """Whether fully masked queries get equal weights, rather than the mean of all values in a second read.
+
+    With dropout they must. Of few queries, as in decoding, weights are less than values.
+    """
+    if operands.dropout_mask is not None:
+        return True
+    queries, keys = operands.sizes[-2:]
+    return band is None and are_known(queries, keys) and queries < operands.value.shape[-1] and keys > 0
 
 
 def _softmax(

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jax_softmax2p.attention.blocks import blockwise_attention
-from jax_softmax2p.attention.core import all_of
+from jax_softmax2p.attention.core import all_of, fills_weights
 from jax_softmax2p.attention.operands import Operands, Options, Result, are_known
 from jax_softmax2p.primitives.operands import Band, band_columns, operand_mask
 from jax_softmax2p.primitives.partitioning import num_shards
@@ -102,7 +102,8 @@ def _attend(arrays: dict[str, Array], *, band: Band | None, options: Options) ->
     query = arrays["query"]
     operands = _as_operands(arrays)
     operands = operands._replace(fully_masked=_fully_masked_queries(operands, band))
-    output, lse = _fill_masked_queries(operands, blockwise_attention(operands, band, options))
+    result = blockwise_attention(operands, band, options)
+    output, lse = _fill_masked_queries(operands, result, band)
     heads_last = lambda x: jnp.moveaxis(x, 3, 1).reshape(*query.shape[:-1], x.shape[-1]).astype(query.dtype)
     return Result(heads_last(output), None if lse is None else heads_last(jax.lax.stop_gradient(lse)))
 
@@ -166,15 +167,15 @@ def _fully_masked_queries(operands: Operands, band: Band | None) -> Array | None
     return jnp.max(bias, -1, keepdims=True, where=mask, initial=lowest) <= DEFAULT_MASK_VALUE
 
 
-def _fill_masked_queries(operands: Operands, result: Result) -> Result:
+def _fill_masked_queries(operands: Operands, result: Result, band: Band | None) -> Result:
     """The result with what jax.nn defines for fully masked queries and for padding.
 
-    Fully masked queries get the mean of all values, and padding gets 0; both get the lse of a masked logit.
-    With dropout, the output of fully masked queries is right already.
+    Fully masked queries get the mean of all values, unless they have it already, and padding gets 0; both get
+    the lse of a masked logit.
     """
     output, lse = result
     fully_masked, q_padding = operands.fully_masked, operands.q_padding
-    if fully_masked is not None and operands.dropout_mask is None:
+    if fully_masked is not None and not fills_weights(operands, band):
         num_keys = operands.sizes[-1]
         # A symbolic size is at least 1, and cannot be compared with it.
         divisor = max(1, num_keys) if are_known(num_keys) else num_keys

@@ -14,10 +14,13 @@ from jax.core import ShapedArray
 from jax.interpreters import mlir
 
 from jax_softmax2p import jax_compat, native
-from jax_softmax2p.primitives.thresholds import Operation, least_elements
+from jax_softmax2p.primitives.thresholds import COMPOSED_ELEMENTS, Operation, least_elements
 
 Implementation = Literal["native", "reference"]
 """What users may ask for; None leaves the choice to :func:`choose_lowering`."""
+
+LoweredImplementation = Implementation | Literal["in_loop"] | None
+"""The parameter when a primitive is lowered: "in_loop" is None in the body of a loop."""
 
 
 class Choice(NamedTuple):
@@ -76,7 +79,7 @@ def choose_path(
 
 def choose_lowering(
     ctx: mlir.LoweringRuleContext,
-    implementation: Implementation | None,
+    implementation: LoweredImplementation,
     *,
     operation: Operation,
     axis: int,
@@ -95,7 +98,7 @@ def choose_lowering(
       ValueError: the implementation is "native" and cannot run.
     """
     x: Any = ctx.avals_in[0]
-    if implementation is None and jax_compat.is_for_export(ctx):
+    if implementation in (None, "in_loop") and jax_compat.is_for_export(ctx):
         return Choice("reference", "an exported program may run where this package is not installed")
     if not jax_compat.is_sharded(ctx):
         return choose_on_device(implementation, operation, x, axis, on_cpu=on_cpu)
@@ -108,7 +111,7 @@ def choose_lowering(
 
 
 def choose_on_device(
-    implementation: Implementation | None, operation: Operation, x: ShapedArray, axis: int, *, on_cpu: bool
+    implementation: LoweredImplementation, operation: Operation, x: ShapedArray, axis: int, *, on_cpu: bool
 ) -> Choice:
     """What a primitive becomes on one device.
 
@@ -127,12 +130,19 @@ def choose_on_device(
         return _choose_reference(implementation, reason)
     if implementation == "native":
         return Choice("native", "implementation='native'")
-    least, elements = least_elements(operation, x.shape, axis), math.prod(x.shape)
-    reason = f"{elements} elements: from {least} on a native call is faster"
+    in_loop = implementation == "in_loop"
+    least, elements = least_elements(operation, x.shape, axis, in_loop=in_loop), math.prod(x.shape)
+    reason = f"{elements} elements{' in a loop' * in_loop}: from {least} on a native call is faster"
     return Choice("native" if elements >= least else "reference", reason)
 
 
-def _choose_reference(implementation: Implementation | None, unsupported_reason: str | None) -> Choice:
+def is_composed(ctx: mlir.LoweringRuleContext, implementation: LoweredImplementation) -> bool:
+    """Whether what is native is to fuse with its users, if there is a way to compose it."""
+    x: Any = ctx.avals_in[0]
+    return implementation != "native" and math.prod(x.shape) < COMPOSED_ELEMENTS
+
+
+def _choose_reference(implementation: LoweredImplementation, unsupported_reason: str | None) -> Choice:
     if implementation == "reference":
         return Choice("reference", "implementation='reference'")
     assert unsupported_reason is not None, "the native kernel could run"

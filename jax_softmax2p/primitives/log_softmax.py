@@ -31,7 +31,7 @@ from jax_softmax2p.primitives.logsumexp_derivatives import (
 from jax_softmax2p.primitives.mask_to_zero import mask_to_zero, tangent_from_operands
 from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
-from jax_softmax2p.primitives.softmax import keeps_softmax, logsumexp, lse_aval, softmax
+from jax_softmax2p.primitives.softmax import keeps_softmax, logsumexp, lse_aval
 from jax_softmax2p.reference import Lse
 
 Array = jax.Array
@@ -86,9 +86,8 @@ def log_softmax_jvp_rule(
     x, *operands = primals
     y, hi, lo = log_softmax(*primals, spec=spec, **params)
     t = tangent_from_operands(primals, tangents, spec)
-    if keeps_softmax(x, spec=spec, **params):
-        p = softmax(*primals, spec=spec, algorithm="auto", in_place=False, **params)
-        hi_dot = jnp.sum(p * t, params["axis"])
+    if keeps_softmax("derivative of log_softmax", x, spec=spec, **params):
+        hi_dot = jnp.sum(jnp.exp(y) * t, params["axis"])
         y_dot = t - jnp.expand_dims(hi_dot, params["axis"])
     else:
         derivative_operands = (x, hi, lo, no_labels(), t, *operands)
@@ -106,11 +105,17 @@ def log_softmax_batch_rule(
     return log_softmax(*move_batch_to_front(operands, dims), **params), (0, 0, 0)
 
 
+def log_softmax_composed(x: Array, *operands: Array, **params: Any) -> tuple[Array, Array, Array]:
+    """The logits minus their lse."""
+    lse = logsumexp(x, *operands, exact=True, **params)
+    return subtract_lse(x, lse, *operands, **params), *lse
+
+
 def log_softmax_sharded_rule(
     axis_names: tuple[str, ...], x: Array, *operands: Array, **params: Any
 ) -> tuple[Array, Array, Array]:
     """Two all-reduces of one number a row, for the lse of whole rows."""
-    lse = reduce_lse(logsumexp(x, *operands, **params), axis_names)
+    lse = reduce_lse(logsumexp(x, *operands, exact=True, **params), axis_names)
     return subtract_lse(x, lse, *operands, **params), *lse
 
 
@@ -183,6 +188,7 @@ log_softmax_p = define_primitive(
     lowering=NativeLowering(
         operation="log_softmax",
         target=native.LOG_SOFTMAX_TARGET,
+        composed=log_softmax_composed,
         attributes=lse_attributes,
         reference=reference_rule(reference.log_softmax),
         sharded_rule=log_softmax_sharded_rule,
@@ -205,7 +211,7 @@ log_softmax_vjp_p = define_lse_derivative(
     change_rule=log_softmax_vjp_change,
     abstract_eval=lambda x, *_: x,
     lowering=NativeLowering(
-        operation="derivative",
+        operation="derivative of log_softmax",
         target=native.LOG_SOFTMAX_VJP_TARGET,
         attributes=lse_attributes,
         reference=reference_rule(reference.log_softmax_vjp),

@@ -38,7 +38,14 @@ NO_LABELS_SHAPE = (0,)
 
 
 def logsumexp_jvp(
-    x: Array, hi: Array, lo: Array, labels: Array, t: Array, *operands: Array, **params: Any
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    t: Array,
+    *operands: Array,
+    shares_forward: bool = False,
+    **params: Any,
 ) -> Array:
     """The derivative of the lse along t, minus t at the labels; of hi's shape and dtype.
 
@@ -50,6 +57,7 @@ def logsumexp_jvp(
         :func:`no_labels`.
       t: a tangent of the logits, of x's shape and dtype.
       operands: those of ``spec``, see ``primitives.operands``.
+      shares_forward: not used: a parameter of :func:`logsumexp_vjp` alone.
       params: axis (negative), spec, implementation.
     """
     return bind(logsumexp_jvp_p, x, hi, lo, labels, t, *operands, **params)
@@ -58,7 +66,11 @@ def logsumexp_jvp(
 def logsumexp_vjp(
     x: Array, hi: Array, lo: Array, labels: Array, factor: Array, *operands: Array, **params: Any
 ) -> Array:
-    """The transpose of :func:`logsumexp_jvp`, of x's shape and dtype, for a factor of hi's."""
+    """The transpose of :func:`logsumexp_jvp`, of x's shape and dtype, for a factor of hi's.
+
+    ``shares_forward`` may be among the params; see :func:`reference.logsumexp_vjp`.
+    """
+    params["shares_forward"] = params.get("shares_forward", False)
     return bind(logsumexp_vjp_p, x, hi, lo, labels, factor, *operands, **params)
 
 
@@ -81,6 +93,7 @@ def define_lse_derivative(
     change_rule: Rule,
     abstract_eval: Rule,
     lowering: NativeLowering | Rule,
+    params: tuple[str, ...] = PARAMS,
 ) -> Primitive:
     """Makes a primitive that is linear in t.
 
@@ -92,6 +105,7 @@ def define_lse_derivative(
         **params), where the change has x's shape.
       abstract_eval: the result's abstract value but for its weak type, from those of the operands.
       lowering: as in :func:`define_primitive`.
+      params: as in :func:`define_primitive`.
     """
 
     def abstract_eval_rule(*avals: ShapedArray, **_: Any) -> ShapedArray:
@@ -133,7 +147,7 @@ def define_lse_derivative(
 
     return define_primitive(
         name,
-        params=PARAMS,
+        params=params,
         abstract_eval=abstract_eval_rule,
         jvp_rule=jvp_rule,
         transpose_rule=transpose_rule,
@@ -207,6 +221,7 @@ def logsumexp_vjp_sharded_rule(
     **params: Any,
 ) -> Array:
     """No communication; each shard has the labels that lie in it."""
+    params["shares_forward"] = False  # The logsumexp of whole rows is not that of this shard.
     labels = collectives.local_labels(labels, x.shape[params["axis"]], axis_names)
     return logsumexp_vjp(x, hi, lo, labels, factor, *operands, **params)
 
@@ -218,7 +233,7 @@ logsumexp_jvp_p = define_lse_derivative(
     change_rule=logsumexp_jvp_change,
     abstract_eval=lambda x, hi, *_: hi,
     lowering=NativeLowering(
-        operation="derivative",
+        operation="derivative of logsumexp",
         target=native.LOG_SUM_JVP_TARGET,
         attributes=lse_attributes,
         reference=reference_rule(reference.logsumexp_jvp),
@@ -232,11 +247,12 @@ logsumexp_vjp_p = define_lse_derivative(
     transposed=logsumexp_jvp,
     change_rule=logsumexp_vjp_change,
     abstract_eval=lambda x, *_: x,
+    params=(*PARAMS, "shares_forward"),
     lowering=NativeLowering(
-        operation="derivative",
+        operation="derivative of logsumexp",
         target=native.LOG_SUM_VJP_TARGET,
         attributes=lse_attributes,
-        reference=reference_rule(reference.logsumexp_vjp),
+        reference=reference_rule(reference.logsumexp_vjp, "shares_forward"),
         sharded_rule=logsumexp_vjp_sharded_rule,
     ),
 )

@@ -1,13 +1,18 @@
-"""The primitives in the computations of reductions and scatters, which XLA compiles as part of the operation.
+"""The primitives in the computations that operations of JAX hold: of reductions and scatters, and of loops.
 
-XLA's CPU backend compiles the reducer of a reduction, and the update of a scatter, as scalar code, and aborts
-the process where it finds a custom call there. JAX lowers such a computation by the ordinary lowering rules.
-These cannot tell where they are: a jitted function in it is lowered once for all of its callers. So the
-lowering rules of the operations that hold such computations first choose the reference for all primitives in
-them. The rules of other operations, such as ``while`` and ``cond``, lower to whole programs, where custom
-calls may be.
+XLA compiles the computations of reductions and scatters as part of the operation. Its CPU backend compiles
+the reducer of a reduction, and the update of a scatter, as scalar code, and aborts the process where it finds
+a custom call there. JAX lowers such a computation by the ordinary lowering rules. These cannot tell where
+they are: a jitted function in it is lowered once for all of its callers. So the lowering rules of the
+operations that hold such computations first choose the reference for all primitives in them. The rules of
+other operations, such as ``while`` and ``cond``, lower to whole programs, where custom calls may be.
+
+In the bodies of loops small work is to fuse with what surrounds it (``thresholds``). The lowering rules of
+loops mark the primitives in them.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,33 +33,55 @@ def add_primitive(primitive: Primitive) -> None:
     _PRIMITIVES_WITH_IMPLEMENTATION.add(primitive)
 
 
-def choose_reference(param: Any) -> Any:
-    """A parameter of a primitive, with the reference for this package's primitives in all of its jaxprs.
+LOOPS = (jax.lax.while_p, jax.lax.scan_p)
+"""JAX's primitives whose bodies run many times."""
+
+Implementation = dispatch.LoweredImplementation
+
+
+def choose_reference(implementation: Implementation) -> Implementation:
+    """The implementation where XLA compiles no custom calls.
+
+    Raises:
+      ValueError: it is "native".
+    """
+    if implementation == "native":
+        dispatch.refuse_native("XLA compiles reducers and updates of scatters without custom calls")
+    return "reference"
+
+
+def mark_loop(implementation: Implementation) -> Implementation:
+    """The implementation in the body of a loop."""
+    return "in_loop" if implementation is None else implementation
+
+
+def replace_implementations(param: Any, replace: Callable[[Implementation], Implementation]) -> Any:
+    """A parameter of a primitive, with other implementations of this package's primitives in all its jaxprs.
+
+    Args:
+      param: of any kind.
+      replace: makes the implementation from the one that there is.
 
     Returns:
       The same object if none of the primitives is in it.
-
-    Raises:
-      ValueError: one of them has implementation="native".
     """
+    again = functools.partial(replace_implementations, replace=replace)
     if isinstance(param, ClosedJaxpr):
-        jaxpr = choose_reference(param.jaxpr)
+        jaxpr = again(param.jaxpr)
         return param if jaxpr is param.jaxpr else param.replace(jaxpr=jaxpr)
     if isinstance(param, Jaxpr):
-        equations = [_choose_reference_in_equation(equation) for equation in param.eqns]
+        equations = [_replace_in_equation(equation, replace) for equation in param.eqns]
         return param if _are_same(equations, param.eqns) else param.replace(eqns=equations)
     if isinstance(param, tuple):  # The branches of a conditional are one.
-        items = [choose_reference(item) for item in param]
+        items = [again(item) for item in param]
         return param if _are_same(items, param) else tuple(items)
     return param
 
 
-def _choose_reference_in_equation(equation: Any) -> Any:
-    params = {name: choose_reference(value) for name, value in equation.params.items()}
+def _replace_in_equation(equation: Any, replace: Callable[[Implementation], Implementation]) -> Any:
+    params = {name: replace_implementations(value, replace) for name, value in equation.params.items()}
     if equation.primitive in _PRIMITIVES_WITH_IMPLEMENTATION:
-        if params["implementation"] == "native":
-            dispatch.refuse_native("XLA compiles reducers and updates of scatters without custom calls")
-        params["implementation"] = "reference"
+        params["implementation"] = replace(params["implementation"])
     return (
         equation if _are_same(params.values(), equation.params.values()) else equation.replace(params=params)
     )
@@ -64,5 +91,10 @@ def _are_same(new: Any, old: Any) -> bool:
     return all(a is b for a, b in zip(new, old, strict=True))
 
 
-for _operation in OPERATIONS:
-    jax_compat.map_params_before_lowering(_operation, choose_reference)
+REPLACEMENTS = dict.fromkeys(OPERATIONS, choose_reference) | dict.fromkeys(LOOPS, mark_loop)
+"""What is done to implementations in the computations of JAX's primitives."""
+
+for _operation, _replace in REPLACEMENTS.items():
+    jax_compat.map_params_before_lowering(
+        _operation, functools.partial(replace_implementations, replace=_replace)
+    )

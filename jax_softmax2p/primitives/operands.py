@@ -171,15 +171,17 @@ class OperandSpec(NamedTuple):
         }
 
 
-def reference_rule(function: Callable[..., Any]) -> Callable[..., Any]:
+def reference_rule(function: Callable[..., Any], *param_names: str) -> Callable[..., Any]:
     """A function of ``reference`` as one of a primitive's operands and parameters.
 
     Args:
-      function: function(*leading operands, ScaleBiasMask, axis=).
+      function: function(*leading operands, ScaleBiasMask, axis=, ...).
+      param_names: the primitive's parameters that the function takes besides.
     """
 
-    def rule(*operands: Array, axis: int, spec: OperandSpec, **_: Any) -> Any:
-        return function(*spec.leading(operands), spec.unpack_with_band(operands), axis=axis)
+    def rule(*operands: Array, axis: int, spec: OperandSpec, **params: Any) -> Any:
+        chosen = {name: params[name] for name in param_names}
+        return function(*spec.leading(operands), spec.unpack_with_band(operands), axis=axis, **chosen)
 
     return rule
 

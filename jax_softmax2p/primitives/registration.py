@@ -44,6 +44,8 @@ class NativeLowering:
       sharded_rule: what each device does where XLA shards the axis itself, as sharded_rule(axis_names,
         *operands, **params).
       attributes: the target's attributes but the axis, as attributes(**params).
+      composed: what it becomes in place of its own kernel where its result fits into a cache, and so is to
+        fuse with its users: a function of other primitives and jax.numpy, as composed(*operands, **params).
       reused_operand: as reused_operand(**params), the operand whose memory the result takes, or None. XLA
         copies it first where it is needed afterwards.
     """
@@ -53,7 +55,12 @@ class NativeLowering:
     reference: Rule
     sharded_rule: partitioning.ShardedRule
     attributes: Callable[..., dict[str, Any]] = _no_attributes
+    composed: Rule | None = None
     reused_operand: Callable[..., int | None] = _no_operand
+
+    def operation_of(self, params: Mapping[str, Any]) -> Operation:
+        """What the primitive computes with these parameters."""
+        return "derivative of logsumexp" if params.get("for_derivative") else self.operation
 
 
 def define_primitive(
@@ -132,16 +139,25 @@ def _eager_evaluation(primitive: Primitive, params: tuple[str, ...], eager_param
 
 def _register_native_lowering(primitive: Primitive, lowering: NativeLowering) -> None:
     lower_to_reference = mlir.lower_fun(lowering.reference, multiple_results=primitive.multiple_results)
+    lower_composed = lowering.composed and mlir.lower_fun(
+        lowering.composed, multiple_results=primitive.multiple_results
+    )
 
     def lower(ctx: mlir.LoweringRuleContext, *operands: Any, on_cpu: bool, **params: Any) -> Sequence[Any]:
         choice = dispatch.choose_lowering(
-            ctx, params["implementation"], operation=lowering.operation, axis=params["axis"], on_cpu=on_cpu
+            ctx,
+            params["implementation"],
+            operation=lowering.operation_of(params),
+            axis=params["axis"],
+            on_cpu=on_cpu,
         )
         match choice.lowering:
             case "reference":
                 return lower_to_reference(ctx, *operands, **params)
             case "sharded":
                 return partitioning.lower(primitive, lowering.sharded_rule, ctx, *operands, **params)
+            case "native" if lower_composed and dispatch.is_composed(ctx, params["implementation"]):
+                return lower_composed(ctx, *operands, **params | {"implementation": "native"})
             case "native":
                 reused = lowering.reused_operand(**params)
                 aliases = None if reused is None else {reused: 0}

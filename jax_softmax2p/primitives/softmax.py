@@ -30,6 +30,7 @@ from jax_softmax2p.primitives.mask_to_zero import tangent_from_operands
 from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
 from jax_softmax2p.primitives.softmax_jacobian import softmax_jacobian
+from jax_softmax2p.primitives.thresholds import Operation, least_elements
 from jax_softmax2p.reference import Lse, compute_dtype
 
 Array = jax.Array
@@ -71,14 +72,16 @@ def softmax_jvp_rule(
     tangents: Sequence[Tangent],
     *,
     spec: OperandSpec,
-    algorithm: str,
+    axis: int,
+    implementation: Any,
     in_place: bool,
     **params: Any,
 ) -> tuple[Array, Array]:
     """J(y, t), for the tangent t of the logits."""
-    y = softmax(*primals, spec=spec, algorithm=algorithm, in_place=in_place, **params)
+    y = softmax(*primals, axis=axis, spec=spec, implementation=implementation, in_place=in_place, **params)
     t = tangent_from_operands(primals, tangents, spec)
-    return y, softmax_jacobian(y, t, reuses=1 if in_place else None, **params)
+    reuses = 1 if in_place else None
+    return y, softmax_jacobian(y, t, axis=axis, implementation=implementation, reuses=reuses)
 
 
 def softmax_batch_rule(
@@ -89,9 +92,16 @@ def softmax_batch_rule(
 
 
 def softmax_sharded_rule(
-    axis_names: tuple[str, ...], x: Array, *operands: Array, algorithm: str, in_place: bool, **params: Any
+    axis_names: tuple[str, ...],
+    x: Array,
+    *operands: Array,
+    axis: int,
+    spec: OperandSpec,
+    implementation: Any,
+    **_: Any,
 ) -> Array:
     """Two all-reduces of one number a row, for the lse of whole rows."""
+    params = {"axis": axis, "spec": spec, "implementation": implementation}
     lse = collectives.reduce_lse(logsumexp(x, *operands, **params), axis_names)
     return softmax_from_lse(x, lse, *operands, **params)
 
@@ -106,7 +116,9 @@ def softmax_reused_operand(*, in_place: bool, **_: Any) -> int | None:
     return 0 if in_place else None
 
 
-def logsumexp(x: Array, *operands: Array, **params: Any) -> Lse:
+def logsumexp(
+    x: Array, *operands: Array, exact: bool = False, for_derivative: bool = False, **params: Any
+) -> Lse:
     """The lse of the logits' rows: of x's shape without the axis, in the dtype that x is computed in.
 
     hi is within 2 ULP, or 1 ULP of the row's largest logit, whichever is more, and hi + lo good to 2^-42 in
@@ -115,32 +127,24 @@ def logsumexp(x: Array, *operands: Array, **params: Any) -> Lse:
     Args:
       x: of an inexact dtype.
       operands: those of ``spec``, see ``primitives.operands``.
+      exact: as in :func:`reference.logsumexp`, if that runs.
+      for_derivative: whether a derivative is computed as well, which decides from which size on it is native.
       params: axis (negative), spec, implementation.
     """
-    return Lse(*bind(logsumexp_p, x, *operands, **params))
+    return Lse(*bind(logsumexp_p, x, *operands, exact=exact, for_derivative=for_derivative, **params))
 
 
-KEPT_ELEMENTS = 2**15
-"""The size of x below which derivatives of an lse keep the softmax rather than recompute it.
+def keeps_softmax(
+    derivative: Operation, x: Array, *, axis: int, spec: OperandSpec, implementation: Any, **_: Any
+) -> bool:
+    """Whether a derivative keeps the softmax of x, so that it is products that XLA fuses.
 
-A backward pass over (128, 128) took 20 instead of 23 µs so (jax.nn: 14), and one over (64, 64) 5.2 instead
-of 9.7 (5.1), on a Zen 4. What is kept lies in a second-level cache.
-"""
-
-
-def keeps_softmax(x: Array, *, spec: OperandSpec, implementation: Any, **_: Any) -> bool:
-    """Whether derivatives of x's lse keep the softmax of x, and so are products that XLA fuses."""
-    if implementation is not None or {"scale", "bias"} & set(spec.names):
+    A large softmax is rather recomputed, by the native derivatives.
+    """
+    if implementation is not None or {"scale", "bias"} & set(spec.names) or x.dtype != compute_dtype(x.dtype):
         return False
     has_sizes = all(isinstance(size, int) for size in x.shape)  # Not symbolic ones, as in exported programs.
-    return x.dtype == compute_dtype(x.dtype) and has_sizes and x.size < KEPT_ELEMENTS
-
-
-def softmax_of_lse(lse: Lse, x: Array, *operands: Array, axis: int, **params: Any) -> Array:
-    """The derivative of hi, of x's shape: the softmax, but in a row with a +inf NaN there and 0 elsewhere."""
-    p = softmax(x, *operands, axis=axis, algorithm="auto", in_place=False, **params)
-    of_infinity = reference.select(x < jnp.inf, jnp.zeros_like(x), jnp.nan)
-    return reference.select(jnp.expand_dims(lse.hi == jnp.inf, axis), of_infinity, p)
+    return has_sizes and x.size < least_elements(derivative, x.shape, axis, in_loop=False)
 
 
 def lse_aval(x: ShapedArray, axis: int) -> ShapedArray:
@@ -161,17 +165,23 @@ def logsumexp_abstract_eval(
 
 
 def logsumexp_jvp_rule(
-    primals: Sequence[Array], tangents: Sequence[Tangent], *, spec: OperandSpec, **params: Any
+    primals: Sequence[Array],
+    tangents: Sequence[Tangent],
+    *,
+    exact: bool,
+    for_derivative: bool,
+    **params: Any,
 ) -> tuple[Lse, tuple[Array, ad.Zero]]:
     """The whole derivative is that of hi."""
     x, *operands = primals
-    lse = logsumexp(*primals, spec=spec, **params)
-    t = tangent_from_operands(primals, tangents, spec)
-    if keeps_softmax(x, spec=spec, **params):
-        p = softmax_of_lse(lse, *primals, spec=spec, **params)
+    lse = logsumexp(*primals, exact=exact, for_derivative=True, **params)
+    t = tangent_from_operands(primals, tangents, params["spec"])
+    if keeps_softmax("derivative of logsumexp", x, **params):
+        one = jnp.ones_like(lse.hi)
+        p = logsumexp_vjp(x, *lse, no_labels(), one, *operands, shares_forward=True, **params)
         hi_dot = jnp.sum(p * t, params["axis"])
     else:
-        hi_dot = logsumexp_jvp(x, *lse, no_labels(), t, *operands, spec=spec, **params)
+        hi_dot = logsumexp_jvp(x, *lse, no_labels(), t, *operands, **params)
     return lse, (hi_dot, ad.Zero(jax.typeof(lse.lo).to_tangent_aval()))
 
 
@@ -195,7 +205,7 @@ def combine_shards(lse: Lse, *, implementation: Any, **_: Any) -> Lse:
     params = {"axis": -lse.hi.ndim, "spec": OperandSpec(), "implementation": implementation}
     largest = collectives.finite_max(lse.hi)
     z, rest = collectives.subtract_max(lse, largest)
-    total = logsumexp(z, **params)
+    total = logsumexp(z, exact=True, **params)
     weighted = logsumexp_jvp(z, *total, no_labels(), rest, **params)
     return collectives.add_max(largest, total.hi, total.lo + weighted)
 
@@ -219,7 +229,7 @@ softmax_p = define_primitive(
 
 logsumexp_p = define_primitive(
     "softmax2p_logsumexp",
-    params=PARAMS,
+    params=(*PARAMS, "exact", "for_derivative"),
     multiple_results=True,
     abstract_eval=logsumexp_abstract_eval,
     jvp_rule=logsumexp_jvp_rule,
@@ -228,7 +238,7 @@ logsumexp_p = define_primitive(
         operation="logsumexp",
         target=native.LOG_SUM_TARGET,
         attributes=lse_attributes,
-        reference=reference_rule(reference.logsumexp),
+        reference=reference_rule(reference.logsumexp, "exact"),
         sharded_rule=logsumexp_sharded_rule,
     ),
 )

@@ -304,12 +304,12 @@ class TestNotReplaced:
     @pytest.mark.parametrize("options", [{"loaded_modules": True}, {}])
     def test_internals_stay(self, options):
         """JAX's own, and what this package holds of JAX's by name, which the reference calls."""
-        from jax_softmax2p import ops
+        from jax_softmax2p import factors
 
         functions, softmax, logsumexp = sys.modules["jax._src.nn.functions"], SOFTMAX, jax.nn.logsumexp
         with patch_jax_nn("jax", **options) as calls:
             assert functions.softmax is softmax
-            assert functions.logsumexp is ops.logsumexp_of_jax is logsumexp
+            assert functions.logsumexp is factors.logsumexp_of_jax is logsumexp
         assert all(
             "._" not in held.module for held in calls.replaced if held.module.partition(".")[0] == "jax"
         )

@@ -21,13 +21,13 @@ SOFT_LABELS = np.abs(normal(8, 6, 40, seed=4))
 
 OPERATIONS = {
     "softmax": s2p.softmax,
-    "softmax of bfloat16": lambda x: s2p.softmax(x.astype(jnp.bfloat16)).astype(x.dtype),
-    "softmax, masked": lambda x: s2p.softmax(x, where=WHERE, scale=SCALE, bias=BIAS),
-    "softmax, banded": lambda x: s2p.softmax(x, where=s2p.Band(before=30, after=1), bias=BIAS),
-    "log_softmax": lambda x: s2p.log_softmax(x, scale=SCALE),
-    "logsumexp": lambda x: s2p.logsumexp(x, -1, where=WHERE),
-    "cross-entropy": lambda x: s2p.softmax_cross_entropy_with_integer_labels(x, LABELS),
-    "cross-entropy, soft": lambda x: s2p.softmax_cross_entropy(x, SOFT_LABELS),
+    "softmax of bfloat16": lambda x, **kwargs: s2p.softmax(x.astype(jnp.bfloat16), **kwargs).astype(x.dtype),
+    "softmax, masked": functools.partial(s2p.softmax, where=WHERE, scale=SCALE, bias=BIAS),
+    "softmax, banded": functools.partial(s2p.softmax, where=s2p.Band(before=30, after=1), bias=BIAS),
+    "log_softmax": functools.partial(s2p.log_softmax, scale=SCALE),
+    "logsumexp": functools.partial(s2p.logsumexp, axis=-1, where=WHERE),
+    "cross-entropy": functools.partial(s2p.softmax_cross_entropy_with_integer_labels, labels=LABELS),
+    "cross-entropy, soft": functools.partial(s2p.softmax_cross_entropy, labels=SOFT_LABELS),
 }
 
 
@@ -41,8 +41,13 @@ def has_sharding_of(array, x):
     )
 
 
-def assert_no_communication(f, x, axis_type, *spec):
-    """Asserts that f and its VJP need no collective, have the bits of one device, and the sharding of x."""
+def close(actual, expected):
+    """What each device chooses for its shard may differ in the last bits from what one device does."""
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6), actual, expected)
+
+
+def assert_no_communication(f, x, axis_type, *spec, compare=equal):
+    """Asserts that f and its VJP need no collective, have one device's results, and the sharding of x."""
     mesh = devices.make_mesh(axis_type)
     both = value_and_vjp(f)
     cotangent = np.cos(np.arange(np.prod(shape := jax.eval_shape(f, x).shape))).reshape(shape).astype(x.dtype)
@@ -51,13 +56,16 @@ def assert_no_communication(f, x, axis_type, *spec):
         operands = place(x, mesh, *spec), place(cotangent, mesh, *spec)
         actual, found = run(both, *operands)
     assert not found
-    equal(actual, expected)
+    compare(actual, expected)
     assert all(has_sharding_of(array, operands[0]) for array in jax.tree.leaves(actual))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_batch_over_two_mesh_axes(name):
-    assert_no_communication(OPERATIONS[name], X, AxisType.Auto, "data", "model")
+    f = OPERATIONS[name]
+    native = functools.partial(f, implementation="native")
+    assert_no_communication(native, X, AxisType.Auto, "data", "model")
+    assert_no_communication(f, X, AxisType.Auto, "data", "model", compare=close)
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "cross-entropy"])
@@ -65,7 +73,9 @@ def test_explicit_mesh(name):
     f = s2p.log_softmax if name == "log_softmax" else OPERATIONS[name]
     if name == "logsumexp":
         f = functools.partial(s2p.logsumexp, axis=-1)
-    assert_no_communication(f, X, AxisType.Explicit, ("data", "model"))
+    native = functools.partial(f, implementation="native")
+    assert_no_communication(native, X, AxisType.Explicit, ("data", "model"))
+    assert_no_communication(f, X, AxisType.Explicit, ("data", "model"), compare=close)
 
 
 def test_axis_that_is_not_the_last():
@@ -95,7 +105,7 @@ def test_inside_shard_map(name):
     spec = P(("data", "model"))
     actual, found = run(jax.shard_map(both, mesh=mesh, in_specs=spec, out_specs=spec), *operands)
     assert not found
-    equal(actual, jax.jit(both)(*operands))
+    close(actual, jax.jit(both)(*operands))
 
 
 def test_partly_manual_mesh():

@@ -15,10 +15,13 @@ def residuals(function, *operands):
 
 
 class TestResiduals:
-    """Residuals of x's size or more are counted; residuals of one number a row are cheap."""
+    """Residuals of x's size or more are counted; residuals of one number a row are cheap.
 
-    X = np.zeros((64, 1000), np.float32)
-    MASK = np.ones((64, 1000), bool)
+    Below the threshold of its derivative, a logsumexp saves its softmax as well.
+    """
+
+    X = np.zeros((128, 1000), np.float32)
+    MASK = np.ones((128, 1000), bool)
 
     def saved(self, function, *operands, arguments=False):
         x = operands[0] if operands else self.X
@@ -34,7 +37,7 @@ class TestResiduals:
 
     def test_scale_and_bias_save_nothing_more(self):
         """The scale's derivative needs x, which as an argument is saved without a copy."""
-        scale, bias = np.ones((64, 1), np.float32), np.zeros(1000, np.float32)
+        scale, bias = np.ones((128, 1), np.float32), np.zeros(1000, np.float32)
         g = lambda x, scale, bias: s2p.softmax(x, scale=scale, bias=bias)
         assert self.saved(g, self.X, scale, bias) == ["float32"]
         assert self.saved(lambda x: g(x, 2.0, bias), arguments=True) == ["float32"]
@@ -52,7 +55,7 @@ class TestResiduals:
             lambda x: s2p.logsumexp(x, -1),
             lambda x: s2p.logsumexp(x, -1, scale=2.0, bias=np.ones(1000, np.float32)),
             lambda x: s2p.sum_exp(x).log(),
-            lambda x: s2p.softmax_cross_entropy_with_integer_labels(x, np.zeros(64, int)),
+            lambda x: s2p.softmax_cross_entropy_with_integer_labels(x, np.zeros(128, int)),
         ],
     )
     def test_logsumexp_saves_only_x(self, function):
@@ -62,7 +65,7 @@ class TestResiduals:
     def test_logsumexp_saves_no_copy_of_masks(self):
         for function in (
             lambda x, mask: s2p.logsumexp(x, -1, where=mask),
-            lambda x, mask: s2p.softmax_cross_entropy_with_integer_labels(x, np.zeros(64, int), where=mask),
+            lambda x, mask: s2p.softmax_cross_entropy_with_integer_labels(x, np.zeros(128, int), where=mask),
         ):
             assert self.saved(function, self.X, self.MASK) == []
 
