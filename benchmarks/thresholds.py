@@ -9,8 +9,6 @@ first ratio is above 1.
 
 import argparse
 import functools
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -18,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_softmax2p
+from jax_softmax2p.measure import alternating_medians
 
 Function = Callable[[jax.Array], jax.Array]
 
 ROUNDS = 9
-SECONDS = 0.01
-"""The least time of one measurement, of which each implementation has ROUNDS."""
+SECONDS = 0.1
+"""How long the rounds of an implementation last."""
 
 SHAPES = (
     *(((1, n), -1) for n in (3, 16, 64, 128, 256, 512, 1024)),
@@ -62,37 +61,24 @@ def in_loop(function: Function, form: Callable[..., jax.Array], axis: int, steps
     return jax.jit(lambda x: jax.lax.fori_loop(0, steps, step, x))
 
 
-def seconds(functions: list[Function], x: jax.Array) -> list[float]:
-    """The median time of a call of each, measured in turn."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(ROUNDS + 1):  # The first round compiles.
-        for function, of_function in zip(functions, times, strict=True):
-            count, start = 0, time.perf_counter()
-            while time.perf_counter() - start < SECONDS:
-                jax.block_until_ready(function(x))
-                count += 1
-            of_function.append((time.perf_counter() - start) / count)
-    return [statistics.median(of_function[1:]) for of_function in times]
-
-
 def measure(operation: str, shape: tuple[int, ...], axis: int) -> str:
     """One line of the table."""
     name, form = OPERATIONS[operation]
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
     steps = int(np.clip(2e5 / x.size, 4, 100))
     ours = getattr(jax_softmax2p, name)
-    functions: list[Function] = [
-        functools.partial(getattr(jax.nn, name), axis=axis),
-        functools.partial(ours, axis=axis, implementation="native"),
-        functools.partial(ours, axis=axis, implementation="reference"),
-        functools.partial(ours, axis=axis),
-    ]
-    theirs, *others = (
-        1e6 * t / steps for t in seconds([in_loop(f, form, axis, steps) for f in functions], x)
-    )
+    functions: dict[str, Function] = {
+        "jax.nn": functools.partial(getattr(jax.nn, name), axis=axis),
+        "native": functools.partial(ours, axis=axis, implementation="native"),
+        "reference": functools.partial(ours, axis=axis, implementation="reference"),
+        "chosen": functools.partial(ours, axis=axis),
+    }
+    loops = {key: functools.partial(in_loop(f, form, axis, steps), x) for key, f in functions.items()}
+    theirs, *others = alternating_medians(loops, rounds=ROUNDS, seconds=SECONDS).values()
     ratios = "".join(f"{theirs / t:10.2f}" for t in others)
-    chosen = {e.implementation[0] for e in jax_softmax2p.explain(lambda x: form(functions[3], x, axis), x)}
-    return f"{operation:24}{shape!s:16}{axis:3}{theirs:10.2f} µs{ratios}  {'+'.join(sorted(chosen))}"
+    explained = jax_softmax2p.explain(in_loop(functions["chosen"], form, axis, steps), x)
+    chosen = "+".join(sorted({explanation.implementation[0] for explanation in explained}))
+    return f"{operation:24}{shape!s:16}{axis:3}{1e6 * theirs / steps:10.2f} µs{ratios}  {chosen}"
 
 
 def main() -> None:

@@ -274,7 +274,7 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
     mask = as_array(where, "where")
     if mask.dtype != jnp.bool_:
         raise ValueError(f"where must be boolean, got dtype {mask.dtype}")
-    _check_broadcasts("where", mask, shape, name)
+    check_broadcasts("where", mask, shape, f"{name}'s shape")
     return mask
 
 
@@ -321,7 +321,7 @@ def _as_operand(key: str, operand: jax.typing.ArrayLike, shape: tuple[int, ...],
     array = as_numeric_array(operand, key)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{key} must be real, got dtype {array.dtype}")
-    _check_broadcasts(key, array, shape, name)
+    check_broadcasts(key, array, shape, f"{name}'s shape")
     return array
 
 
@@ -330,13 +330,14 @@ def _is_of_rows(operand: Array, axes: tuple[int, ...]) -> bool:
     return all(operand.shape[a] == 1 for a in axes)
 
 
-def _check_broadcasts(key: str, array: Array, shape: tuple[int, ...], name: str) -> None:
+def check_broadcasts(name: str, array: Array, shape: tuple[int, ...], target: str) -> None:
+    """Raises ValueError where an array of that name does not broadcast to a shape, which ``target`` names."""
     try:
         fits = jnp.broadcast_shapes(array.shape, shape) == shape
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{key} must broadcast to {name}'s shape {shape}, got shape {array.shape}")
+        raise ValueError(f"{name} must broadcast to {target} {shape}, got shape {array.shape}")
 
 
 def _with_rank(array: Array, ndim: int) -> Array:

@@ -15,8 +15,8 @@ from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, choose_path
 from jax_softmax2p.primitives.log_softmax import subtract_lse
+from jax_softmax2p.primitives.logsumexp import keeps_softmax, logsumexp
 from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_jvp
-from jax_softmax2p.primitives.softmax import keeps_softmax, logsumexp
 from jax_softmax2p.reference import Lse, compute_dtype
 from jax_softmax2p.sharding import sharded_cross_entropy
 

@@ -12,6 +12,7 @@ from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.factors import logsumexp_with_factors
 from jax_softmax2p.native import Algorithm
 from jax_softmax2p.primitives import log_softmax as log_softmax_primitive
+from jax_softmax2p.primitives import logsumexp as logsumexp_primitive
 from jax_softmax2p.primitives import softmax as softmax_primitive
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, choose_path
@@ -165,7 +166,7 @@ def logsumexp_of_logits(logits: Logits, *, exact: bool = True) -> Lse:
             return reference.logsumexp(*logits.reference_operands(), axis=logits.axis, exact=exact)
         case "primitive":
             exact = exact or bool(logits.row_biases)
-            lse = softmax_primitive.logsumexp(*logits.operands, exact=exact, **logits.params)
+            lse = logsumexp_primitive.logsumexp(*logits.operands, exact=exact, **logits.params)
             x, *operands = logits.operands
             for row_bias in logits.row_biases:
                 lse = add_row_bias(x, lse, row_bias, *operands, **logits.params)

@@ -17,7 +17,6 @@ import numpy as np
 Array = jax.Array
 T = TypeVar("T")
 
-
 MAX_PLAIN_LENGTH = 32
 """Rows of up to this length are summed plainly in derivatives, within 4 ULP of the largest entry.
 
@@ -85,8 +84,8 @@ def logsumexp(x: Array, operands: ScaleBiasMask[Array], *, axis: int, exact: boo
     """
     z = _logits(x, operands, axis, fully_masked=-jnp.inf)
     if exact:
-        shift = jnp.squeeze(jax.lax.stop_gradient(_maximum(z, axis)), axis)
-        log = jnp.squeeze(_log_of_sum(_exp_of_shifted(z, x.dtype, axis).p, axis), axis)
+        terms = _exp_of_shifted(z, x.dtype, axis)
+        shift, log = (jnp.squeeze(part, axis) for part in (terms.z_max, _log_of_sum(terms.p, axis)))
         log = select(jnp.isfinite(log), log, 0)
     else:
         shift, _, total = _exp_and_sum(z, axis)
@@ -287,12 +286,14 @@ class _Exponentials(NamedTuple):
     """exp(z - max(z)) of rows.
 
     Attributes:
-      shifted: z - max(z).
+      z_max: the maximum of each row, with size 1 along the axis.
+      shifted: z - max(z), or z where all logits are -inf.
       rounding: the error of that, which in a difference of -80 is 64 ULP of the exponential; None where the
         dtype of the results does not show it.
       p: exp(shifted + rounding).
     """
 
+    z_max: Array
     shifted: Array
     rounding: Array | None
     p: Array
@@ -301,20 +302,14 @@ class _Exponentials(NamedTuple):
 def _exp_of_shifted(z: Array, dtype: np.dtype, axis: int) -> _Exponentials:
     """Exponentials of logits z, for results of a dtype. In a program that takes several functions of one z,
     XLA computes them once."""
-    z_max, shifted = _shifted(z, axis)
-    rounding = None if dtype != z.dtype or jnp.iscomplexobj(z) else _rounding(z, _finite(z_max), shifted)
-    return _Exponentials(shifted, rounding, _exp(shifted, rounding))
-
-
-def _shifted(z: Array, axis: int) -> tuple[Array, Array]:
-    """The maximum of each row, with size 1 along the axis, and the logits minus that."""
     z_max = jax.lax.stop_gradient(_maximum(z, axis))
-    return z_max, z - _finite(z_max)
-
-
-def _finite(z_max: Array) -> Array:
-    """What is subtracted of rows: 0 where all logits are -inf."""
-    return z_max if jnp.iscomplexobj(z_max) else select(z_max == -jnp.inf, jnp.zeros_like(z_max), z_max)
+    if jnp.iscomplexobj(z):
+        shifted, rounding = z - z_max, None
+    else:
+        shift = select(z_max != -jnp.inf, z_max, 0)
+        shifted = z - shift
+        rounding = None if dtype != z.dtype else _rounding(z, shift, shifted)
+    return _Exponentials(z_max, shifted, rounding, _exp(shifted, rounding))
 
 
 def _rounding(z: Array, shift: Array, difference: Array) -> Array:

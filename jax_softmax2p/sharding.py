@@ -19,7 +19,7 @@ from jax.interpreters import ad
 from jax_softmax2p import reference
 from jax_softmax2p.arguments import Logits
 from jax_softmax2p.jax_compat import all_gather_invariant, as_varying
-from jax_softmax2p.primitives import collectives, log_softmax, softmax
+from jax_softmax2p.primitives import collectives, log_softmax, logsumexp, softmax
 from jax_softmax2p.primitives.dispatch import Implementation
 from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_jvp, no_labels
 from jax_softmax2p.primitives.mask_to_zero import tangent_from_operands
@@ -103,11 +103,11 @@ def _gather(static: _Static, x: Array, operands: Sequence[Array], *of_rows: Arra
 
     All of them travel in one all-gather, in the dtype of the lse.
     """
-    lse = softmax.logsumexp(x, *operands, exact=True, **static.params)
+    lse = logsumexp.logsumexp(x, *operands, exact=True, **static.params)
     shard = jnp.stack(jnp.broadcast_arrays(*lse, *(array.astype(lse.hi.dtype) for array in of_rows)))
     gathered = all_gather_invariant(shard, static.axis_names)
     hi, lo, *rest = (gathered[:, i] for i in range(len(shard)))
-    return softmax.combine_shards(Lse(hi, lo), **static.params), rest
+    return logsumexp.combine_shards(Lse(hi, lo), **static.params), rest
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -22,8 +22,8 @@ template <std::size_t... kHalves>
 constexpr std::array<Copy, sizeof...(kHalves)> CopiesOf(std::index_sequence<kHalves...>) {
   return {CopyOf<2 * kHalves>...};
 }
-constexpr std::size_t kMostHalves = 64;
-constexpr auto kCopies = CopiesOf(std::make_index_sequence<kMostHalves + 1>());
+constexpr std::size_t kMaxHalves = 64;
+constexpr auto kCopies = CopiesOf(std::make_index_sequence<kMaxHalves + 1>());
 
 }  // namespace
 
@@ -32,7 +32,7 @@ void CopyRowBytes(const void* from, std::int64_t from_stride, void* to, std::int
   const auto* const source = static_cast<const char*>(from);
   auto* const target = static_cast<char*>(to);
   const auto size = static_cast<std::size_t>(bytes);
-  if (size <= 2 * kMostHalves) return kCopies[size / 2](source, from_stride, target, to_stride, rows);
+  if (size <= 2 * kMaxHalves) return kCopies[size / 2](source, from_stride, target, to_stride, rows);
   for (std::int64_t i = 0; i < rows; ++i) {
     std::memcpy(target + i * to_stride, source + i * from_stride, size);
   }

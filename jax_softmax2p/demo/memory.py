@@ -3,11 +3,10 @@
 Run as a module, this is such a process. It prints one JSON object.
 """
 
+import functools
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,10 @@ import jax
 import numpy as np
 
 import jax_softmax2p
+from jax_softmax2p.measure import alternating_medians
 
 SHAPE = (20_000, 512)
-CALLS = 20
+ROUNDS = 20
 
 Show = Callable[[str], None]
 
@@ -62,18 +62,9 @@ def measure_process(keep: bool) -> dict[str, Any]:
         return {"keeps": False}
     x = jax.numpy.asarray(np.random.default_rng(0).standard_normal(SHAPE, np.float32))
     functions = {"x + 1": jax.jit(lambda x: x + 1), "softmax": jax.jit(jax_softmax2p.softmax)}
-    seconds = {name: _median_seconds(function, x) for name, function in functions.items()}
+    calls = {name: functools.partial(function, x) for name, function in functions.items()}
+    seconds = alternating_medians(calls, rounds=ROUNDS)
     return {"keeps": keeps, "seconds": seconds, "peak_bytes": _peak_bytes()}
-
-
-def _median_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-    function(x).block_until_ready()
-    seconds = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        function(x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def _peak_bytes() -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jax_softmax2p.arguments import as_array
+from jax_softmax2p.arguments import as_array, check_broadcasts
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
 from jax_softmax2p.ops import softmax
@@ -253,12 +253,7 @@ def _flatten_batch(name: str, x: Array, shape: tuple[int, ...]) -> Array:
       (product of the batch or 1, ...), where the last three dimensions are as in x, or 1 where x lacks them.
     """
     x = as_array(x, name)
-    try:
-        fits = jnp.broadcast_shapes(x.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(f"{name} must broadcast to (batch..., N, T, S) = {shape}, got shape {x.shape}")
+    check_broadcasts(name, x, shape, "(batch..., N, T, S) =")
     x = x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
     batch = shape[:-3] if math.prod(x.shape[:-3]) != 1 else x.shape[:-3]
     return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(math.prod(batch), *x.shape[-3:])

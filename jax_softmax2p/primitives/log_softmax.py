@@ -1,7 +1,8 @@
 """log_softmax_p: the logarithm of the softmax of logits along one axis; and the primitives of its derivative.
 
-It has hi and lo of the lse as two more results. A derivative is recomputed from x and these: from the result,
-whose rounding an exponential multiplies, it would be less exact.
+It has hi and lo of the lse as two more results. The derivative of a large one is recomputed from x and these,
+which is more exact than from the result, whose rounding an exponential multiplies. That of a small one takes
+the exponentials of the result, so that it is products that XLA fuses.
 
 log_softmax_jvp_p and log_softmax_vjp_p are linear in t and each other's transposes:
 
@@ -20,6 +21,7 @@ from jax.interpreters import ad
 
 from jax_softmax2p import native, reference
 from jax_softmax2p.primitives.collectives import reduce_lse
+from jax_softmax2p.primitives.logsumexp import keeps_softmax, logsumexp, lse_aval
 from jax_softmax2p.primitives.logsumexp_derivatives import (
     PARAMS,
     define_lse_derivative,
@@ -31,7 +33,6 @@ from jax_softmax2p.primitives.logsumexp_derivatives import (
 from jax_softmax2p.primitives.mask_to_zero import mask_to_zero, tangent_from_operands
 from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
-from jax_softmax2p.primitives.softmax import keeps_softmax, logsumexp, lse_aval
 from jax_softmax2p.reference import Lse
 
 Array = jax.Array

@@ -38,14 +38,7 @@ NO_LABELS_SHAPE = (0,)
 
 
 def logsumexp_jvp(
-    x: Array,
-    hi: Array,
-    lo: Array,
-    labels: Array,
-    t: Array,
-    *operands: Array,
-    shares_forward: bool = False,
-    **params: Any,
+    x: Array, hi: Array, lo: Array, labels: Array, t: Array, *operands: Array, **params: Any
 ) -> Array:
     """The derivative of the lse along t, minus t at the labels; of hi's shape and dtype.
 
@@ -57,21 +50,27 @@ def logsumexp_jvp(
         :func:`no_labels`.
       t: a tangent of the logits, of x's shape and dtype.
       operands: those of ``spec``, see ``primitives.operands``.
-      shares_forward: not used: a parameter of :func:`logsumexp_vjp` alone.
       params: axis (negative), spec, implementation.
     """
     return bind(logsumexp_jvp_p, x, hi, lo, labels, t, *operands, **params)
 
 
 def logsumexp_vjp(
-    x: Array, hi: Array, lo: Array, labels: Array, factor: Array, *operands: Array, **params: Any
+    x: Array,
+    hi: Array,
+    lo: Array,
+    labels: Array,
+    factor: Array,
+    *operands: Array,
+    shares_forward: bool = False,
+    **params: Any,
 ) -> Array:
     """The transpose of :func:`logsumexp_jvp`, of x's shape and dtype, for a factor of hi's.
 
-    ``shares_forward`` may be among the params; see :func:`reference.logsumexp_vjp`.
+    ``shares_forward`` is that of :func:`reference.logsumexp_vjp`.
     """
-    params["shares_forward"] = params.get("shares_forward", False)
-    return bind(logsumexp_vjp_p, x, hi, lo, labels, factor, *operands, **params)
+    operands = (x, hi, lo, labels, factor, *operands)
+    return bind(logsumexp_vjp_p, *operands, shares_forward=shares_forward, **params)
 
 
 def no_labels() -> Array:
@@ -105,7 +104,7 @@ def define_lse_derivative(
         **params), where the change has x's shape.
       abstract_eval: the result's abstract value but for its weak type, from those of the operands.
       lowering: as in :func:`define_primitive`.
-      params: as in :func:`define_primitive`.
+      params: as in :func:`define_primitive`; its transpose gets those of PARAMS.
     """
 
     def abstract_eval_rule(*avals: ShapedArray, **_: Any) -> ShapedArray:
@@ -136,7 +135,8 @@ def define_lse_derivative(
         if isinstance(cotangent, ad.Zero):
             t_bar: Tangent = ad.Zero(t.aval)
         else:
-            t_bar = transposed(x, hi, lo, labels, cotangent, *operands, **params)
+            common = {name: params[name] for name in PARAMS}
+            t_bar = transposed(x, hi, lo, labels, cotangent, *operands, **common)
         return [None, None, None, None, t_bar, *(None for _ in operands)]
 
     def batch_rule(operands: Sequence[Array], dims: Sequence[int | None], **params: Any) -> tuple[Array, int]:

@@ -27,16 +27,15 @@ _PRIMITIVES_WITH_IMPLEMENTATION: set[Primitive] = set()
 OPERATIONS = (jax.lax.reduce_p, jax.lax.reduce_window_p, jax.lax.select_and_scatter_p, jax.lax.scatter_p)
 """JAX's primitives whose computations users write. JAX writes those of the others, such as reduce_sum."""
 
-
-def add_primitive(primitive: Primitive) -> None:
-    """Makes a primitive known that has the parameter ``implementation``."""
-    _PRIMITIVES_WITH_IMPLEMENTATION.add(primitive)
-
-
 LOOPS = (jax.lax.while_p, jax.lax.scan_p)
 """JAX's primitives whose bodies run many times."""
 
 Implementation = dispatch.LoweredImplementation
+
+
+def add_primitive(primitive: Primitive) -> None:
+    """Makes a primitive known that has the parameter ``implementation``."""
+    _PRIMITIVES_WITH_IMPLEMENTATION.add(primitive)
 
 
 def choose_reference(implementation: Implementation) -> Implementation:

@@ -16,9 +16,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from jax_softmax2p import reference
+from jax_softmax2p.primitives.logsumexp import lse_aval
 from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front
 from jax_softmax2p.primitives.registration import bind, define_primitive
-from jax_softmax2p.primitives.softmax import lse_aval
 from jax_softmax2p.reference import ScaleBiasMask, compute_dtype, select
 
 Array = jax.Array

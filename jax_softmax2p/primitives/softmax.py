@@ -1,37 +1,21 @@
-"""softmax_p and logsumexp_p: softmax, and the logarithm of the sum of exponentials, along one axis.
-
-They share a module since their rules use one another: where rows are sharded, softmax is made from the lse of
-the shards, and the derivative of a small logsumexp from a softmax. softmax's own derivative is the primitive
-of softmax_jacobian.py; that of a large logsumexp, those of logsumexp_derivatives.py.
-
-logsumexp_p has two results, hi and lo of the lse.
-"""
+"""softmax_p: softmax of logits along one axis. Its derivative is the primitive of softmax_jacobian.py."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import ShapedArray
-from jax.interpreters import ad
-from jax.sharding import PartitionSpec
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import collectives
-from jax_softmax2p.primitives.logsumexp_derivatives import (
-    PARAMS,
-    logsumexp_jvp,
-    logsumexp_vjp,
-    lse_attributes,
-    no_labels,
-)
+from jax_softmax2p.primitives.collectives import reduce_lse
+from jax_softmax2p.primitives.logsumexp import logsumexp
+from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_vjp, no_labels
 from jax_softmax2p.primitives.mask_to_zero import tangent_from_operands
 from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
 from jax_softmax2p.primitives.softmax_jacobian import softmax_jacobian
-from jax_softmax2p.primitives.thresholds import Operation, least_elements
-from jax_softmax2p.reference import Lse, compute_dtype
+from jax_softmax2p.reference import Lse
 
 Array = jax.Array
 
@@ -72,16 +56,14 @@ def softmax_jvp_rule(
     tangents: Sequence[Tangent],
     *,
     spec: OperandSpec,
-    axis: int,
-    implementation: Any,
+    algorithm: str,
     in_place: bool,
     **params: Any,
 ) -> tuple[Array, Array]:
     """J(y, t), for the tangent t of the logits."""
-    y = softmax(*primals, axis=axis, spec=spec, implementation=implementation, in_place=in_place, **params)
+    y = softmax(*primals, spec=spec, algorithm=algorithm, in_place=in_place, **params)
     t = tangent_from_operands(primals, tangents, spec)
-    reuses = 1 if in_place else None
-    return y, softmax_jacobian(y, t, axis=axis, implementation=implementation, reuses=reuses)
+    return y, softmax_jacobian(y, t, reuses=1 if in_place else None, **params)
 
 
 def softmax_batch_rule(
@@ -92,17 +74,10 @@ def softmax_batch_rule(
 
 
 def softmax_sharded_rule(
-    axis_names: tuple[str, ...],
-    x: Array,
-    *operands: Array,
-    axis: int,
-    spec: OperandSpec,
-    implementation: Any,
-    **_: Any,
+    axis_names: tuple[str, ...], x: Array, *operands: Array, algorithm: str, in_place: bool, **params: Any
 ) -> Array:
     """Two all-reduces of one number a row, for the lse of whole rows."""
-    params = {"axis": axis, "spec": spec, "implementation": implementation}
-    lse = collectives.reduce_lse(logsumexp(x, *operands, **params), axis_names)
+    lse = reduce_lse(logsumexp(x, *operands, **params), axis_names)
     return softmax_from_lse(x, lse, *operands, **params)
 
 
@@ -114,100 +89,6 @@ def softmax_attributes(*, spec: OperandSpec, algorithm: str, **_: Any) -> dict[s
 def softmax_reused_operand(*, in_place: bool, **_: Any) -> int | None:
     """The result takes x's memory where x is not needed afterwards."""
     return 0 if in_place else None
-
-
-def logsumexp(
-    x: Array, *operands: Array, exact: bool = False, for_derivative: bool = False, **params: Any
-) -> Lse:
-    """The lse of the logits' rows: of x's shape without the axis, in the dtype that x is computed in.
-
-    hi is within 2 ULP, or 1 ULP of the row's largest logit, whichever is more, and hi + lo good to 2^-42 in
-    float32, where it is native.
-
-    Args:
-      x: of an inexact dtype.
-      operands: those of ``spec``, see ``primitives.operands``.
-      exact: as in :func:`reference.logsumexp`, if that runs.
-      for_derivative: whether a derivative is computed as well, which decides from which size on it is native.
-      params: axis (negative), spec, implementation.
-    """
-    return Lse(*bind(logsumexp_p, x, *operands, exact=exact, for_derivative=for_derivative, **params))
-
-
-def keeps_softmax(
-    derivative: Operation, x: Array, *, axis: int, spec: OperandSpec, implementation: Any, **_: Any
-) -> bool:
-    """Whether a derivative keeps the softmax of x, so that it is products that XLA fuses.
-
-    A large softmax is rather recomputed, by the native derivatives.
-    """
-    if implementation is not None or {"scale", "bias"} & set(spec.names) or x.dtype != compute_dtype(x.dtype):
-        return False
-    has_sizes = all(isinstance(size, int) for size in x.shape)  # Not symbolic ones, as in exported programs.
-    return has_sizes and x.size < least_elements(derivative, x.shape, axis, in_loop=False)
-
-
-def lse_aval(x: ShapedArray, axis: int) -> ShapedArray:
-    """The abstract value of hi and of lo, from that of x."""
-    shape = tuple(size for i, size in enumerate(x.shape) if i != axis % x.ndim)
-    partition = [entry for i, entry in enumerate(x.sharding.spec) if i != axis % x.ndim]
-    sharding = x.sharding.update(spec=PartitionSpec(*partition))
-    dtype: np.dtype = compute_dtype(x.dtype)
-    return x.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
-
-
-def logsumexp_abstract_eval(
-    x: ShapedArray, *operands: ShapedArray, axis: int, **_: Any
-) -> tuple[ShapedArray, ShapedArray]:
-    """Two of rows."""
-    aval = lse_aval(x, axis)
-    return aval, aval
-
-
-def logsumexp_jvp_rule(
-    primals: Sequence[Array],
-    tangents: Sequence[Tangent],
-    *,
-    exact: bool,
-    for_derivative: bool,
-    **params: Any,
-) -> tuple[Lse, tuple[Array, ad.Zero]]:
-    """The whole derivative is that of hi."""
-    x, *operands = primals
-    lse = logsumexp(*primals, exact=exact, for_derivative=True, **params)
-    t = tangent_from_operands(primals, tangents, params["spec"])
-    if keeps_softmax("derivative of logsumexp", x, **params):
-        one = jnp.ones_like(lse.hi)
-        p = logsumexp_vjp(x, *lse, no_labels(), one, *operands, shares_forward=True, **params)
-        hi_dot = jnp.sum(p * t, params["axis"])
-    else:
-        hi_dot = logsumexp_jvp(x, *lse, no_labels(), t, *operands, **params)
-    return lse, (hi_dot, ad.Zero(jax.typeof(lse.lo).to_tangent_aval()))
-
-
-def logsumexp_batch_rule(
-    operands: Sequence[Array], dims: Sequence[int | None], **params: Any
-) -> tuple[Lse, tuple[int, int]]:
-    """One more dimension at the front."""
-    return logsumexp(*move_batch_to_front(operands, dims), **params), (0, 0)
-
-
-def logsumexp_sharded_rule(axis_names: tuple[str, ...], *operands: Array, **params: Any) -> Lse:
-    """Two all-reduces of one number a row."""
-    return collectives.reduce_lse(logsumexp(*operands, **params), axis_names)
-
-
-def combine_shards(lse: Lse, *, implementation: Any, **_: Any) -> Lse:
-    """The lse of whole rows from those of their shards, which lie along the first axis.
-
-    As exact as hi + lo is: it approximates e^(z + rest) by e^z·(1 + rest), with rest below an ULP of z.
-    """
-    params = {"axis": -lse.hi.ndim, "spec": OperandSpec(), "implementation": implementation}
-    largest = collectives.finite_max(lse.hi)
-    z, rest = collectives.subtract_max(lse, largest)
-    total = logsumexp(z, exact=True, **params)
-    weighted = logsumexp_jvp(z, *total, no_labels(), rest, **params)
-    return collectives.add_max(largest, total.hi, total.lo + weighted)
 
 
 softmax_p = define_primitive(
@@ -224,21 +105,5 @@ softmax_p = define_primitive(
         reference=reference_rule(reference.softmax),
         sharded_rule=softmax_sharded_rule,
         reused_operand=softmax_reused_operand,
-    ),
-)
-
-logsumexp_p = define_primitive(
-    "softmax2p_logsumexp",
-    params=(*PARAMS, "exact", "for_derivative"),
-    multiple_results=True,
-    abstract_eval=logsumexp_abstract_eval,
-    jvp_rule=logsumexp_jvp_rule,
-    batch_rule=logsumexp_batch_rule,
-    lowering=NativeLowering(
-        operation="logsumexp",
-        target=native.LOG_SUM_TARGET,
-        attributes=lse_attributes,
-        reference=reference_rule(reference.logsumexp, "exact"),
-        sharded_rule=logsumexp_sharded_rule,
     ),
 )
