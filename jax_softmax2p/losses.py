@@ -280,11 +280,12 @@ def _lse_minus_label_logit_jvp(
     lse = logsumexp(x, *operands, exact=True, **named)
     loss = _subtract_label_logit(lse, x, labels, axis)
     if keeps_softmax("derivative of logsumexp", x, **named):
-        log_p = subtract_lse(x, lse, *operands, **named)
+        p = jnp.exp(subtract_lse(x, lse, *operands, **named))
         at_label = reference.one_hot(labels, x.shape, axis)
-        # The label's probability minus 1, exact where that is nearly 0, and -1 where the label is masked.
-        excess = jnp.expm1(jnp.sum(jnp.where(at_label, log_p, 0), axis, keepdims=True))
-        loss_dot = jnp.sum(jnp.where(at_label, excess, jnp.exp(log_p)) * tangents[0], axis)
+        # The label's probability minus 1, exact where that is nearly 0. The loss counts the logit of a label
+        # that is masked, whose probability is 0.
+        excess = jnp.where(p == 0, -1, jnp.expand_dims(jnp.expm1(-loss), axis))
+        loss_dot = jnp.sum(jnp.where(at_label, excess, p) * tangents[0], axis)
     else:
         loss_dot = logsumexp_jvp(x, *lse, labels, tangents[0], *operands, **named)
     return loss, loss_dot
