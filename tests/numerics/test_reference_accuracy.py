@@ -40,6 +40,12 @@ CLASSES = {
 }
 
 
+# One of each for all tests, so that every shape is compiled once.
+reference_softmax = jax.jit(lambda x: softmax(x, implementation="reference"))
+reference_log_softmax = jax.jit(lambda x: log_softmax(x, implementation="reference"))
+reference_logsumexp = jax.jit(lambda x: logsumexp(x, -1, implementation="reference"))
+
+
 def rows_of(name, n, dtype):
     make = CLASSES[name]
     if make is None:
@@ -50,25 +56,26 @@ def rows_of(name, n, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", CLASSES)
 def test_softmax_is_within_4_ulp(name, dtype):
-    reference = jax.jit(lambda x: softmax(x, implementation="reference"))
     for n in LENGTHS:
         x = rows_of(name, n, dtype)
-        assert cases.ulp_error(np.asarray(reference(x)), cases.exact_softmax(x)) <= 4, n
+        assert cases.ulp_error(np.asarray(reference_softmax(x)), cases.exact_softmax(x)) <= 4, n
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", CLASSES)
 def test_logarithms_keep_the_contract(name, dtype):
     """Twice that of the kernels: 4 ULP, or 2 ULP of the row's largest logit."""
-    log_p = jax.jit(lambda x: log_softmax(x, implementation="reference"))
-    lse = jax.jit(lambda x: logsumexp(x, -1, implementation="reference"))
     for n in LENGTHS:
         x = rows_of(name, n, dtype)
         largest = x.max(-1)
         minimum = cases.MIN_LOG_ERROR[np.dtype(dtype)]
-        error = cases.log_error(np.asarray(lse(x)), cases.exact_logsumexp(x), largest, minimum)
+        error = cases.log_error(
+            np.asarray(reference_logsumexp(x)), cases.exact_logsumexp(x), largest, minimum
+        )
         assert error <= 2, n
-        error = cases.log_error(np.asarray(log_p(x)), cases.exact_log_softmax(x), largest[:, None])
+        error = cases.log_error(
+            np.asarray(reference_log_softmax(x)), cases.exact_log_softmax(x), largest[:, None]
+        )
         assert error <= 2, n
 
 
@@ -76,12 +83,11 @@ def test_logarithms_keep_the_contract(name, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_near_certainty(n, dtype):
     """The logarithm of a probability of nearly 1 is exact relative to itself, however near."""
-    log_p = jax.jit(lambda x: log_softmax(x, implementation="reference"))
     for margin in range(0, 84, 4):
         x = np.random.default_rng(margin).standard_normal((n, n)).astype(dtype)
         x[np.arange(n), np.arange(n)] += margin
         exact = np.diagonal(cases.exact_log_softmax(x))
-        actual = np.diagonal(np.asarray(log_p(x))).astype(np.longdouble)
+        actual = np.diagonal(np.asarray(reference_log_softmax(x))).astype(np.longdouble)
         relative = np.abs(actual - exact) / -exact
         allowed = 8 * 2.0**-24 if dtype == np.float32 else 2.0**-8
         assert (relative <= allowed).all(), (margin, relative.max())
