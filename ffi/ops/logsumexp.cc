@@ -138,7 +138,7 @@ void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E*
   AdviseHugePagesFor(logits, y);
   MergeDims(logits);
   if (logits.inner > 1) return LogSumExpColumns(kernels, executor, logits, y, lse);
-  const bool non_temporal = ExceedsCaches(logits);
+  const bool non_temporal = IsNonTemporal(logits);
   const E masked = FromDouble<E>(-std::numeric_limits<double>::infinity());
   if (HasSmallRows(logits)) return SmallLogSoftmax(kernels, executor, logits, y, lse, masked);
   ForLogitsRows(kernels, executor, logits,
@@ -149,7 +149,7 @@ void LogSoftmax(const Kernels& kernels, Executor& executor, Logits<E> logits, E*
                   segments.ForEach(non_temporal ? Order::kForward : Order::kBackward,
                                    [&](std::int64_t at, std::int64_t size) {
                                      row.WriteLog(at, size, results + at, terms, non_temporal);
-                                     if (non_temporal) FenceNonTemporalStores();
+                                     if (non_temporal && row.size() > kSegment) FenceNonTemporalStores();
                                    });
                   if (!logits.HasMask()) return;
                   if (std::isnan(terms.log)) {

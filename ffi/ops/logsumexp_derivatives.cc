@@ -152,7 +152,7 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
   MergeDims(logits);
   if (logits.inner > 1) return LogSumExpVjpColumns(kernels, executor, logits, lse, factor, y);
   if (HasSmallRows(logits)) return SmallLogSumExpVjp(kernels, executor, logits, lse, factor, y);
-  const bool non_temporal = ExceedsCaches(logits);
+  const bool non_temporal = IsNonTemporal(logits);
   const int max_exponent = kernels.Of<E>().max_exponent;
   ForLogitsRows(kernels, executor, logits,
                 [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
@@ -162,7 +162,7 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
                   const Label<E> label(row, logits.n, LabelOf(lse, r));
                   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
                     row.Write(at, size, nullptr, row_y + row.begin() + at, scale, non_temporal);
-                    if (non_temporal) FenceNonTemporalStores();
+                    if (non_temporal && row.size() > kSegment) FenceNonTemporalStores();
                   });
                   if (logits.HasMask()) {
                     if (std::isfinite(hi) && std::isfinite(factor[r])) {

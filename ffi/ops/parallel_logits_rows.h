@@ -13,7 +13,7 @@
 namespace jax_softmax2p {
 
 // Calls body(row number, row, segments) for every row, on as many threads as are worth it. The logits have
-// inner 1.
+// inner 1. Non-temporal stores of rows of one segment are fenced.
 template <typename E, typename Body>
 void ForLogitsRows(const Kernels& kernels, Executor& executor, const Logits<E>& logits, const Body& body) {
   using T = ComputeOf<E>;
@@ -25,13 +25,16 @@ void ForLogitsRows(const Kernels& kernels, Executor& executor, const Logits<E>& 
                       const LogitsRow<E> row(kernels, logits, r, buffer.get());
                       body(r, row, Segments(segments_executor, row.size()));
                     }
+                    FenceNonTemporalStores();
                   });
 }
 
-// Whether logits and results leave the caches between one call and the next.
+// Whether results like x are better written past the caches: they and the logits leave those between one call
+// and the next.
 template <typename E>
-bool ExceedsCaches(const Logits<E>& logits) {
-  return 2 * logits.rows * logits.n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
+bool IsNonTemporal(const Logits<E>& logits) {
+  const std::int64_t row_bytes = logits.n * static_cast<std::int64_t>(sizeof(E));
+  return 2 * logits.rows * row_bytes > LastLevelCacheBytes() && FillsCacheLines(row_bytes);
 }
 
 // AdviseHugePages for a result y like x.

@@ -93,8 +93,10 @@ void SoftmaxJacobian(const KernelTable<E>& kernels, Executor& executor, const E*
   AdviseHugePages(out, static_cast<std::size_t>(rows * n) * sizeof(E));
   if (layout.inner == 1) {
     // In place the cache lines that are written are in a cache already.
-    const bool exceeds_llc = 3 * rows * n * static_cast<std::int64_t>(sizeof(E)) > LastLevelCacheBytes();
-    return JacobianRows(kernels, executor, y, t, out, rows, n, exceeds_llc && out != y && out != t);
+    const std::int64_t row_bytes = n * static_cast<std::int64_t>(sizeof(E));
+    const bool non_temporal =
+        3 * rows * row_bytes > LastLevelCacheBytes() && FillsCacheLines(row_bytes) && out != y && out != t;
+    return JacobianRows(kernels, executor, y, t, out, rows, n, non_temporal);
   }
   ForColumnPanels(executor, layout, PlanPanels(executor, layout, kernels.lanes),
                   [&](const ColumnPanel& panel) { return JacobianPanel<E>(kernels, panel, y, t, out); });
