@@ -13,6 +13,8 @@ from jax_softmax2p.attention import dot_product_attention as dot_product_attenti
 from jax_softmax2p.explain import Explanation as Explanation
 from jax_softmax2p.explain import explain as explain
 from jax_softmax2p.integrations import patch_jax_nn as patch_jax_nn
+from jax_softmax2p.linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
+from jax_softmax2p.linear import logsumexp_of_products as logsumexp_of_products
 from jax_softmax2p.losses import softmax_cross_entropy as softmax_cross_entropy
 from jax_softmax2p.losses import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
@@ -38,8 +40,10 @@ __all__ = [
     "export_disabled_checks",
     "integrations",
     "keep_memory",
+    "linear_softmax_cross_entropy",
     "log_softmax",
     "logsumexp",
+    "logsumexp_of_products",
     "native",
     "patch_jax_nn",
     "softmax",

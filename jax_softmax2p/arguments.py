@@ -122,7 +122,7 @@ def as_logits(
     chosen = as_implementation(implementation)
     x = as_numeric_array(x, name)
     if axis_name is not None:
-        axis_name = _as_axis_name(axis_name)
+        axis_name = as_axis_name(axis_name)
         if jnp.iscomplexobj(x):
             raise TypeError(f"{name} must be real where axis_name is given, got dtype {x.dtype}")
     axes = canonical_axes(axis, x.ndim)
@@ -182,6 +182,14 @@ def as_array(x: jax.typing.ArrayLike, name: str) -> Array:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array, got {type(x).__name__}") from error
+
+
+def as_floating_array(x: jax.typing.ArrayLike, name: str) -> Array:
+    """An array of floating-point numbers; a TypeError names the argument."""
+    array = as_array(x, name)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating-point numbers, got dtype {array.dtype}")
+    return array
 
 
 def as_numeric_array(x: jax.typing.ArrayLike, name: str = "x") -> Array:
@@ -278,7 +286,7 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
     return mask
 
 
-def _as_axis_name(axis_name: AxisNames) -> tuple[str, ...]:
+def as_axis_name(axis_name: AxisNames) -> tuple[str, ...]:
     try:
         names = collectives.as_axis_names(axis_name)
         if not names:

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_softmax2p import reference
-from jax_softmax2p.arguments import as_array, as_class_indices, as_labels, as_logits, canonical_axes
+from jax_softmax2p.arguments import (
+    as_array,
+    as_class_indices,
+    as_floating_array,
+    as_labels,
+    as_logits,
+    canonical_axes,
+)
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives import collectives
@@ -70,7 +77,7 @@ def softmax_cross_entropy_with_integer_labels(
 
     Source: pass 1 of Algorithm 3 of arXiv 2001.04438; optax's documentation for the semantics.
     """
-    logits = _as_floating("logits", logits)
+    logits = as_floating_array(logits, "logits")
     labels = as_labels(labels)
     if where is not None:
         where = _with_axis(as_array(where, "where"), axis, logits.ndim)
@@ -150,7 +157,7 @@ def softmax_cross_entropy(
 
     Source: optax's documentation for the semantics.
     """
-    logits = _as_floating("logits", logits)
+    logits = as_floating_array(logits, "logits")
     labels = as_array(labels, "labels")
     _check_labels_broadcast(logits.shape, labels.shape)
     mask = None if where is None else _with_axis(as_array(where, "where"), axis, logits.ndim)
@@ -169,13 +176,6 @@ def softmax_cross_entropy(
     wide = compute_dtype(dtype)
     total = -(labels.astype(wide) * log_p.astype(wide)).sum(axes, where=mask)
     return total.astype(dtype)
-
-
-def _as_floating(name: str, x: jax.typing.ArrayLike) -> Array:
-    array = as_array(x, name)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating-point numbers, got dtype {array.dtype}")
-    return array
 
 
 def _with_axis(where: Array, axis: int | tuple[int, ...] | None, ndim: int) -> Array:

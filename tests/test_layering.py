@@ -16,7 +16,7 @@ PYTHON_LAYERS = (
     ("demo",),
     ("__init__", "measure"),
     ("integrations",),
-    ("attention",),
+    ("attention", "linear"),
     ("losses", "sum_exp"),
     ("ops",),
     ("factors", "sharding"),
