@@ -287,6 +287,7 @@ def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x"
 
 
 def as_axis_name(axis_name: AxisNames) -> tuple[str, ...]:
+    """The mesh axes that users name, checked to be those of an enclosing shard_map."""
     try:
         names = collectives.as_axis_names(axis_name)
         if not names:

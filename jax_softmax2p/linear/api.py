@@ -117,7 +117,8 @@ def linear_softmax_cross_entropy(
     spec = spec._replace(soft_cap=soft_cap, label_smoothing=label_smoothing, z_loss=z_loss)
     if labels.shape != inputs.shape[:-1]:
         raise ValueError(
-            f"labels must have the inputs' shape without the last axis, {inputs.shape[:-1]}, got {labels.shape}"
+            f"labels must have the inputs' shape without the last axis, {inputs.shape[:-1]}, "
+            f"got {labels.shape}"
         )
     labels = as_class_indices(labels, spec.num_classes_everywhere(weights))
     return _loss_of_tokens(spec, inputs, weights, bias, labels, where, scale)
@@ -196,7 +197,8 @@ def _as_spec(
     if inputs.ndim < 1 or weights.ndim != 2 or weights.shape[1 - class_axis] != inputs.shape[-1]:
         expected = "(D, V)" if class_axis else "(V, D)"
         raise ValueError(
-            f"{names[1]} must be {expected} for {names[0]} of (..., D), got {weights.shape} and {inputs.shape}"
+            f"{names[1]} must be {expected} for {names[0]} of (..., D), "
+            f"got {weights.shape} for {inputs.shape}"
         )
     if token_block_size is not None and token_block_size < 1:
         raise ValueError(f"token_block_size must be positive, got {token_block_size}")

@@ -9,6 +9,7 @@ Source: the blocks of tokens are those of Liger Kernel (Hsu et al., arXiv 2410.1
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +21,23 @@ from jax_softmax2p.reference import Lse, compute_dtype
 
 Array = jax.Array
 
-MAX_BLOCK_LOGITS = 1 << 23
-"""How many logits a block has at most: 32 MiB of float32. Measured."""
+MAX_BLOCK_LOGITS = 1 << 24
+"""How many logits a block has at most: 64 MiB of float32. Measured."""
+
+MIN_BLOCKS = 4
+"""How many blocks many tokens make at least, for the sake of memory."""
 
 BLOCK_TOKENS = range(64, 257)
 """How many tokens a block has: products of fewer rows are slow, and more are no faster. Measured."""
 
-MAX_CHUNK_WEIGHTS = 1 << 18
-"""How many weights belong to a chunk of classes: 1 MiB of float32, which caches hold. Measured."""
+MAX_CHUNK_WEIGHTS = 1 << 20
+"""How many weights belong to a chunk of classes: 4 MiB of float32, which caches hold. Measured."""
 
-MAX_CHUNK_CLASSES = 1 << 13
+MIN_CHUNK_CLASSES = 1 << 8
+MAX_CHUNK_CLASSES = 1 << 14
+
+MAX_CHUNK_LOGITS = 1 << 22
+"""How many logits the gradients that are computed again have at a time: 16 MiB of float32."""
 
 
 class Operands(NamedTuple):
@@ -72,11 +80,16 @@ class Sums(NamedTuple):
     bias: Array | None
 
 
-def token_blocks(spec: LossSpec, num_tokens: int, num_classes: int) -> tuple[int, int]:
-    """How many tokens a block has, and how many blocks there are."""
+def token_blocks(spec: LossSpec, num_tokens: int, num_classes: int, itemsize: int = 4) -> tuple[int, int]:
+    """How many tokens a block has, and how many blocks there are, for inputs of some bytes each."""
     size = spec.token_block_size
     if size is None:
-        size = min(max(BLOCK_TOKENS.start, MAX_BLOCK_LOGITS // num_classes), BLOCK_TOKENS.stop - 1)
+        most = min(
+            BLOCK_TOKENS.stop - 1,
+            MAX_BLOCK_LOGITS // num_classes,
+            -(-num_tokens * min(itemsize, 4) // (4 * MIN_BLOCKS)),
+        )
+        size = max(BLOCK_TOKENS.start, most)
     count = max(1, math.ceil(num_tokens / size))
     return max(1, math.ceil(num_tokens / count)), count
 
@@ -84,27 +97,64 @@ def token_blocks(spec: LossSpec, num_tokens: int, num_classes: int) -> tuple[int
 def class_chunks(num_features: int, num_classes: int) -> tuple[int, int, int]:
     """How many classes a chunk has, how many chunks there are, and how many classes are left."""
     size = min(MAX_CHUNK_CLASSES, MAX_CHUNK_WEIGHTS // max(num_features, 32))
-    size = max(size, 256)
+    size = max(size, MIN_CHUNK_CLASSES)
     if num_classes <= size:
         return num_classes, 1, 0
     return size, *divmod(num_classes, size)
 
 
 def losses(spec: LossSpec, operands: Operands, wanted: Wanted) -> tuple[Array, Lse, Sums]:
-    """The loss and lse of every token, and the gradients that are wanted."""
-    loss, lse, sums = _over_blocks(spec, operands, None, wanted, None, None)
-    assert loss is not None, "it is computed with the lse"
-    return loss, lse, sums
+    """The loss and lse of every token, and the gradients that are wanted, by blocks of tokens."""
+    x, weights, bias, labels, factor = operands
+    n, d = x.shape
+    num_classes = spec.num_classes(weights)
+    dtype = compute_dtype(jnp.result_type(x, weights))
+    size, count = token_blocks(spec, n, num_classes, jnp.result_type(x, weights).itemsize)
+    zeros = lambda *shape: zeros_like_varying(shape, dtype, *operands)
+    # Losses are the same on all devices among which the classes are sharded.
+    of_rows = lambda: zeros_like_varying((count, size), dtype, *operands, invariant=spec.axis_names)
+    per_token = [_split_tokens(a, size, count) for a in (x, labels, factor.astype(dtype))]
+    results = tuple(of_rows() for _ in range(3)), zeros(count, size, d) if wanted.x else None
+    sums = Sums(
+        None,
+        zeros(d, num_classes) if wanted.weights else None,
+        zeros(num_classes) if wanted.bias else None,
+    )
+
+    def add_block(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        (rows, x_bar), sums = carry
+        put = lambda a, value: jax.lax.dynamic_update_index_in_dim(a, value.astype(a.dtype), i, 0)
+        x, labels, factor = (
+            jax.lax.dynamic_index_in_dim(a, i, keepdims=False) if a.size else a for a in per_token
+        )
+        block = Operands(x, weights, bias, labels, factor)
+        z = formula.logits(spec, x, weights, bias)
+        loss, lse = formula.loss(spec, z, labels)
+        rows = tuple(map(put, rows, (loss, *lse)))
+        if any(wanted):
+            block_x_bar, sums = _add_block_gradients(spec, block, z, lse, wanted, sums)
+            x_bar = None if x_bar is None else put(x_bar, block_x_bar)
+        return (rows, x_bar), sums
+
+    (rows, x_bar), sums = jax.lax.fori_loop(0, count, add_block, (results, sums))
+    merge = lambda a: a.reshape(size * count, *a.shape[2:])[:n]
+    loss, hi, lo = map(merge, rows)
+    return loss, Lse(hi, lo), sums._replace(x=None if x_bar is None else merge(x_bar))
 
 
-def gradients(spec: LossSpec, operands: Operands, lse: Lse, wanted: Wanted) -> Sums:
-    """The gradients that are wanted, with the logits computed again."""
-    return _over_blocks(spec, operands, lse, wanted, None, None)[2]
+def gradients(spec: LossSpec, operands: Operands, lse: Lse, wanted: Wanted) -> list[Array | None]:
+    """The gradients that are wanted, in the dtypes of what they belong to, by chunks of classes.
+
+    The logits of a chunk are computed again for all tokens. That of the weights has their layout, and is
+    written once.
+    """
+    x_bar, *rest = _over_chunks(spec, operands, lse, wanted, None, None)
+    return [None if x_bar is None else x_bar.astype(operands.x.dtype), *rest]
 
 
 def corrected_gradients(
     spec: LossSpec, operands: Operands, lse: Lse, wanted: Wanted, with_ones: Sums, ones: Array
-) -> Sums:
+) -> list[Array | None]:
     """Gradients of weights and bias from those that were computed for a factor of 1, or of 0 for some tokens.
 
     They are multiplied by the factor if that is the same number for all tokens that count, and else computed
@@ -119,81 +169,77 @@ def corrected_gradients(
       ones: (N,), 1 for the tokens that count.
     """
     factor = operands.factor
-    common = factor[jnp.argmax(ones)] if factor.size else jnp.zeros((), factor.dtype)
+    common = factor[jnp.argmax(ones)]
     is_common = jnp.all(factor == common * ones)
-    _, num_blocks = token_blocks(spec, factor.shape[0], spec.num_classes(operands.weights))
-    # A loop of no blocks works on the memory of the gradients in place, which a conditional would copy.
-    start = jax.tree.map(lambda x: x * jnp.where(is_common, common, 0).astype(x.dtype), with_ones)
-    start = jax.tree.map(lambda x: jnp.where(is_common, x, 0), start)
-    return _over_blocks(spec, operands, lse, wanted, start, jnp.where(is_common, 0, num_blocks))[2]
+    start = [None, None, None]
+    if wanted.weights:
+        scaled = with_ones.weights * common.astype(with_ones.weights.dtype)
+        scaled = scaled.astype(operands.weights.dtype)
+        start[1] = scaled if spec.class_axis == 1 else scaled.T
+    if wanted.bias:
+        start[2] = (with_ones.bias * common.astype(with_ones.bias.dtype)).astype(operands.bias.dtype)
+    # A loop of no chunks leaves the memory of the gradients as it is, where a conditional would copy it.
+    return _over_chunks(spec, operands, lse, wanted, start, is_common)
 
 
-def _over_blocks(
+def _over_chunks(
     spec: LossSpec,
     operands: Operands,
-    lse: Lse | None,
+    lse: Lse,
     wanted: Wanted,
-    start: Sums | None,
-    blocks_to_do: Array | None,
-) -> tuple[Array | None, Lse, Sums]:
-    """Losses and lse, if that is None, and gradients.
+    start: Sequence[Array | None] | None,
+    is_done: Array | None,
+) -> list[Array | None]:
+    """Gradients of x, weights and bias, each None unless it is wanted.
 
     Args:
       spec: which loss.
       operands: of all tokens.
-      lse: of all tokens, or None.
-      wanted: which gradients.
-      start: what the gradients of weights and bias are added to; None: zeros.
-      blocks_to_do: how many blocks are computed, the first; None: all.
+      lse: of all tokens.
+      wanted: which gradients; with ``is_done`` not that of x.
+      start: arrays for the gradients of weights and bias.
+      is_done: a scalar, whether these hold the gradients already; or None.
     """
     x, weights, bias, labels, factor = operands
-    n, d = x.shape
-    num_classes = spec.num_classes(weights)
-    size, count = token_blocks(spec, n, num_classes)
     dtype = compute_dtype(jnp.result_type(x, weights))
-    zeros = lambda *shape: zeros_like_varying(shape, dtype, *operands)
-    # Losses are the same on all devices among which the classes are sharded.
-    of_rows = lambda: zeros_like_varying((count, size), dtype, *operands, invariant=spec.axis_names)
-    blocks = lambda a: _split_tokens(a, size, count)
-    per_token = blocks(x), blocks(labels), blocks(factor.astype(dtype))
-    lse_blocks = None if lse is None else Lse(*map(blocks, lse))
+    n = x.shape[0]
+    num_classes = spec.num_classes(weights)
+    x_transposed = x.T
+    factor = factor.astype(dtype)
+    narrow = jnp.result_type(x, weights)
     if start is None:
-        start = Sums(
-            None,
-            zeros(d, num_classes) if wanted.weights else None,
-            zeros(num_classes) if wanted.bias else None,
-        )
-    results = (
-        None if lse is not None else tuple(of_rows() for _ in range(3)),
-        zeros(count, size, d) if wanted.x else None,
-    )
+        zeros = lambda a: zeros_like_varying(a.shape, a.dtype, *operands)
+        start = [None, zeros(weights) if wanted.weights else None, zeros(bias) if wanted.bias else None]
+    x_bar = zeros_like_varying(x.shape, dtype, *operands) if wanted.x else None
 
-    def add_block(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        (rows, x_bar), sums = carry
-        at = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
-        put = lambda a, value: jax.lax.dynamic_update_index_in_dim(a, value.astype(a.dtype), i, 0)
-        x, labels, factor = (at(a) if a.size else a for a in per_token)
-        block = Operands(x, weights, bias, labels.reshape(-1), factor)
-        z = formula.logits(spec, x, weights, bias)
-        if lse_blocks is None:
-            loss, block_lse = formula.loss(spec, z, block.labels)
-            rows = tuple(map(put, rows, (loss, *block_lse)))
-        else:
-            block_lse = Lse(*map(at, lse_blocks))
-        if any(wanted):
-            block_x_bar, sums = _add_gradients(spec, block, z, block_lse, wanted, sums)
-            x_bar = None if x_bar is None else put(x_bar, block_x_bar)
-        return (rows, x_bar), sums
+    def put_chunk(first: Array | int, size: int, carry: Any) -> Any:
+        x_bar, weights_bar, bias_bar = carry
+        chunk = _weights_of(spec, weights, first, size)
+        chunk_bias = jax.lax.dynamic_slice_in_dim(bias, first, size) if bias.size else bias
+        z = formula.logits(spec, x, chunk, chunk_bias)
+        total = spec.num_classes_everywhere(weights)
+        g = formula.logits_gradient(spec, z, lse, _labels_of(labels, first, size), factor, total)
+        narrow_g = g.astype(narrow)
+        if x_bar is not None:
+            x_bar = x_bar + product(f"nv,{spec.weight_letters}->nd", narrow_g, chunk)
+        if weights_bar is not None:
+            added = product("dn,nv->dv", x_transposed, narrow_g).astype(weights_bar.dtype)
+            added = added if spec.class_axis == 1 else added.T
+            weights_bar = jax.lax.dynamic_update_slice_in_dim(weights_bar, added, first, spec.class_axis)
+        if bias_bar is not None:
+            added = jnp.sum(g, 0).astype(bias_bar.dtype)
+            bias_bar = jax.lax.dynamic_update_slice_in_dim(bias_bar, added, first, 0)
+        return x_bar, weights_bar, bias_bar
 
-    carry = jax.lax.fori_loop(0, count if blocks_to_do is None else blocks_to_do, add_block, (results, start))
-    (rows, x_bar), sums = carry
-    merge = lambda a: a.reshape(size * count, *a.shape[2:])[:n]
-    sums = sums._replace(x=None if x_bar is None else merge(x_bar))
-    if rows is None:
-        assert lse is not None, "it is computed with the loss"
-        return None, lse, sums
-    loss, hi, lo = map(merge, rows)
-    return loss, Lse(hi, lo), sums
+    size = min(num_classes, max(MIN_CHUNK_CLASSES, MAX_CHUNK_LOGITS // n))
+    count, rest = divmod(num_classes, size)
+    carry = (x_bar, *start[1:])
+    if is_done is not None:
+        # The last chunk has classes of the one before it, too, whose gradients it writes again.
+        put = lambda i, carry: put_chunk(jnp.minimum(i * size, num_classes - size), size, carry)
+        return list(jax.lax.fori_loop(0, jnp.where(is_done, 0, count + bool(rest)), put, carry))
+    carry = jax.lax.fori_loop(0, count, lambda i, carry: put_chunk(i * size, size, carry), carry)
+    return list(put_chunk(size * count, rest, carry) if rest else carry)
 
 
 def _split_tokens(a: Array, size: int, count: int) -> Array:
@@ -204,7 +250,7 @@ def _split_tokens(a: Array, size: int, count: int) -> Array:
     return jnp.pad(a, padding).reshape(count, size, *a.shape[1:])
 
 
-def _add_gradients(
+def _add_block_gradients(
     spec: LossSpec, block: Operands, z: Array, lse: Lse, wanted: Wanted, sums: Sums
 ) -> tuple[Array | None, Sums]:
     """The gradient of a block's x, and those of weights and bias added to their sums.
@@ -218,36 +264,48 @@ def _add_gradients(
       sums: of the blocks before, x None.
     """
     x, weights, *_ = block
-    num_tokens, num_classes = z.shape
-    d = x.shape[1]
-    num_classes_everywhere = spec.num_classes_everywhere(weights)
-    letters = spec.weight_letters
+    num_classes = z.shape[1]
     narrow = jnp.result_type(x, weights)
     x_transposed = x.T
 
-    def add_chunk(start: Array | int, size: int, carry: Any) -> Any:
+    def add_chunk(first: Array | int, size: int, carry: Any) -> Any:
         x_bar, sums = carry
-        labels = block.labels - start
-        labels = jnp.where((labels >= 0) & (labels < size), labels, size)
-        z_chunk = jax.lax.dynamic_slice_in_dim(z, start, size, 1)
-        g = formula.logits_gradient(spec, z_chunk, lse, labels, block.factor, num_classes_everywhere)
+        z_chunk = jax.lax.dynamic_slice_in_dim(z, first, size, 1)
+        total = spec.num_classes_everywhere(weights)
+        labels = _labels_of(block.labels, first, size)
+        g = formula.logits_gradient(spec, z_chunk, lse, labels, block.factor, total)
         narrow_g = g.astype(narrow)  # Products of 16-bit operands are those that CPUs have.
         if x_bar is not None:
-            chunk = jax.lax.dynamic_slice_in_dim(weights, start, size, spec.class_axis)
-            x_bar = x_bar + product(f"nv,{letters}->nd", narrow_g, chunk)
+            chunk = _weights_of(spec, weights, first, size)
+            x_bar = x_bar + product(f"nv,{spec.weight_letters}->nd", narrow_g, chunk)
         if sums.weights is not None:
             added = product("dn,nv->dv", x_transposed, narrow_g)
-            sums = sums._replace(weights=_add_at(sums.weights, added, start))
+            sums = sums._replace(weights=_add_at(sums.weights, added, first))
         if sums.bias is not None:
-            sums = sums._replace(bias=_add_at(sums.bias, jnp.sum(g, 0), start))
+            sums = sums._replace(bias=_add_at(sums.bias, jnp.sum(g, 0), first))
         return x_bar, sums
 
-    size, count, rest = class_chunks(d, num_classes)
-    x_bar = zeros_like_varying((num_tokens, d), z.dtype, z, *block) if wanted.x else None
+    size, count, rest = class_chunks(x.shape[1], num_classes)
+    x_bar = zeros_like_varying(x.shape, z.dtype, z, *block) if wanted.x else None
     if count == 1 and not rest:
         return add_chunk(0, num_classes, (x_bar, sums))
     carry = jax.lax.fori_loop(0, count, lambda i, carry: add_chunk(i * size, size, carry), (x_bar, sums))
     return add_chunk(size * count, rest, carry) if rest else carry
+
+
+def _labels_of(labels: Array, first: Array | int, size: int) -> Array:
+    """Labels as those of a chunk of classes; ``size`` where they are of another one."""
+    if not labels.size:
+        return labels
+    labels = labels - first
+    return jnp.where((labels >= 0) & (labels < size), labels, size)
+
+
+def _weights_of(spec: LossSpec, weights: Array, first: Array | int, size: int) -> Array:
+    """The weights of a chunk of classes."""
+    chunk = jax.lax.dynamic_slice_in_dim(weights, first, size, spec.class_axis)
+    # XLA would else convert all weights to float32 before the loop, for products that it has in float32 only.
+    return jax.lax.optimization_barrier(chunk)
 
 
 def _add_at(total: Array, added: Array, start: Array | int) -> Array:

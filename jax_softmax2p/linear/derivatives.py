@@ -39,6 +39,8 @@ NUM_OPERANDS = 5
 NUM_KNOWN = 5
 """hi and lo of the lse, and the gradients of x, weights and bias for ones, of size 0 where there are none."""
 
+NONE_WANTED = Wanted()
+
 
 class Loss(NamedTuple):
     """What ``linear_loss_p`` returns: loss and lse of tokens, and gradients, each of size 0 unless wanted."""
@@ -51,7 +53,7 @@ class Loss(NamedTuple):
     bias_bar: Array
 
 
-def linear_loss(spec: LossSpec, operands: Sequence[Array], wanted: Wanted = Wanted()) -> Loss:
+def linear_loss(spec: LossSpec, operands: Sequence[Array], wanted: Wanted = NONE_WANTED) -> Loss:
     """The loss of tokens, of the lse's dtype, with the gradients that are wanted for a cotangent of ones.
 
     Args:
@@ -146,7 +148,8 @@ def _loss_batch_rule(
         return _map_batch(call, operands, dims)
     size = _batch_size(operands, dims)
     flat = [
-        _flatten(a, dim, size) if i not in (1, 2) else a for i, (a, dim) in enumerate(zip(operands, dims))
+        _flatten(a, dim, size) if i not in (1, 2) else a
+        for i, (a, dim) in enumerate(zip(operands, dims, strict=True))
     ]
     results = Loss(*call(*flat))
     unflatten = lambda a: a.reshape(size, a.shape[0] // size, *a.shape[1:])
@@ -198,7 +201,7 @@ def _jvp_transpose_rule(
     else:
         bars = bind(linear_loss_vjp_p, *operands[:rest], cotangent, spec=spec, wanted=wanted)
     is_linear = map(ad.is_undefined_primal, dots)
-    return [*[None] * rest, *(bar if linear else None for bar, linear in zip(bars, is_linear))]
+    return [*[None] * rest, *(bar if linear else None for bar, linear in zip(bars, is_linear, strict=True))]
 
 
 def _jvp_batch_rule(
@@ -233,18 +236,15 @@ def _apply_vjp(*operands: Array, spec: LossSpec, wanted: Wanted) -> list[Array]:
     sums = Sums(None, weights_bar, bias_bar)
     sums = Sums(*(a if is_kept else None for a, is_kept in zip(sums, known_sums, strict=True)))
     missing = Wanted(*(a and not b for a, b in zip(wanted, is_known, strict=True)))
-    results = [None, None, None]
+    results: list[Array | None] = [None, None, None]
     if any(known_sums):
-        results = list(blocks.corrected_gradients(spec, tokens, lse, known_sums, sums, ones))
+        results = blocks.corrected_gradients(spec, tokens, lse, known_sums, sums, ones)
     if any(missing):
         again = blocks.gradients(spec, tokens, lse, missing)
         results = [a if b is None else b for a, b in zip(results, again, strict=True)]
     if wanted.x and is_known.x:
-        results[0] = x_bar.astype(factor.dtype) * factor[:, None]
-    if results[1] is not None and spec.class_axis == 0:
-        results[1] = results[1].T
-    dtypes = x.dtype, weights.dtype, bias.dtype
-    return [a.astype(dtype) for a, dtype in zip(results, dtypes, strict=True) if a is not None]
+        results[0] = (x_bar * factor[:, None]).astype(x.dtype)
+    return [a for a in results if a is not None]
 
 
 def _vjp_jvp_rule(
