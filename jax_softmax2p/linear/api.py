@@ -72,8 +72,9 @@ def linear_softmax_cross_entropy(
         sharded: weights and bias are this device's shard. Labels count the classes of all shards; inputs and
         labels are the same on all devices along these axes.
       implementation: as in :func:`softmax`, for what is done with the logits of a block.
-      token_block_size: how many tokens a block has at most. None: 64 to 256, so many that it has 8 million
-        logits. Smaller blocks take less memory and, below some 128 tokens, more time.
+      token_block_size: how many tokens a block has at most. None: a quarter of all (for 16
+        bits an eighth), but 64 to 512, of 16 million logits at most. Smaller ones take less memory and more
+        time.
       recompute: whether gradients are left to the backward pass, which computes the logits again. Nothing is
         kept for it but the logsumexp of each token.
 

@@ -27,7 +27,7 @@ MAX_BLOCK_LOGITS = 1 << 24
 MIN_BLOCKS = 4
 """How many blocks many tokens make at least, for the sake of memory."""
 
-BLOCK_TOKENS = range(64, 257)
+BLOCK_TOKENS = range(64, 513)
 """How many tokens a block has: products of fewer rows are slow, and more are no faster. Measured."""
 
 MAX_CHUNK_WEIGHTS = 1 << 20

@@ -256,7 +256,7 @@ def _vjp_jvp_rule(
         g = formula.plain_logits_gradient(spec, x, weights, bias, labels, factor)
         return formula.apply_to_products(spec, g, x, weights, bias, wanted)
 
-    dots = [ad.instantiate_zeros(t) for t in (*tangents[:3], tangents[-1])]
+    dots = tuple(ad.instantiate_zeros(t) for t in (*tangents[:3], tangents[-1]))
     _, dot = jax.jvp(plain, (*primals[:3], primals[-1]), dots)
     return linear_loss_vjp_p.bind(*primals, spec=spec, wanted=wanted), dot
 
@@ -319,7 +319,7 @@ linear_loss_p = define_primitive(
     "softmax2p_linear_loss",
     params=("spec", "wanted"),
     multiple_results=True,
-    abstract_eval=_loss_avals,
+    abstract_eval=lambda *avals, **params: list(_loss_avals(*avals, **params)),
     jvp_rule=_loss_jvp_rule,
     batch_rule=_loss_batch_rule,
     lowering=compute_loss,

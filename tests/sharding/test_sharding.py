@@ -8,6 +8,8 @@ from processes import run_pytest
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["sharded_batch.py", "sharded_axis.py", "sharded_labels.py"])
+@pytest.mark.parametrize(
+    "name", ["sharded_batch.py", "sharded_axis.py", "sharded_labels.py", "sharded_linear.py"]
+)
 def test_on_eight_devices(name):
     run_pytest(HERE / name, timeout=600, XLA_FLAGS="--xla_force_host_platform_device_count=8")
