@@ -3,12 +3,14 @@
 # ruff: noqa: B023 (functions are called in the iteration that defines them)
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from processes import ROOT
 
 import jax_softmax2p as s2p
 from jax_softmax2p.linear import blocks
@@ -246,3 +248,20 @@ def test_errors_name_the_argument(changes, error, message):
     arguments = {"inputs": jnp.ones((3, 2)), "weights": jnp.ones((2, 5)), "labels": jnp.zeros(3, int)}
     with pytest.raises(error, match=message):
         s2p.linear_softmax_cross_entropy(**(arguments | changes))
+
+
+def test_recipes_of_the_docs():
+    """The code of docs/contrastive.md, run as it stands there."""
+    text = (ROOT / "docs" / "contrastive.md").read_text(encoding="utf-8")
+    recipe: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, recipe)
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((2, 9, 4))
+    z = 2.0 * x @ y.T
+    log_p = [z - np.log(np.exp(z).sum(axis, keepdims=True)) for axis in (0, 1)]
+    expected = -np.mean([np.diagonal(a) for a in log_p])
+    np.testing.assert_allclose(recipe["contrastive_loss"](x, y, 2.0), expected, rtol=1e-6)
+    cost, g, log_a = ((x[:, None] - y) ** 2).sum(-1) / 2, rng.standard_normal(9), np.log(np.full(9, 1 / 9))
+    expected = 0.5 * (log_a - np.log(np.exp((g - cost) / 0.5).sum(1)))
+    np.testing.assert_allclose(recipe["half_step"](x, y, log_a, g, 0.5), expected, rtol=1e-5)

@@ -171,12 +171,12 @@ def corrected_gradients(
     factor = operands.factor
     common = factor[jnp.argmax(ones)]
     is_common = jnp.all(factor == common * ones)
-    start = [None, None, None]
-    if wanted.weights:
+    start: list[Array | None] = [None, None, None]
+    if with_ones.weights is not None:
         scaled = with_ones.weights * common.astype(with_ones.weights.dtype)
         scaled = scaled.astype(operands.weights.dtype)
         start[1] = scaled if spec.class_axis == 1 else scaled.T
-    if wanted.bias:
+    if with_ones.bias is not None:
         start[2] = (with_ones.bias * common.astype(with_ones.bias.dtype)).astype(operands.bias.dtype)
     # A loop of no chunks leaves the memory of the gradients as it is, where a conditional would copy it.
     return _over_chunks(spec, operands, lse, wanted, start, is_common)

@@ -5,7 +5,7 @@ among devices, V counts those of this device.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def logits_gradient(
     """
     total = factor * (1 + 2 * spec.z_loss * lse.hi) if spec.z_loss else factor
     which = labels if labels.size else no_labels()
-    params = {"axis": -1, "spec": OperandSpec(), "implementation": spec.implementation}
+    params: dict[str, Any] = {"axis": -1, "spec": OperandSpec(), "implementation": spec.implementation}
     g = logsumexp_vjp(z, *lse, which, total, **params)
     if labels.size and (spec.z_loss or spec.label_smoothing):
         # The one_hot above has the factor of the softmax, and wants that of the cross-entropy.
