@@ -9,6 +9,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <vector>
 
 #include "ffi/handlers/handlers.h"
@@ -36,6 +37,7 @@ nb::dict Registrations() {
   targets["jax_softmax2p_log_softmax_vjp_v1"] = Capsule(jax_softmax2p_log_softmax_vjp_v1);
   targets["jax_softmax2p_log_sum_jvp_v1"] = Capsule(jax_softmax2p_log_sum_jvp_v1);
   targets["jax_softmax2p_log_sum_vjp_v1"] = Capsule(jax_softmax2p_log_sum_vjp_v1);
+  targets["jax_softmax2p_attention_v1"] = Capsule(jax_softmax2p_attention_v1);
   targets["jax_softmax2p_softmax_jacobian_v1"] = Capsule(jax_softmax2p_softmax_jacobian_v1);
   return targets;
 }
@@ -144,12 +146,29 @@ void JacobianInto(const Input& y, const Input& t, const Output& out, const std::
   });
 }
 
+// The product of matrices by the micro-kernel of attention.
+void ProductInto(const Input& a, const Input& b, const Output& out, const std::string& dtype,
+                 std::int64_t rows, std::int64_t depth, std::int64_t columns, const std::string& isa) {
+  const Kernels& kernels = Require(FindKernels(isa, "isa"));
+  DispatchType(dtype, [&](auto zero) {
+    using T = ComputeOf<decltype(zero)>;
+    const KernelTable<T>& table = kernels.Of<T>();
+    nb::gil_scoped_release release;
+    const std::unique_ptr<T[]> scratch(new T[table.product_scratch(rows, depth)]);
+    table.product(static_cast<const T*>(a.data()), static_cast<const T*>(b.data()), rows, depth, columns,
+                  static_cast<T*>(out.data()), scratch.get());
+  });
+}
+
 void DefineMeasurement(nb::module_ module) {
   module.attr("GUARDED") = kGuarded;
   module.def("cache_bytes", [] { return nb::make_tuple(SecondLevelCacheBytes(), LastLevelCacheBytes()); });
   module.def("passes", [] { return NamesOf(kPasses); });
   module.def("pass_into", PassInto, nb::arg("name"), nb::arg("x").noconvert(), nb::arg("out").noconvert(),
              nb::arg("copies"), nb::arg("n"), nb::arg("maximum"), nb::arg("isa"), nb::arg("threads"));
+  module.def("product_into", ProductInto, nb::arg("a").noconvert(), nb::arg("b").noconvert(),
+             nb::arg("out").noconvert(), nb::arg("dtype"), nb::arg("rows"), nb::arg("depth"),
+             nb::arg("columns"), nb::arg("isa"));
   module.def("softmax_plan", PlanOf, nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
              nb::arg("algorithm"), nb::arg("isa"));
 }

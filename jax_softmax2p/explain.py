@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jax_softmax2p.primitives import dispatch, nested_computations, registration, thresholds
+from jax_softmax2p.primitives import nested_computations, registration
 
 
 class Explanation(NamedTuple):
@@ -67,7 +67,7 @@ def _explain_jaxpr(jaxpr: Jaxpr) -> Iterator[Explanation]:
     for equation in jaxpr.eqns:
         lowering = registration.LOWERINGS.get(equation.primitive)
         if isinstance(lowering, registration.NativeLowering):
-            yield _explain_equation(equation, lowering.operation_of(equation.params))
+            yield _explain_equation(equation, lowering)
         elif lowering is not None:
             rule = lambda *operands, rule=lowering, params=equation.params: rule(*operands, **params)
             yield from _explain_jaxpr(jax.make_jaxpr(rule)(*(v.aval for v in equation.invars)).jaxpr)
@@ -87,12 +87,11 @@ def _explain_param(param: Any) -> Iterator[Explanation]:
             yield from _explain_param(item)
 
 
-def _explain_equation(equation: Any, operation: thresholds.Operation) -> Explanation:
-    x, params = equation.invars[0].aval, equation.params
-    choice = dispatch.choose_on_device(
-        params["implementation"], operation, x, params["axis"], on_cpu=jax.default_backend() == "cpu"
-    )
+def _explain_equation(equation: Any, lowering: registration.NativeLowering) -> Explanation:
+    avals, params = [v.aval for v in equation.invars], equation.params
+    choice = lowering.choose_on_device(avals, params, on_cpu=jax.default_backend() == "cpu")
+    x = avals[0]
     implementation: Literal["native", "reference"] = "native" if choice.lowering == "native" else "reference"
     return Explanation(
-        equation.primitive.name, x.shape, x.dtype.name, params["axis"], implementation, choice.reason
+        equation.primitive.name, x.shape, x.dtype.name, params.get("axis", -1), implementation, choice.reason
     )

@@ -339,15 +339,20 @@ class TestTransforms:
         assert_close(looped(q), g(g(q)))
 
     def test_implementations(self):
-        """One kernel applies scale, bias, mask and softmax in place; the reference has none."""
+        """One kernel does all, or applies scale, bias, mask and softmax in place; the reference has none."""
         q, k, v = (x.astype(np.float32) for x in inputs())
-        for implementation, calls in (("native", 1), ("xla", 1), ("reference", 0)):
+        for implementation, block, calls in (("native", None, 1), ("native", 7, 1), ("reference", None, 0)):
             f = functools.partial(
-                dot_product_attention, bias=normal(7, 9), is_causal=True, implementation=implementation
+                dot_product_attention,
+                bias=normal(7, 9),
+                is_causal=True,
+                implementation=implementation,
+                query_block_size=block,
             )
             text = jax.jit(f).lower(q, k, v).as_text()
             assert text.count("custom_call @jax_softmax2p") == calls
-            assert ("output_operand_aliases" in text) == bool(calls)
+            assert text.count("custom_call @jax_softmax2p_attention") == (calls and block is None)
+            assert ("output_operand_aliases" in text) == (block is not None)
 
 
 class TestMemory:

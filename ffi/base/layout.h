@@ -17,6 +17,9 @@ struct Layout {
 // a/b rounded up, for a >= 0 and b > 0.
 constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+// a rounded up to a multiple of b, likewise.
+SOFTMAX2P_INLINE constexpr std::int64_t RoundUp(std::int64_t a, std::int64_t b) { return CeilDiv(a, b) * b; }
+
 // The number of elements from p to the first address that is aligned to a vector of `lanes` elements.
 template <int lanes, typename Element>
 SOFTMAX2P_INLINE std::int64_t ElementsToAlignment(const Element* p) {

@@ -9,6 +9,7 @@
 #include "ffi/base/error_free.h"
 #include "ffi/base/half.h"
 #include "ffi/base/inline.h"
+#include "ffi/kernels/attention_args.h"
 #include "ffi/kernels/extended_sum.h"
 
 namespace jax_softmax2p {
@@ -249,6 +250,29 @@ struct KernelTable {
   // The Jacobian of softmax: out = y·((t - dot.hi) - dot.lo). out may be y or t.
   void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot,
                          bool non_temporal);
+
+  // ---- Attention of one head of keys, as AttentionArgs says.
+
+  // Rows that are computed side by side.
+  int attention_columns;
+  // The elements of scratch memory that `rows` rows take.
+  std::int64_t (*attention_scratch)(const AttentionArgs<E>& args, std::int64_t rows);
+  // Output and lse of the rows from `begin` to `end`.
+  void (*attention)(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, T* scratch);
+  // The same for few rows, up to attention_few_rows, in chunks of the keys. attention_few leaves in `partial`
+  // the result of the keys from `begin` to `end`, attention_few_size elements a row. `begin` is a multiple
+  // of 64. attention_few_combine takes the results of `count` chunks, one after the other, and writes output
+  // and lse.
+  std::int64_t attention_few_rows;
+  std::int64_t (*attention_few_size)(const AttentionArgs<E>& args);
+  std::int64_t (*attention_few_scratch)(const AttentionArgs<E>& args);
+  void (*attention_few)(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, T* partial,
+                        T* scratch);
+  void (*attention_few_combine)(const AttentionArgs<E>& args, T* partials, std::int64_t count);
+  // out[rows][columns] = a[rows][depth]·b[depth][columns] by the micro-kernel of attention.
+  std::int64_t (*product_scratch)(std::int64_t rows, std::int64_t depth);
+  void (*product)(const T* a, const T* b, std::int64_t rows, std::int64_t depth, std::int64_t columns, T* out,
+                  T* scratch);
 };
 
 // The kernels of one instruction set, for every element type.

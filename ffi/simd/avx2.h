@@ -21,6 +21,7 @@ struct F32 {
   static constexpr int kTransposeRows = 4;
   static constexpr int kTableBits = 0;
   static constexpr bool kHasFma = true;
+  static constexpr int kRegisters = 16;
 
   __m256 v;
 
@@ -175,6 +176,7 @@ struct F64 {
   static constexpr int kTransposeRows = 2;
   static constexpr int kTableBits = 0;
   static constexpr bool kHasFma = true;
+  static constexpr int kRegisters = 16;
 
   __m256d v;
 

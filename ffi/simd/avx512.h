@@ -16,6 +16,7 @@ struct F32 {
   static constexpr int kTransposeRows = 4;
   static constexpr int kTableBits = 4;
   static constexpr bool kHasFma = true;
+  static constexpr int kRegisters = 32;
 
   __m512 v;
 
@@ -144,6 +145,7 @@ struct F64 {
   static constexpr int kTransposeRows = 2;
   static constexpr int kTableBits = 0;
   static constexpr bool kHasFma = true;
+  static constexpr int kRegisters = 32;
 
   __m512d v;
 

@@ -16,6 +16,7 @@ struct F32 {
   static constexpr int kTransposeRows = 4;
   static constexpr int kTableBits = 0;
   static constexpr bool kHasFma = true;
+  static constexpr int kRegisters = 32;
 
   float32x4_t v;
 
@@ -130,6 +131,7 @@ struct F64 {
   static constexpr int kTransposeRows = 2;
   static constexpr int kTableBits = 0;
   static constexpr bool kHasFma = true;
+  static constexpr int kRegisters = 32;
 
   float64x2_t v;
 

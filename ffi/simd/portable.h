@@ -31,6 +31,7 @@
 //   kTableBits           0, or b where there are Lookup and AboveLookup.
 //   Lookup(table)        The entry of an aligned table of 2^b that the lowest b bits of a lane choose.
 //   AboveLookup()        The integer bits above those b.
+//   kRegisters           How many vectors the CPU has registers for.
 //   kHasFma              Whether Fma rounds once. ReductionFor<V> in kernels/exp.h depends on it.
 #pragma once
 
@@ -51,6 +52,7 @@ struct Vector {
   static constexpr int kTransposeRows = kLanes;
   static constexpr int kTableBits = 0;
   static constexpr bool kHasFma = false;
+  static constexpr int kRegisters = 16;
 
   Register v;
 

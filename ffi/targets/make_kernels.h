@@ -1,6 +1,9 @@
 // Fills an instruction set's table from the kernel templates. Included by one source per instruction set.
 #pragma once
 
+#include "ffi/kernels/attention.h"
+#include "ffi/kernels/attention_few.h"
+#include "ffi/kernels/gemm.h"
 #include "ffi/kernels/jacobian.h"
 #include "ffi/kernels/panel_jacobian.h"
 #include "ffi/kernels/panels.h"
@@ -58,6 +61,18 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.sum = Jacobian::Sum;
   table.subtract = Jacobian::Subtract;
   table.jacobian_write = Jacobian::Write;
+  using Attention = AttentionKernels<V, E>;
+  table.attention_columns = Gemm<V>::kColumns;
+  table.attention_scratch = Attention::Scratch;
+  table.attention = Attention::Attend;
+  using FewQueries = FewQueriesKernels<V, E>;
+  table.attention_few_rows = FewQueries::kMaxRows;
+  table.attention_few_size = FewQueries::PartialSize;
+  table.attention_few_scratch = FewQueries::Scratch;
+  table.attention_few = FewQueries::AttendKeys;
+  table.attention_few_combine = FewQueries::Combine;
+  table.product_scratch = Gemm<V>::ProductScratch;
+  table.product = Gemm<V>::Product;
   return table;
 }
 

@@ -3,7 +3,9 @@
 The modules, from the top:
 
 - ``api``: the public function and the checks of its arguments.
-- ``multi_head``: attention of (B, T, N, H) arrays: their shardings, their layout, queries without keys.
+- ``multi_head``: attention of (B, T, N, H) arrays: fused or composed, and their shardings.
+- ``fused``: attention by one native kernel, which stores no logits.
+- ``composed``: attention of matrix products and softmax: the layout by heads, queries without keys.
 - ``blocks``: how batch, heads and queries are cut into blocks that are computed one after another.
 - ``core``: attention of one block: two matrix products and the softmax between them.
 - ``operands``: the records that these share.

@@ -58,6 +58,35 @@ def pass_into(
     return None if found is None else float(found)
 
 
+def product(a: np.ndarray, b: np.ndarray, *, isa: str | None = None) -> np.ndarray:
+    """The matrix product by the micro-kernel of attention, on one thread. For tests and measurement.
+
+    Args:
+      a: C-contiguous float32 or float64 array of two dimensions.
+      b: array like ``a``, with as many rows as that has columns.
+      isa: as in :func:`softmax_into`.
+
+    Raises:
+      ImportError: the compiled library cannot be loaded.
+      TypeError, ValueError: an argument is not as described.
+
+    Example:
+      >>> product(np.ones((2, 3)), np.ones((3, 1))).tolist()
+      [[3.0], [3.0]]
+    """
+    kernels = _library()
+    for name, x in (("a", a), ("b", b)):
+        if x.dtype not in (np.float32, np.float64) or x.dtype != a.dtype:
+            raise TypeError(f"{name} must be float32 or float64 as a, got {x.dtype}")
+        if x.ndim != 2 or not x.flags.c_contiguous or not x.flags.aligned:
+            raise ValueError(f"{name} must be C-contiguous, with two dimensions")
+    if a.shape[1] != b.shape[0]:
+        raise ValueError(f"b must have {a.shape[1]} rows, got {b.shape[0]}")
+    out = np.empty((a.shape[0], b.shape[1]), a.dtype)
+    kernels.product_into(a, b, out, DTYPE_NAMES[a.dtype], *a.shape, b.shape[1], checked_isa(isa))
+    return out
+
+
 def softmax_plan(
     shape: tuple[int, int, int],
     *,

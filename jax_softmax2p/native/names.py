@@ -12,6 +12,7 @@ LOG_SUM_TARGET = "jax_softmax2p_log_sum_v1"
 LOG_SUM_JVP_TARGET = "jax_softmax2p_log_sum_jvp_v1"
 LOG_SUM_VJP_TARGET = "jax_softmax2p_log_sum_vjp_v1"
 SOFTMAX_JACOBIAN_TARGET = "jax_softmax2p_softmax_jacobian_v1"
+ATTENTION_TARGET = "jax_softmax2p_attention_v1"
 
 TARGETS = (
     SOFTMAX_TARGET,
@@ -21,6 +22,7 @@ TARGETS = (
     LOG_SUM_JVP_TARGET,
     LOG_SUM_VJP_TARGET,
     SOFTMAX_JACOBIAN_TARGET,
+    ATTENTION_TARGET,
 )
 """The names of the FFI targets."""
 

@@ -7,6 +7,7 @@ are worth a native call, ``thresholds`` knows.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
@@ -80,9 +81,8 @@ def choose_path(
 def choose_lowering(
     ctx: mlir.LoweringRuleContext,
     implementation: LoweredImplementation,
+    choose_on_one_device: Callable[[], Choice],
     *,
-    operation: Operation,
-    axis: int,
     on_cpu: bool,
 ) -> Choice:
     """What the primitive ``ctx.primitive`` becomes for operands of the avals ``ctx.avals_in``.
@@ -90,8 +90,7 @@ def choose_lowering(
     Args:
       ctx: what JAX tells a lowering rule.
       implementation: the primitive's parameter.
-      operation: what the primitive computes.
-      axis: the primitive's parameter.
+      choose_on_one_device: what it becomes where the program is for one device.
       on_cpu: whether the rule is the one for CPUs.
 
     Raises:
@@ -101,7 +100,7 @@ def choose_lowering(
     if implementation in (None, "in_loop") and jax_compat.is_for_export(ctx):
         return Choice("reference", "an exported program may run where this package is not installed")
     if not jax_compat.is_sharded(ctx):
-        return choose_on_device(implementation, operation, x, axis, on_cpu=on_cpu)
+        return choose_on_one_device()
     reason = _unsupported_reason(x, on_cpu)
     if reason is None and not jax_compat.has_devices_to_partition(ctx):
         reason = "a program for several devices is exported, or lowered without them"
@@ -125,15 +124,31 @@ def choose_on_device(
     Raises:
       ValueError: the implementation is "native" and cannot run.
     """
+    if (forced := forced_choice(implementation, x, on_cpu=on_cpu)) is not None:
+        return forced
+    in_loop = implementation == "in_loop"
+    least, elements = least_elements(operation, x.shape, axis, in_loop=in_loop), math.prod(x.shape)
+    reason = f"{elements} elements{' in a loop' * in_loop}: from {least} on a native call is faster"
+    return Choice("native" if elements >= least else "reference", reason)
+
+
+def forced_choice(implementation: LoweredImplementation, x: ShapedArray, *, on_cpu: bool) -> Choice | None:
+    """What a primitive becomes on one device whatever its size; None where that decides.
+
+    Args:
+      implementation: the primitive's parameter.
+      x: its first operand.
+      on_cpu: whether the device is a CPU.
+
+    Raises:
+      ValueError: the implementation is "native" and cannot run.
+    """
     reason = _unsupported_reason(x, on_cpu)
     if implementation == "reference" or reason is not None:
         return _choose_reference(implementation, reason)
     if implementation == "native":
         return Choice("native", "implementation='native'")
-    in_loop = implementation == "in_loop"
-    least, elements = least_elements(operation, x.shape, axis, in_loop=in_loop), math.prod(x.shape)
-    reason = f"{elements} elements{' in a loop' * in_loop}: from {least} on a native call is faster"
-    return Choice("native" if elements >= least else "reference", reason)
+    return None
 
 
 def is_composed(ctx: mlir.LoweringRuleContext, implementation: LoweredImplementation) -> bool:

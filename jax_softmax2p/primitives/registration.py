@@ -16,6 +16,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jax_softmax2p import jax_compat
 from jax_softmax2p.primitives import dispatch, interpreters, nested_computations, partitioning
+from jax_softmax2p.primitives.dispatch import Choice
 from jax_softmax2p.primitives.thresholds import Operation
 
 Rule = Callable[..., Any]
@@ -61,6 +62,23 @@ class NativeLowering:
     def operation_of(self, params: Mapping[str, Any]) -> Operation:
         """What the primitive computes with these parameters."""
         return "derivative of logsumexp" if params.get("for_derivative") else self.operation
+
+    def choose_on_device(self, avals: Sequence[Any], params: Mapping[str, Any], *, on_cpu: bool) -> Choice:
+        """What the primitive becomes on one device, for operands of these avals."""
+        operation = self.operation_of(params)
+        return dispatch.choose_on_device(
+            params["implementation"], operation, avals[0], params["axis"], on_cpu=on_cpu
+        )
+
+    def lower_sharded(
+        self, primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
+    ) -> Sequence[Any]:
+        """Lowers the primitive to what XLA partitions among devices."""
+        return partitioning.lower(primitive, self.sharded_rule, ctx, *operands, **params)
+
+    def ffi_attributes(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """All attributes of the target."""
+        return {"axis": np.int64(params["axis"]), **self.attributes(**params)}
 
 
 def define_primitive(
@@ -147,23 +165,21 @@ def _register_native_lowering(primitive: Primitive, lowering: NativeLowering) ->
         choice = dispatch.choose_lowering(
             ctx,
             params["implementation"],
-            operation=lowering.operation_of(params),
-            axis=params["axis"],
+            lambda: lowering.choose_on_device(ctx.avals_in, params, on_cpu=on_cpu),
             on_cpu=on_cpu,
         )
         match choice.lowering:
             case "reference":
                 return lower_to_reference(ctx, *operands, **params)
             case "sharded":
-                return partitioning.lower(primitive, lowering.sharded_rule, ctx, *operands, **params)
+                return lowering.lower_sharded(primitive, ctx, *operands, **params)
             case "native" if lower_composed and dispatch.is_composed(ctx, params["implementation"]):
                 return lower_composed(ctx, *operands, **params | {"implementation": "native"})
             case "native":
                 reused = lowering.reused_operand(**params)
                 aliases = None if reused is None else {reused: 0}
                 call = jax.ffi.ffi_lowering(lowering.target, operand_output_aliases=aliases)
-                axis = np.int64(params["axis"])
-                return call(ctx, *operands, axis=axis, **lowering.attributes(**params))
+                return call(ctx, *operands, **lowering.ffi_attributes(params))
 
     def lower_on_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Sequence[Any]:
         return lower(ctx, *operands, on_cpu=True, **params)

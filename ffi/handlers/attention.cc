@@ -1,0 +1,211 @@
+#include "ffi/ops/attention.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "ffi/handlers/common.h"
+#include "ffi/handlers/handlers.h"
+#include "ffi/runtime/dispatch.h"
+
+namespace jax_softmax2p {
+
+struct AttentionAttributes {
+  static constexpr std::int64_t kBias = 1, kMask = 2, kQueryLengths = 4, kKeyLengths = 8;
+  std::int64_t operands;
+  std::int64_t before;
+  std::int64_t after;
+};
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr const char* kName = "jax_softmax2p_attention_v1";
+
+ffi::Error Invalid(const char* what) { return ffi::Error::InvalidArgument(std::string(kName) + ": " + what); }
+
+// The sizes of a call.
+struct Sizes {
+  std::int64_t batch, queries, keys, heads, key_heads, size, value_size;
+};
+
+bool HasShape(const ffi::AnyBuffer& x, std::initializer_list<std::int64_t> shape) {
+  const auto dims = x.dimensions();
+  return std::equal(dims.begin(), dims.end(), shape.begin(), shape.end());
+}
+
+// Query (B, T, N, H), key (B, S, K, H), value (B, S, K, H'), whose B may be 1, and the results.
+ffi::Error ReadSizes(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key, const ffi::AnyBuffer& value,
+                     const ffi::AnyBuffer& scale, const ffi::AnyBuffer& output, const ffi::AnyBuffer& lse,
+                     Sizes& sizes) {
+  const auto q = query.dimensions(), k = key.dimensions(), v = value.dimensions(), o = output.dimensions();
+  if (q.size() != 4 || k.size() != 4 || v.size() != 4 || o.size() != 4) return Invalid("arrays have rank 4");
+  for (const ffi::AnyBuffer& x : {key, value, output}) {
+    if (x.element_type() != query.element_type()) return Invalid("arrays must have one element type");
+  }
+  for (const ffi::AnyBuffer& x : {query, key, value, output}) {
+    if (!ElementCount(x)) return Invalid("arrays must have no negative size, and no more than 2^56 elements");
+  }
+  sizes = {o[0], o[1], k[1], o[2], k[2], q[3], v[3]};
+  const auto batched = [&](std::int64_t size) { return size == 1 || size == sizes.batch; };
+  if (!batched(q[0]) || !batched(k[0]) || !batched(v[0])) return Invalid("batches must be 1 or the output's");
+  if (q[1] != sizes.queries || q[2] != sizes.heads || k[3] != sizes.size || v[1] != sizes.keys ||
+      v[2] != sizes.key_heads || o[3] != sizes.value_size) {
+    return Invalid("shapes must be (B, T, N, H), (B, S, K, H), (B, S, K, H') and (B, T, N, H')");
+  }
+  if (sizes.key_heads == 0 || sizes.heads % sizes.key_heads != 0) return Invalid("K must divide N");
+  if (sizes.keys == 0 || sizes.size == 0 || sizes.value_size == 0)
+    return Invalid("S, H and H' must not be 0");
+  const ffi::DataType compute =
+      query.element_type() == ffi::DataType::F64 ? ffi::DataType::F64 : ffi::DataType::F32;
+  if (scale.element_type() != compute || ElementCount(scale) != 1) {
+    return Invalid("scale must be one element of the type that arrays are computed in");
+  }
+  if (lse.element_type() != compute || !HasShape(lse, {sizes.batch, sizes.queries, sizes.heads, 1})) {
+    return Invalid("lse must have shape (B, T, N, 1), of the type that arrays are computed in");
+  }
+  return ffi::Error::Success();
+}
+
+// An operand (B, N, T, S), of which any size may be 1.
+template <typename E, typename Element>
+ffi::Error ReadOperand(const ffi::AnyBuffer& operand, ffi::DataType type, const Sizes& sizes,
+                       LogitsOperand<Element>& to, UnitStrides& strides) {
+  const auto dims = operand.dimensions();
+  const std::int64_t full[] = {sizes.batch, sizes.heads, sizes.queries, sizes.keys};
+  if (operand.element_type() != type || dims.size() != 4) return Invalid("bias and mask: wrong type or rank");
+  std::int64_t at[4], stride = 1;
+  for (int d = 3; d >= 0; --d) {
+    if (dims[d] != 1 && dims[d] != full[d]) return Invalid("bias and mask must broadcast to (B, N, T, S)");
+    at[d] = dims[d] == 1 ? 0 : stride;
+    stride *= dims[d];
+  }
+  to = {static_cast<const Element*>(operand.untyped_data()), at[2], at[1], at[3]};
+  strides = {at[0], at[1] * (sizes.heads / sizes.key_heads)};
+  return ffi::Error::Success();
+}
+
+// The operands that the attributes say there are.
+template <typename E>
+ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& attributes,
+                        const Sizes& sizes, Attention<E>& attention) {
+  using A = AttentionAttributes;
+  constexpr std::int64_t kAll = A::kBias | A::kMask | A::kQueryLengths | A::kKeyLengths;
+  const auto expected = static_cast<std::size_t>(__builtin_popcountll(attributes.operands & kAll));
+  if ((attributes.operands & ~kAll) != 0 || operands.size() != expected) {
+    return Invalid(
+        "attribute operands must add up 1 (bias), 2 (mask), 4 (query lengths) and 8 (key lengths) for those "
+        "that are given");
+  }
+  std::size_t next = 0;
+  const auto read = [&](std::int64_t flag, const auto& body) -> ffi::Error {
+    if ((attributes.operands & flag) == 0) return ffi::Error::Success();
+    const auto operand = operands.get<ffi::AnyBuffer>(next++);
+    return operand.has_error() ? operand.error() : body(*operand);
+  };
+  const auto lengths = [&](const std::int32_t*& to) {
+    return [&](const ffi::AnyBuffer& x) {
+      if (x.element_type() != ffi::DataType::S32 || !HasShape(x, {sizes.batch})) {
+        return Invalid("lengths must be int32 of shape (B,)");
+      }
+      to = Data<const std::int32_t>(x);
+      return ffi::Error::Success();
+    };
+  };
+  const ffi::DataType compute =
+      sizeof(ComputeOf<E>) == sizeof(double) ? ffi::DataType::F64 : ffi::DataType::F32;
+  AttentionArgs<E>& first = attention.first;
+  for (const ffi::Error& error : {read(A::kBias,
+                                       [&](const ffi::AnyBuffer& x) {
+                                         return ReadOperand<E>(x, compute, sizes, first.bias, attention.bias);
+                                       }),
+                                  read(A::kMask,
+                                       [&](const ffi::AnyBuffer& x) {
+                                         return ReadOperand<E>(x, ffi::DataType::PRED, sizes, first.mask,
+                                                               attention.mask);
+                                       }),
+                                  read(A::kQueryLengths, lengths(attention.query_lengths)),
+                                  read(A::kKeyLengths, lengths(attention.key_lengths))}) {
+    if (error.failure()) return error;
+  }
+  first.masked = first.mask.data != nullptr || attention.key_lengths != nullptr || attributes.before >= 0 ||
+                 attributes.after >= 0;
+  return ffi::Error::Success();
+}
+
+template <typename E>
+Attention<E> AttentionOf(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key, const ffi::AnyBuffer& value,
+                         const ffi::AnyBuffer& scale, const ffi::AnyBuffer& output, const ffi::AnyBuffer& lse,
+                         const AttentionAttributes& attributes, const Sizes& s) {
+  using T = ComputeOf<E>;
+  // No array has so many rows, and sums with it do not overflow.
+  constexpr std::int64_t kNoLimit = std::int64_t{1} << 60;
+  const auto limit = [](std::int64_t x) { return x < 0 || x > kNoLimit ? kNoLimit : x; };
+  const std::int64_t group = s.heads / s.key_heads;
+  Attention<E> attention{};
+  attention.batch = s.batch;
+  attention.key_heads = s.key_heads;
+  AttentionArgs<E>& first = attention.first;
+  first.query = Data<const E>(query);
+  first.key = Data<const E>(key);
+  first.value = Data<const E>(value);
+  first.output = Data<E>(output);
+  first.lse = Data<T>(lse);
+  first.query_stride = s.heads * s.size;
+  first.key_stride = s.key_heads * s.size;
+  first.value_stride = s.key_heads * s.value_size;
+  first.output_stride = s.heads * s.value_size;
+  first.lse_stride = s.heads;
+  first.heads = group;
+  first.queries = s.queries;
+  first.keys = s.keys;
+  first.size = s.size;
+  first.value_size = s.value_size;
+  first.before = limit(attributes.before);
+  first.after = limit(attributes.after);
+  first.scale = *Data<const T>(scale);
+  const auto strides = [&](const ffi::AnyBuffer& x, std::int64_t rows, std::int64_t stride,
+                           std::int64_t head) {
+    return UnitStrides{x.dimensions()[0] == 1 ? 0 : rows * stride, head};
+  };
+  attention.query = strides(query, s.queries, first.query_stride, group * s.size);
+  attention.key = strides(key, s.keys, first.key_stride, s.size);
+  attention.value = strides(value, s.keys, first.value_stride, s.value_size);
+  attention.output = {s.queries * first.output_stride, group * s.value_size};
+  attention.lse = {s.queries * s.heads, group};
+  return attention;
+}
+
+ffi::Error HandleAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                           ffi::AnyBuffer value, ffi::AnyBuffer scale, ffi::RemainingArgs operands,
+                           ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> lse,
+                           AttentionAttributes attributes) {
+  Sizes sizes;
+  const ffi::Error error = ReadSizes(query, key, value, scale, *output, *lse, sizes);
+  if (error.failure()) return error;
+  const KernelChoice& choice = ActiveKernels();
+  if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
+  XlaExecutor executor(pool);
+  return DispatchType(kName, query.element_type(), [&](auto zero) {
+    using E = decltype(zero);
+    Attention<E> attention = AttentionOf<E>(query, key, value, scale, *output, *lse, attributes, sizes);
+    const ffi::Error refused = ReadOperands<E>(operands, attributes, sizes, attention);
+    if (refused.failure()) return refused;
+    Attend(choice.kernels->Of<E>(), executor, attention);
+    return ffi::Error::Success();
+  });
+}
+
+}  // namespace
+}  // namespace jax_softmax2p
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_softmax2p::AttentionAttributes,
+                                      StructMember<std::int64_t>("operands"),
+                                      StructMember<std::int64_t>("before"),
+                                      StructMember<std::int64_t>("after"));
+
+namespace jax_softmax2p {
+
+SOFTMAX2P_DEFINE_HANDLER(jax_softmax2p_attention_v1, HandleAttention);
+
+}  // namespace jax_softmax2p

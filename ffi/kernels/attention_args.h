@@ -1,0 +1,72 @@
+// The arrays of attention as its kernels see them: one example, one head of keys and values, and the heads of
+// queries that share it.
+#pragma once
+
+#include <cstdint>
+
+#include "ffi/base/half.h"
+
+namespace jax_softmax2p {
+
+// What jax.nn writes over masked logits, of any type: the lse of queries that attend to no key.
+inline constexpr double kMaskedLogit = -0.7 * 3.4028234663852886e38;
+
+// Element (t, g, s) of an array that broadcasts to the logits is data[t * query + g * head + s * key]; data
+// is null where there is no array.
+template <typename Element>
+struct LogitsOperand {
+  const Element* data = nullptr;
+  std::int64_t query = 0;
+  std::int64_t head = 0;
+  std::int64_t key = 0;
+};
+
+// T queries of G heads, and S keys. The heads of all arrays lie side by side, (..., heads, size), and strides
+// are those from one query, or one key, to the next.
+template <typename E>
+struct AttentionArgs {
+  using T = ComputeOf<E>;
+  const E* query;
+  const E* key;
+  const E* value;
+  E* output;
+  T* lse;
+  std::int64_t query_stride;
+  std::int64_t key_stride;
+  std::int64_t value_stride;
+  std::int64_t output_stride;
+  std::int64_t lse_stride;
+
+  std::int64_t heads;       // G
+  std::int64_t queries;     // T
+  std::int64_t keys;        // S
+  std::int64_t size;        // of a head
+  std::int64_t value_size;  // of a head of values
+
+  // The queries and keys that are not padding.
+  std::int64_t query_length;
+  std::int64_t key_length;
+  // Query t attends to the keys from t - before to t + after.
+  std::int64_t before;
+  std::int64_t after;
+  T scale;
+  LogitsOperand<T> bias;
+  LogitsOperand<std::uint8_t> mask;
+  // Whether there is a mask of any kind, a band and lengths of keys included.
+  bool masked;
+
+  // Rows are the queries of all heads, those of one query side by side.
+  std::int64_t Rows() const { return queries * heads; }
+};
+
+// The same, with the results `output` and `lse`, for the gradient. Gradients have the layouts of their
+// arrays.
+template <typename E>
+struct AttentionGradientArgs : AttentionArgs<E> {
+  const E* cotangent;  // laid out as output
+  E* query_gradient;
+  E* key_gradient;
+  E* value_gradient;
+};
+
+}  // namespace jax_softmax2p

@@ -1,0 +1,280 @@
+// What goes into the tiles of attention.h and comes out of them: packed keys, copied values, masks and
+// biases.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "ffi/base/inline.h"
+#include "ffi/base/layout.h"
+#include "ffi/kernels/access.h"
+#include "ffi/kernels/attention_args.h"
+#include "ffi/kernels/exp.h"
+#include "ffi/kernels/gemm.h"
+
+namespace jax_softmax2p {
+
+struct KeyRange {
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+// A tile of logits [keys][width], with room for its biases and its mask.
+template <typename T>
+struct LogitsTile {
+  T* logits;
+  T* bias;
+  std::uint8_t* mask;
+  std::int64_t width;
+};
+
+template <typename V, typename E>
+class AttentionTiles {
+  using T = typename V::Scalar;
+  using Product = Gemm<V>;
+
+ public:
+  static constexpr std::int64_t kKeys = 64;
+  // How far, in powers of two, a logit may exceed its row's reference: far enough that rescaling is rare, and
+  // so little that values near the largest of their type do not overflow in the product.
+  static constexpr int kHeadroom = 8;
+
+  // The sizes of buffers, in elements.
+  static std::int64_t KeyElements(std::int64_t depth) { return kKeys * depth; }
+  static std::int64_t ValueElements(std::int64_t size) { return kKeys * ValueStride(size); }
+  static std::int64_t RowElements(std::int64_t depth, std::int64_t value_rows) {
+    const std::int64_t rows = Product::kColumns * (depth > value_rows ? depth : value_rows);
+    return rows > kKeys * depth ? rows : kKeys * depth;
+  }
+  // An odd number of cache lines: rows that are a power of two apart would share a few sets.
+  static SOFTMAX2P_INLINE std::int64_t ValueStride(std::int64_t size) {
+    constexpr std::int64_t kLine = 64 / sizeof(T);
+    return (CeilDiv(RoundUp(size, Product::kRows), kLine) | 1) * kLine;
+  }
+
+  // The keys that any of the rows attends to, by the band and the lengths.
+  static KeyRange KeysOfRows(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end) {
+    const std::int64_t first = begin / args.heads, last = (end - 1) / args.heads;
+    KeyRange keys{first - args.before, last + args.after + 1};
+    if (keys.begin < 0) keys.begin = 0;
+    if (keys.end > args.key_length) keys.end = args.key_length;
+    const bool none = first >= args.query_length || keys.begin >= keys.end;
+    return none ? KeyRange{args.keys, 0} : keys;
+  }
+
+  // Whether the band masks any of the keys s + range for any of the rows.
+  static bool BandCuts(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, std::int64_t s,
+                       KeyRange range) {
+    const std::int64_t first = begin / args.heads, last = (end - 1) / args.heads;
+    return last - args.before > s + range.begin || first + args.after < s + range.end - 1;
+  }
+
+  // Rows of an array of queries, contiguous, with zeros up to `columns` and `depth`.
+  static void CopyRows(const E* x, std::int64_t stride, std::int64_t size, std::int64_t heads,
+                       std::int64_t row, std::int64_t rows, std::int64_t columns, T* to, std::int64_t depth) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const std::int64_t t = (row + i) / heads, g = (row + i) % heads;
+      V ignored = V::Broadcast(0);
+      CopyRow(x + t * stride + g * size, size, to + i * depth, depth, ignored);
+    }
+    for (std::int64_t i = rows * depth; i < columns * depth; ++i) to[i] = 0;
+  }
+
+  // Packs `count` keys for products along them, with zeros after them.
+  static void Pack(const E* x, std::int64_t stride, std::int64_t size, std::int64_t count, std::int64_t depth,
+                   T* rows, T* packed) {
+    const std::int64_t padded = RoundUp(count, Product::kPackedRows);
+    V ignored = V::Broadcast(0);
+    for (std::int64_t j = 0; j < count; ++j) CopyRow(x + j * stride, size, rows + j * depth, depth, ignored);
+    for (std::int64_t i = count * depth; i < padded * depth; ++i) rows[i] = 0;
+    Product::Pack(rows, depth, padded, depth, Product::kPackedRows, packed);
+  }
+
+  // Copies `count` keys or values for products across them, with zeros after them, and returns whether all
+  // are finite.
+  static bool Copy(const E* x, std::int64_t stride, std::int64_t size, std::int64_t count, T* to) {
+    const std::int64_t to_stride = ValueStride(size), padded = RoundUp(size, Product::kRows);
+    V check = V::Broadcast(0);
+    for (std::int64_t j = 0; j < count; ++j) CopyRow(x + j * stride, size, to + j * to_stride, padded, check);
+    for (std::int64_t i = count * to_stride; i < RoundUp(count, kUnroll) * to_stride; ++i) to[i] = 0;
+    T lanes[V::kLanes];
+    check.Store(lanes);
+    bool finite = true;
+    for (int i = 0; i < V::kLanes; ++i) finite = finite && lanes[i] == 0;
+    return finite;
+  }
+
+  // Adds the bias to a tile of logits, and masks it with -inf. Finds the maxima of the rows, and of the
+  // biases of the keys that they attend to.
+  template <int vectors>
+  static void ApplyOperands(const AttentionArgs<E>& args, std::int64_t row, std::int64_t rows, std::int64_t s,
+                            KeyRange range, bool cut, const LogitsTile<T>& tile, T* best,
+                            V (&maxima)[vectors]) {
+    const bool biased = args.bias.data != nullptr;
+    const bool masked = cut || args.mask.data != nullptr;
+    if (biased) FillFrom(args.bias, args.heads, row, rows, s, range, T{0}, tile.width, tile.bias);
+    if (masked) {
+      FillFrom(args.mask, args.heads, row, rows, s, range, std::uint8_t{1}, tile.width, tile.mask);
+      if (cut) FillBand(args, row, rows, s, range, tile);
+    }
+    if (!masked) return Apply<vectors, true, false>(range, tile, best, maxima);
+    biased ? Apply<vectors, true, true>(range, tile, best, maxima)
+           : Apply<vectors, false, true>(range, tile, best, maxima);
+  }
+
+  // Replaces values that are not finite by 0, and adds their products with the exponentials that are not 0: a
+  // masked NaN harms nobody.
+  template <int vectors>
+  static void TakeNonFinite(const AttentionArgs<E>& args, T* values, KeyRange range, const T* exponentials,
+                            T* output) {
+    constexpr std::int64_t kWidth = vectors * V::kLanes;
+    const std::int64_t stride = ValueStride(args.value_size);
+    for (std::int64_t j = range.begin; j < range.end; ++j) {
+      for (std::int64_t h = 0; h < args.value_size; ++h) {
+        T& value = values[j * stride + h];
+        if (value - value == 0) continue;
+        for (std::int64_t i = 0; i < kWidth; ++i) {
+          if (exponentials[j * kWidth + i] != 0)
+            output[h * kWidth + i] += exponentials[j * kWidth + i] * value;
+        }
+        value = 0;
+      }
+    }
+  }
+
+  // For `width` rows whose maximum exceeds their limit, another reference, shift and limit, and the factor by
+  // which what was summed so far is to be multiplied: 1 for the others. Returns whether any is not 1.
+  static bool RaiseReferences(int width, const T* maximum, T* reference, T* shift, T* limit, T* factor) {
+    using F = Format<T>;
+    constexpr T kLargest = ReductionFor<V>::kMaxExponent - 256;
+    bool rescales = false;
+    for (int i = 0; i < width; ++i) {
+      factor[i] = 1;
+      if (!(maximum[i] > limit[i])) continue;
+      const bool first = limit[i] == kMinusInfinity<V>;
+      const T old_reference = reference[i], old_shift = shift[i], exponent = maximum[i] * F::kLog2E;
+      const bool exact = exponent <= kLargest && exponent >= -kLargest;
+      shift[i] = exact ? 0 : maximum[i];
+      reference[i] = exact ? 2 * std::floor(exponent / 2) : T{0};
+      limit[i] = shift[i] + (reference[i] + kHeadroom) * static_cast<T>(F::kLn2);
+      if (first) continue;
+      rescales = true;
+      const T power = old_reference - reference[i];
+      factor[i] = old_shift == shift[i]
+                      ? std::ldexp(T{1}, static_cast<int>(power))
+                      : static_cast<T>(std::exp(static_cast<double>(old_shift) - shift[i] + power * F::kLn2));
+    }
+    return rescales;
+  }
+
+  static T LseOf(T reference, T shift, T sum) {
+    const double log = std::log(static_cast<double>(sum)) + reference * Format<T>::kLn2;
+    return shift > 0 && shift - shift != 0 ? shift : static_cast<T>(shift + log);
+  }
+
+  // The mean of all values, those of padding included.
+  static void MeanOfValues(const AttentionArgs<E>& args, T* mean) {
+    ForVectors<V>(static_cast<int>(args.value_size), [&](int, int h, const auto& access) {
+      V sum = V::Broadcast(0);
+      for (std::int64_t s = 0; s < args.keys; ++s) {
+        sum = sum + access.Load(args.value + s * args.value_stride + h, 0);
+      }
+      access.Store(sum / V::Broadcast(static_cast<T>(args.keys)), mean + h);
+    });
+  }
+
+  static void WriteElements(const T* from, std::int64_t size, E* to) {
+    ForVectors<V>(static_cast<int>(size),
+                  [&](int, int h, const auto& access) { access.Store(access.Load(from + h, 0), to + h); });
+  }
+
+  static void WriteRow(const AttentionArgs<E>& args, std::int64_t row, const T* output, T lse) {
+    const std::int64_t t = row / args.heads, g = row % args.heads;
+    E* const to = args.output + t * args.output_stride + g * args.value_size;
+    ForVectors<V>(static_cast<int>(args.value_size),
+                  [&](int, int h, const auto& access) { access.Store(access.Load(output + h, 0), to + h); });
+    args.lse[t * args.lse_stride + g] = lse;
+  }
+
+ private:
+  // Copies n elements and appends zeros up to `padded`. `check` becomes NaN where an element is not finite.
+  static SOFTMAX2P_INLINE void CopyRow(const E* from, std::int64_t n, T* to, std::int64_t padded, V& check) {
+    ForVectors<V>(static_cast<int>(n), [&](int, int h, const auto& access) {
+      const V x = access.Load(from + h, 0);
+      check = check + (x - x);
+      access.Store(x, to + h);
+    });
+    for (std::int64_t h = n; h < padded; ++h) to[h] = 0;
+  }
+
+  // The elements of an operand that belong to a tile, or `fill` for all where there is no operand.
+  template <typename Element>
+  static void FillFrom(const LogitsOperand<Element>& operand, std::int64_t heads, std::int64_t row,
+                       std::int64_t rows, std::int64_t s, KeyRange range, Element fill, std::int64_t width,
+                       Element* to) {
+    if (operand.data == nullptr || (operand.query == 0 && (heads == 1 || operand.head == 0))) {
+      for (std::int64_t j = range.begin; j < range.end; ++j) {
+        const Element x = operand.data == nullptr ? fill : operand.data[(s + j) * operand.key];
+        for (std::int64_t i = 0; i < width; ++i) to[j * width + i] = x;
+      }
+      return;
+    }
+    for (std::int64_t i = 0; i < width; ++i) {
+      const std::int64_t r = row + (i < rows ? i : rows - 1);
+      const Element* const from =
+          operand.data + r / heads * operand.query + r % heads * operand.head + s * operand.key;
+      for (std::int64_t j = range.begin; j < range.end; ++j) to[j * width + i] = from[j * operand.key];
+    }
+  }
+
+  // Masks what lies outside the band.
+  static void FillBand(const AttentionArgs<E>& args, std::int64_t row, std::int64_t rows, std::int64_t s,
+                       KeyRange range, const LogitsTile<T>& tile) {
+    std::int32_t first[Product::kColumns], last[Product::kColumns];
+    const auto in_tile = [](std::int64_t key) {
+      return static_cast<std::int32_t>(key < -1 ? -1 : key > kKeys ? kKeys : key);
+    };
+    for (std::int64_t i = 0; i < tile.width; ++i) {
+      const std::int64_t t = (row + (i < rows ? i : rows - 1)) / args.heads;
+      first[i] = in_tile(t - args.before - s);
+      last[i] = in_tile(t + args.after - s);
+    }
+    for (std::int64_t j = range.begin; j < range.end; ++j) {
+      std::uint8_t* const mask = tile.mask + j * tile.width;
+      for (std::int64_t i = 0; i < tile.width; ++i) mask[i] &= j >= first[i] && j <= last[i];
+    }
+  }
+
+  template <int vectors, bool biased, bool masked>
+  static SOFTMAX2P_INLINE void Apply(KeyRange range, const LogitsTile<T>& tile, T* best,
+                                     V (&maxima)[vectors]) {
+    constexpr std::int64_t kWidth = vectors * V::kLanes;
+    const V nothing = V::Broadcast(kMinusInfinity<V>);
+    V largest[vectors];
+    SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
+      maxima[v] = nothing;
+      largest[v] = V::Load(best + v * V::kLanes);
+    }
+    for (std::int64_t j = range.begin; j < range.end; ++j) {
+      SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
+        const std::int64_t at = j * kWidth + v * V::kLanes;
+        V logit = V::Load(tile.logits + at), bias = V::Broadcast(0);
+        if constexpr (biased) {
+          bias = V::Load(tile.bias + at);
+          logit = logit + bias;
+        }
+        if constexpr (masked) {
+          logit = V::Where(tile.mask + at, logit, nothing);
+          bias = V::Where(tile.mask + at, bias, nothing);
+        }
+        logit.Store(tile.logits + at);
+        maxima[v] = Max(logit, maxima[v]);
+        largest[v] = Max(bias, largest[v]);
+      }
+    }
+    SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) largest[v].Store(best + v * V::kLanes);
+  }
+};
+
+}  // namespace jax_softmax2p

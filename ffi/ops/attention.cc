@@ -1,0 +1,111 @@
+#include "ffi/ops/attention.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "ffi/base/layout.h"
+#include "ffi/runtime/float_mode.h"
+
+namespace jax_softmax2p {
+namespace {
+
+// The queries and the output of a block, in bytes: with a tile of keys and values they fit into a
+// second-level cache. Every block packs the keys again, so that larger ones are better.
+constexpr std::int64_t kBlockBytes = std::int64_t{192} << 10;
+// Multiply-adds that are worth a task of their own, some 10 µs.
+constexpr std::int64_t kGrain = std::int64_t{1} << 19;
+// Keys in a chunk, where there are few queries.
+constexpr std::int64_t kChunk = 512;
+// Tasks a thread, so that all threads end at about the same time.
+constexpr std::int64_t kTasks = 4;
+
+// The arguments of one example and head of keys.
+template <typename E>
+AttentionArgs<E> ArgsOf(const Attention<E>& attention, std::int64_t unit) {
+  const std::int64_t b = unit / attention.key_heads, k = unit % attention.key_heads;
+  const auto at = [&](const UnitStrides& strides) { return b * strides.batch + k * strides.head; };
+  AttentionArgs<E> args = attention.first;
+  args.query += at(attention.query);
+  args.key += at(attention.key);
+  args.value += at(attention.value);
+  args.output += at(attention.output);
+  args.lse += at(attention.lse);
+  if (args.bias.data != nullptr) args.bias.data += at(attention.bias);
+  if (args.mask.data != nullptr) args.mask.data += at(attention.mask);
+  const auto length = [&](const std::int32_t* lengths, std::int64_t size) {
+    return lengths == nullptr ? size : std::clamp<std::int64_t>(lengths[b], 0, size);
+  };
+  args.query_length = length(attention.query_lengths, args.queries);
+  args.key_length = length(attention.key_lengths, args.keys);
+  return args;
+}
+
+// Rows in a block: as many as caches hold, or fewer where there are threads without work.
+template <typename E>
+std::int64_t RowsOfBlock(const KernelTable<E>& kernels, const Executor& executor,
+                         const Attention<E>& attention) {
+  const AttentionArgs<E>& args = attention.first;
+  const std::int64_t rows = args.Rows(), panel = kernels.attention_columns;
+  const auto bytes = static_cast<std::int64_t>(sizeof(ComputeOf<E>)) * (args.size + args.value_size);
+  const std::int64_t most = std::max<std::int64_t>(1, kBlockBytes / (bytes * panel));
+  const std::int64_t threads = executor.Helpers() + 1, units = attention.batch * attention.key_heads;
+  const std::int64_t blocks = threads == 1 ? 1 : std::max<std::int64_t>(1, kTasks * threads / units);
+  const std::int64_t panels = std::clamp<std::int64_t>(CeilDiv(CeilDiv(rows, blocks), panel), 1, most);
+  // Blocks of about one size.
+  return CeilDiv(CeilDiv(rows, CeilDiv(rows, panels * panel)), panel) * panel;
+}
+
+// Few rows: one task a chunk of keys, and then the chunks of every unit combined.
+template <typename E>
+void AttendFew(const KernelTable<E>& kernels, Executor& executor, const Attention<E>& attention) {
+  using T = ComputeOf<E>;
+  const AttentionArgs<E>& args = attention.first;
+  const std::int64_t rows = args.Rows(), units = attention.batch * attention.key_heads;
+  const std::int64_t chunks = CeilDiv(args.keys, kChunk), size = rows * kernels.attention_few_size(args);
+  const std::unique_ptr<T[]> partials(new T[units * chunks * size]);
+  const std::int64_t work = rows * std::min(args.keys, kChunk) * (args.size + args.value_size);
+  const std::int64_t grain = CeilDiv(kGrain / 4, work), tasks = units * chunks;
+  ParallelFor(executor, CeilDiv(tasks, grain), [&](std::int64_t i) {
+    const ScopedFloatMode mode;
+    const std::unique_ptr<T[]> scratch(new T[kernels.attention_few_scratch(args)]);
+    for (std::int64_t task = i * grain; task < std::min(tasks, (i + 1) * grain); ++task) {
+      const std::int64_t begin = task % chunks * kChunk;
+      kernels.attention_few(ArgsOf(attention, task / chunks), begin, std::min(args.keys, begin + kChunk),
+                            partials.get() + task * size, scratch.get());
+    }
+  });
+  const ScopedFloatMode mode;
+  for (std::int64_t unit = 0; unit < units; ++unit) {
+    kernels.attention_few_combine(ArgsOf(attention, unit), partials.get() + unit * chunks * size, chunks);
+  }
+}
+
+}  // namespace
+
+template <typename E>
+void Attend(const KernelTable<E>& kernels, Executor& executor, const Attention<E>& attention) {
+  using T = ComputeOf<E>;
+  const AttentionArgs<E>& args = attention.first;
+  const std::int64_t rows = args.Rows(), units = attention.batch * attention.key_heads;
+  if (rows * units == 0) return;
+  if (rows <= kernels.attention_few_rows) return AttendFew(kernels, executor, attention);
+  const std::int64_t block = RowsOfBlock(kernels, executor, attention);
+  const std::int64_t blocks = CeilDiv(rows, block), tasks = units * blocks;
+  const std::int64_t work = std::min(rows, block) * args.keys * (args.size + args.value_size);
+  const std::int64_t grain = CeilDiv(kGrain, std::max<std::int64_t>(1, work));
+  ParallelFor(executor, CeilDiv(tasks, grain), [&](std::int64_t i) {
+    const ScopedFloatMode mode;
+    const std::int64_t size = kernels.attention_scratch(args, std::min(rows, block));
+    const std::unique_ptr<T[]> scratch(new T[size]);
+    for (std::int64_t task = i * grain; task < std::min(tasks, (i + 1) * grain); ++task) {
+      const std::int64_t begin = task % blocks * block;
+      kernels.attention(ArgsOf(attention, task / blocks), begin, std::min(rows, begin + block),
+                        scratch.get());
+    }
+  });
+}
+
+#define SOFTMAX2P_INSTANTIATE(E) template void Attend(const KernelTable<E>&, Executor&, const Attention<E>&);
+SOFTMAX2P_FOR_EACH_ELEMENT(SOFTMAX2P_INSTANTIATE)
+
+}  // namespace jax_softmax2p

@@ -1,0 +1,96 @@
+"""Attention by one native kernel, which stores no logits.
+
+It is a primitive, which is lowered to the composed attention where that is faster, or where there is no such
+kernel, and which is differentiated as that is: with many logits the kernel computes the result, and the
+gradient computes the weights again, block by block; few weights are stored, and all of it is composed.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_softmax2p import native
+from jax_softmax2p.attention import blocks
+from jax_softmax2p.attention.composed import composed_attention
+from jax_softmax2p.attention.operands import Options, Result, are_known
+from jax_softmax2p.primitives.attention import OPERAND_NAMES, define_attention
+from jax_softmax2p.primitives.dispatch import choose_path
+from jax_softmax2p.primitives.operands import Band
+from jax_softmax2p.primitives.registration import bind
+from jax_softmax2p.reference import compute_dtype
+
+Array = jax.Array
+
+
+def unfused_reason(arrays: dict[str, Array], options: Options) -> str | None:
+    """Why attention of these arrays is composed whatever their sizes; None where it may be fused.
+
+    Args:
+      arrays: the arguments of ``multi_head_attention`` that are arrays, by name.
+      options: the options.
+    """
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    sizes = *query.shape, *key.shape, *value.shape
+    if choose_path(options.implementation, None) == "reference":
+        return "the reference is composed"
+    if query.dtype not in native.DTYPES:
+        return f"there is no native kernel for dtype {query.dtype}"
+    if not are_known(*sizes) or 0 in sizes:
+        return "sizes are symbolic or 0"
+    if "dropout_mask" in arrays:
+        return "there is dropout"
+    if options.query_block_size is not None:
+        return "query_block_size is given"
+    if options.precision is not None:
+        return "a precision is given"
+    return None
+
+
+def fused_attention(arrays: dict[str, Array], band: Band | None, options: Options) -> Result:
+    """Attention of arguments that are given by name, and returned as in ``multi_head_attention``."""
+    query = arrays["query"]
+    dtype = compute_dtype(query.dtype)
+    arrays = arrays | {"scale": arrays["scale"].astype(dtype).reshape(1)}
+    if "bias" in arrays:
+        arrays["bias"] = arrays["bias"].astype(dtype)
+    names = tuple(name for name in OPERAND_NAMES if name in arrays)
+    output, lse = bind(
+        attention_p,
+        *(arrays[name] for name in ("query", "key", "value", "scale", *names)),
+        names=names,
+        band=band,
+        return_lse=options.return_lse,
+        implementation=options.implementation,
+    )
+    return Result(output, jax.lax.stop_gradient(lse).astype(query.dtype) if options.return_lse else None)
+
+
+def _composed(
+    *operands: Array, names: tuple[str, ...], band: Band | None, return_lse: bool, implementation: Any
+) -> tuple[Array, Array]:
+    """The primitive's results, composed."""
+    arrays = dict(zip(("query", "key", "value", "scale", *names), operands, strict=True))
+    query = arrays["query"]
+    batch = max(arrays[name].shape[0] for name in ("query", "key", "value"))
+    for name in ("query", "key", "value"):
+        arrays[name] = jnp.broadcast_to(arrays[name], (batch, *arrays[name].shape[1:]))
+    arrays["scale"] = arrays["scale"].reshape((1,) * 5)
+    options = Options(
+        implementation=None if implementation == "in_loop" else implementation, return_lse=return_lse
+    )
+    dtype = compute_dtype(query.dtype)
+    output, lse = composed_attention(arrays, band, options)
+    if lse is None:
+        lse = jnp.zeros((*output.shape[:-1], 1), dtype)
+    return output, lse.astype(dtype)
+
+
+def _stores_weights(query: Array, key: Array, value: Array, *_: Array, **__: Any) -> bool:
+    """Whether the composed attention is one block, whose weights the gradient reads."""
+    batch = max(x.shape[0] for x in (query, key, value))
+    return math.prod((batch, *query.shape[1:3], key.shape[1])) <= blocks.MAX_BLOCK_LOGITS
+
+
+attention_p = define_attention("softmax2p_attention", _composed, _stores_weights)

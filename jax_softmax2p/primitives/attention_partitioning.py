@@ -1,0 +1,131 @@
+"""How XLA shards attention among devices: by batch and heads, without communication."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    CompoundFactor,
+    SdyShardingRule,
+    custom_partitioning,
+)
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from jax_softmax2p import jax_compat
+from jax_softmax2p.primitives.partitioning import Partition, num_shards
+
+Shape = tuple[int, ...]
+Axes = tuple[str | None, ...]
+
+
+def lower(
+    primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
+) -> Sequence[Any]:
+    """Lowers attention to what XLA partitions, and each shard then to attention of the shard.
+
+    Args:
+      primitive: that which is lowered.
+      ctx: of the lowering rule.
+      operands: its values.
+      params: the primitive's parameters.
+    """
+    roles = _roles(params["names"])
+
+    def shardings(mesh: Mesh, arguments: Sequence[Any], arrays: Sequence[Any], of: Sequence[Axes]) -> Any:
+        batch, heads = _entries(mesh, arguments)
+        entries = {"batch": batch, "heads": heads, None: None}
+
+        def sharding(array: Any, axes: Axes) -> Sharding:
+            if mesh.empty:
+                return jax_compat.replicated(arguments[0].sharding)
+            sizes = zip(array.shape, axes, strict=True)
+            spec = PartitionSpec(*(None if size == 1 else entries[axis] for size, axis in sizes))
+            return NamedSharding(mesh, spec)
+
+        return tuple(sharding(array, axes) for array, axes in zip(arrays, of, strict=True))
+
+    def partition(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Partition:
+        local = lambda *operands: primitive.bind(*operands, **params)
+        if mesh.empty and _fits(arguments, roles):
+            # In a region that is manual along some axes of the mesh only, nothing has a name.
+            return mesh, local, tuple(r.sharding for r in results), tuple(a.sharding for a in arguments)
+        results_shardings = shardings(mesh, arguments, results, _RESULTS)
+        return mesh, local, results_shardings, shardings(mesh, arguments, arguments, roles)
+
+    def infer(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
+        return shardings(mesh, arguments, results, _RESULTS)
+
+    def rule(mesh: Mesh, operand_types: Sequence[Any], result_types: Sequence[Any]) -> SdyShardingRule:
+        operand_shapes = [tuple(t.shape) for t in operand_types]
+        return _sharding_rule(operand_shapes, [tuple(t.shape) for t in result_types], roles)
+
+    call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
+    call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
+    return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+
+
+_RESULTS: tuple[Axes, ...] = (("batch", None, "heads", None), ("batch", None, "heads", None))
+
+
+def _roles(names: Sequence[str]) -> tuple[Axes, ...]:
+    """Which dimensions of the operands are those of batch and heads."""
+    array: Axes = ("batch", None, "heads", None)
+    roles: dict[str, Axes] = {
+        "bias": ("batch", "heads", None, None),
+        "mask": ("batch", "heads", None, None),
+        "query_lengths": ("batch",),
+        "key_lengths": ("batch",),
+    }
+    return (array, array, array, (None,), *(roles[name] for name in names))
+
+
+def _entries(mesh: Mesh, arguments: Sequence[Any]) -> tuple[Any, Any]:
+    """The entries of the PartitionSpecs for batch and heads, by query's sharding."""
+    query, key, value = arguments[:3]
+    spec = [*getattr(query.sharding, "spec", ()), None, None, None, None]
+    batch, heads = spec[0], spec[2]
+    if max(x.shape[0] for x in (query, key, value)) % num_shards(mesh, batch):
+        batch = None
+    return batch, None if key.shape[2] % num_shards(mesh, heads) else heads
+
+
+def _fits(arguments: Sequence[Any], roles: Sequence[Axes]) -> bool:
+    """Whether the shardings that XLA has chosen need no communication."""
+    counts: dict[str, int] = {}
+    for array, axes in zip(arguments, roles, strict=True):
+        shard = array.sharding.shard_shape(array.shape)
+        for whole, size, axis in zip(array.shape, shard, axes, strict=True):
+            count = whole // max(size, 1)
+            if (axis is None and count != 1) or (
+                axis is not None and whole != 1 and counts.setdefault(axis, count) != count
+            ):
+                return False
+    return True
+
+
+def _sharding_rule(
+    operands: Sequence[Shape], results: Sequence[Shape], roles: Sequence[Axes]
+) -> SdyShardingRule:
+    """Batch and heads have names, heads of queries those of keys and of the groups; all else has its own."""
+    heads, key_heads = operands[0][2], operands[1][2]
+    own = iter(range(1000))
+    factors: dict[str, int] = {}
+
+    def factor(size: int, axis: str | None) -> str | CompoundFactor:
+        if axis == "batch" and size == results[0][0]:
+            return "batch"
+        if axis == "heads" and size == heads and heads != key_heads:
+            factors.update(heads=key_heads, groups=heads // key_heads)
+            return CompoundFactor("heads", "groups")
+        if axis == "heads" and size == key_heads:
+            return "heads"
+        return f"own{next(own)}"
+
+    mappings = [
+        ArrayMapping(*(factor(size, axis) for size, axis in zip(shape, axes, strict=True)))
+        for shape, axes in zip((*operands, *results), (*roles, *_RESULTS), strict=True)
+    ]
+    count = len(operands)
+    return SdyShardingRule(tuple(mappings[:count]), tuple(mappings[count:]), **factors)

@@ -1,0 +1,228 @@
+"""The fused kernel of attention: its products, its tiles, and its masks, against float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import normal
+from test_attention import DEFAULT_MASK_VALUE, combined_mask, lengths
+
+from jax_softmax2p import dot_product_attention, explain, native
+
+ISAS = native.supported_isas()
+DTYPES = [np.float32, np.float64, jnp.bfloat16, np.float16]
+EPS = {np.float32: 2.0**-24, np.float64: 2.0**-53, jnp.bfloat16: 2.0**-8, np.float16: 2.0**-11}
+
+
+@functools.partial(jax.jit, static_argnames=("is_causal", "local_window_size", "return_residual"))
+def fused(*operands, **options):
+    return dot_product_attention(*operands, implementation="native", **options)
+
+
+def operands_of(b, t, s, n, k, h, dtype=np.float32, size=1.0):
+    shapes = (b, t, n, h), (b, s, k, h), (b, s, k, h)
+    return [(size * normal(*shape, seed=i)).astype(dtype) for i, shape in enumerate(shapes)]
+
+
+def exact_attention(
+    query, key, value, *, bias=0.0, mask=None, scale=None, is_causal=False, local_window_size=None, **options
+):
+    """jax.nn's definition in float64, with NumPy: the output, the lse and the largest logit."""
+    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+    k, v = (np.repeat(x, q.shape[2] // k.shape[2], 2) for x in (k, v))
+    t, s = q.shape[1], k.shape[1]
+    q_lengths, kv_lengths = (options.get(f"{name}_seq_lengths") for name in ("query", "key_value"))
+    z = np.einsum("btnh,bsnh->bnts", q, k) * (1 / np.sqrt(q.shape[-1]) if scale is None else scale) + bias
+    combined = combined_mask(t, s, mask, is_causal, q_lengths, kv_lengths, local_window_size)
+    if combined is not None:
+        z = np.where(combined, z, DEFAULT_MASK_VALUE)
+    largest = z.max(-1, keepdims=True)
+    e = np.exp(z - largest)
+    total = e.sum(-1, keepdims=True)
+    y = np.einsum("bnts,bsnh->btnh", e / total, v)
+    if q_lengths is not None:
+        y *= (np.arange(t) < q_lengths[:, None])[..., None, None]
+    used = z if combined is None else np.where(combined, z, 0)
+    return y, np.moveaxis((largest + np.log(total))[..., 0], 1, 2), np.abs(used).max()
+
+
+def check(operands, dtype=np.float32, **options):
+    """DESIGN's contract: 8·sqrt(S) roundings of the largest value, 16-bit results rounded once more.
+
+    Large logits are rounded before they are subtracted from one another.
+    """
+    y, lse, largest_logit = exact_attention(*operands, **options)
+    actual = fused(*operands, **options)
+    actual, exact = (actual, (y, lse)) if isinstance(actual, tuple) else ((actual,), (y,))
+    s, largest = operands[1].shape[1], float(np.abs(np.asarray(operands[2], np.float64)).max())
+    rounding = 2.0**-53 if dtype == np.float64 else 2.0**-24
+    bound = (8 * np.sqrt(s) + 2 * largest_logit) * rounding * max(largest, 1)
+    for x, y in zip(actual, exact, strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y)
+        limit = bound + (EPS[dtype] * np.abs(y) if dtype in (jnp.bfloat16, np.float16) else 0)
+        finite = np.abs(y) < 6e4
+        assert (np.abs(x - y) <= limit)[finite].all(), np.abs(x - y)[finite].max()
+
+
+class TestProduct:
+    @pytest.mark.parametrize("isa", ISAS)
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_all_tiles_and_tails(self, isa, dtype):
+        """Rows and columns from one to more than a tile, and depths beside those of a transposition."""
+        for columns in (1, 3, 4, 7, 8, 9, 16, 17, 24, 31, 33, 47, 48, 49, 97):
+            for rows, depth in ((1, 1), (2, 5), (3, 4), (8, 7), (9, 16), (16, 3), (17, 64), (31, 10)):
+                a = normal(rows, depth).astype(dtype)
+                b = normal(depth, columns, seed=1).astype(dtype)
+                exact = a.astype(np.longdouble) @ b.astype(np.longdouble)
+                bound = depth * np.finfo(dtype).eps * (np.abs(a) @ np.abs(b)).max()
+                assert np.abs(native.product(a, b, isa=isa) - exact).max() <= bound
+
+    def test_errors(self):
+        square = np.ones((2, 2))
+        for a, b, error in (
+            (square.astype(int), square, TypeError),
+            (square, square.astype(np.float32), TypeError),
+            (square[0], square, ValueError),
+            (square, np.ones((3, 2)), ValueError),
+            (square, np.ones((2, 4))[:, ::2], ValueError),
+        ):
+            with pytest.raises(error):
+                native.product(a, b)
+
+
+class TestSizes:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("b", "t", "s", "n", "k", "h"),
+        [(1, 130, 70, 1, 1, 64), (2, 49, 65, 2, 1, 37), (1, 197, 197, 2, 2, 16), (1, 9, 200, 4, 2, 5)],
+    )
+    def test_blocks(self, b, t, s, n, k, h, dtype):
+        operands = operands_of(b, t, s, n, k, h, dtype)
+        check(operands, dtype, return_residual=True)
+        check(operands, dtype, is_causal=True)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("t", "n", "k"), [(1, 1, 1), (1, 8, 2), (3, 2, 1), (2, 3, 3), (5, 2, 2)])
+    def test_few_queries(self, t, n, k, dtype):
+        """Split over keys, with a smaller last chunk and tile, and sizes beside those of a vector."""
+        for s, h in ((3, 8), (700, 64), (1100, 37)):
+            operands = operands_of(2, t, s, n, k, h, dtype)
+            check(operands, dtype, return_residual=True)
+        check(operands, dtype, local_window_size=(0, 600))
+
+    def test_all_counts_of_rows(self):
+        """Panels of one to three vectors, and their tails."""
+        for t in (9, 16, 17, 33, 48, 49, 64, 65, 113):
+            check(operands_of(1, t, 20, 1, 1, 8))
+
+
+class TestMasks:
+    """With few queries and with many."""
+
+    @pytest.mark.parametrize("t", [2, 140])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_masks_and_biases(self, t, dtype):
+        """Of every shape that broadcasts, with fully masked queries and with lengths."""
+        b, s, n, k, h = 2, 150, 4, 2, 16
+        operands = operands_of(b, t, s, n, k, h, dtype)
+        size_lengths = {
+            "query_seq_lengths": lengths(t - 1, t),
+            "key_value_seq_lengths": lengths(s, 77),
+        }
+        for shape in ((b, n, t, s), (1, n, 1, s), (b, 1, t, 1), (1, 1, 1, s), (1, 1, t, s)):
+            mask = normal(*shape, seed=3) > 0.3
+            mask[..., 0, :] = False
+            bias = normal(*shape, seed=4).astype(dtype)
+            check(operands, dtype, bias=bias)
+            check(operands, dtype, mask=mask, return_residual=True)
+            check(operands, dtype, mask=mask, bias=bias, is_causal=True, **size_lengths)
+        check(operands, dtype, local_window_size=(3, 5), scale=-2.0, **size_lengths)
+
+    @pytest.mark.parametrize("t", [3, 140])
+    def test_masked_nan_in_values(self, t):
+        """It harms the queries that attend to it, and nobody else."""
+        q, k, v = operands_of(1, t, t, 1, 1, 8)
+        expected = fused(q, k, np.where(np.arange(t)[:, None, None] == 2, 0, v), is_causal=True)
+        v[0, 2] = np.nan
+        y = fused(q, k, v, is_causal=True)
+        np.testing.assert_array_equal(np.isnan(y[0, :, 0, 0]), np.arange(t) >= 2)
+        np.testing.assert_array_equal(y[:, :2], expected[:, :2])
+
+
+class TestLogits:
+    """Of all magnitudes."""
+
+    @pytest.mark.parametrize("t", [2, 60])
+    def test_offsets(self, t):
+        """Rows with a large offset, in the tiles that follow only, or in the first one."""
+        s = 200
+        q, k, v = operands_of(1, t, s, 1, 1, 8)
+        for offset in (30.0, 1e3, 5e4, 1e6, 1e30):
+            # Where logits are too coarse to be compared, they are equal.
+            operands = (q, k, v) if offset < 1e5 else (0 * q, k, v)
+            for sign in (1, -1):
+                bias = np.zeros((1, 1, t, s), np.float32)
+                bias[..., : s // 2] = sign * offset
+                check(operands, bias=bias, return_residual=True)
+                check(operands, bias=np.full_like(bias, sign * offset))
+
+    @pytest.mark.parametrize("t", [2, 60])
+    def test_not_finite(self, t):
+        """As jax.nn's: NaN for a NaN, a +inf, and -inf throughout; 0 for some -inf."""
+        operands = operands_of(1, t, 100, 1, 1, 8)
+        bias = np.zeros((1, 1, t, 100), np.float32)
+        bias[..., 0, 70], bias[..., 1, :] = np.inf, -np.inf
+        y, lse = fused(*operands, bias=bias, return_residual=True)
+        assert np.isnan(y[0, :2]).all()
+        assert np.isfinite(y[0, 2:]).all()
+        assert lse[0, 0, 0] == np.inf
+        assert lse[0, 1, 0] == -np.inf
+        bias = np.where(normal(1, 1, t, 100) > 0, 0, -np.inf).astype(np.float32)
+        check(operands, bias=bias)
+        bias[0, 0, 1, 5] = np.nan
+        np.testing.assert_array_equal(np.isnan(fused(*operands, bias=bias)[0, :, 0, 0]), np.arange(t) == 1)
+
+    def test_large_values(self):
+        """They do not overflow where their mean does not."""
+        q, k, v = operands_of(1, 50, 100, 1, 1, 8)
+        check((q, k, v * np.float32(1e30)))
+
+    def test_large_products(self):
+        check(operands_of(1, 60, 300, 1, 1, 64, size=20.0))
+
+
+def test_bits_do_not_depend_on_neighbours():
+    """A query's bits are those that it has alone, but for the split over keys of few."""
+    q, k, v = operands_of(1, 400, 300, 1, 1, 64)
+    whole = np.asarray(fused(q, k, v, is_causal=True))
+    mask = np.tril(np.ones((400, 300), bool))
+    for first, last in ((0, 100), (17, 90), (130, 333), (333, 400)):
+        part = fused(q[:, first:last], k, v, mask=mask[first:last])
+        np.testing.assert_array_equal(part, whole[:, first:last])
+
+
+def test_batching_repeats_nothing_that_broadcasts():
+    q, k, v = operands_of(1, 4, 5, 2, 1, 8)
+    several = np.stack([q, 2 * q, 3 * q])
+    y = jax.jit(jax.vmap(fused, (0, None, None)))(several, k, v)
+    for i in range(3):
+        np.testing.assert_array_equal(y[i], fused((i + 1) * q, k, v))
+    scales = np.array([0.5, 2.0], np.float32)
+    y = jax.vmap(lambda scale: fused(q, k, v, scale=scale))(scales)
+    np.testing.assert_allclose(y[1], fused(q, k, v, scale=scales[1]), rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_many_logits_takes_the_fused_output():
+    """The forward pass is the kernel, and the derivative is composed."""
+    operands = operands_of(1, 1100, 1000, 1, 1, 8)
+    text = jax.jit(jax.grad(lambda *xs: (dot_product_attention(*xs) ** 2).sum())).lower(*operands).as_text()
+    assert text.count("custom_call @jax_softmax2p_attention") == 1
+
+
+def test_explanation():
+    operands = [jax.ShapeDtypeStruct((1, 300, 4, 64), "float32")] * 3
+    [choice, *_] = explain(dot_product_attention, *operands)
+    assert (choice.operation, choice.implementation) == ("softmax2p_attention", "native")
+    assert "multiply-adds" in choice.reason
