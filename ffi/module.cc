@@ -38,6 +38,7 @@ nb::dict Registrations() {
   targets["jax_softmax2p_log_sum_jvp_v1"] = Capsule(jax_softmax2p_log_sum_jvp_v1);
   targets["jax_softmax2p_log_sum_vjp_v1"] = Capsule(jax_softmax2p_log_sum_vjp_v1);
   targets["jax_softmax2p_attention_v1"] = Capsule(jax_softmax2p_attention_v1);
+  targets["jax_softmax2p_attention_vjp_v1"] = Capsule(jax_softmax2p_attention_vjp_v1);
   targets["jax_softmax2p_softmax_jacobian_v1"] = Capsule(jax_softmax2p_softmax_jacobian_v1);
   return targets;
 }

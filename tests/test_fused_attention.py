@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import normal
-from test_attention import DEFAULT_MASK_VALUE, combined_mask, lengths
+from comparison import assert_close, normal
+from jax.test_util import check_grads
+from test_attention import DEFAULT_MASK_VALUE, combined_mask, formula, lengths
 
 from jax_softmax2p import dot_product_attention, explain, native
 
@@ -193,6 +194,90 @@ class TestLogits:
         check(operands_of(1, 60, 300, 1, 1, 64, size=20.0))
 
 
+GRADIENT_CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window": {"local_window_size": (3, 70)},
+    "bias": {"bias": normal(2, 4, 130, 150, seed=5)},
+    "mask": {"mask": normal(1, 4, 130, 150, seed=6) > 0.2},
+    "masked queries": {"mask": np.arange(130)[:, None] % 7 > np.zeros((130, 150))},
+    "lengths": {
+        "query_seq_lengths": lengths(130, 77),
+        "key_value_seq_lengths": lengths(0, 101),
+        "is_causal": True,
+    },
+    "scale": {"scale": -0.7},
+}
+
+
+def weighted(function, cotangent, *operands):
+    return jnp.sum(function(*operands) * cotangent)
+
+
+class TestGradient:
+    """In query, key and value, against that of jax.nn's definition in float64."""
+
+    @pytest.mark.parametrize("case", GRADIENT_CASES)
+    def test_cases(self, case):
+        options = GRADIENT_CASES[case]
+        operands = operands_of(2, 130, 150, 4, 2, 20, np.float64)
+        cotangent = normal(2, 130, 4, 20, seed=7)
+        expected = jax.grad(
+            functools.partial(weighted, functools.partial(formula, **options), cotangent), (0, 1, 2)
+        )(*operands)
+        ours = functools.partial(dot_product_attention, implementation="native", **options)
+        gradient = jax.jit(jax.grad(functools.partial(weighted, ours, cotangent), (0, 1, 2)))
+        assert_close(gradient(*operands), expected)
+        for x, y in zip(gradient(*(x.astype(np.float32) for x in operands)), expected, strict=True):
+            assert x.dtype == np.float32
+            # Of large logits dP - delta cancels where a weight is nearly 1.
+            assert_close(x, y, 1.5e-5 if case == "scale" else 4e-6)
+
+    @pytest.mark.parametrize(
+        ("b", "t", "s", "n", "k", "h"), [(1, 1, 1, 1, 1, 1), (1, 9, 1100, 2, 1, 8), (3, 50, 20, 6, 6, 37)]
+    )
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_sizes(self, b, t, s, n, k, h, dtype):
+        """Several chunks of keys among them."""
+        operands = operands_of(b, t, s, n, k, h, dtype)
+        cotangent = normal(b, t, n, h, seed=7).astype(dtype)
+        wide = [np.asarray(x, np.float64) for x in (cotangent, *operands)]
+        expected = jax.jit(jax.grad(functools.partial(weighted, formula), (1, 2, 3)))(*wide)
+        ours = functools.partial(dot_product_attention, implementation="native")
+        actual = jax.jit(jax.grad(functools.partial(weighted, ours), (1, 2, 3)))(cotangent, *operands)
+        for x, y in zip(actual, expected, strict=True):
+            assert x.dtype == dtype
+            # The output, from which delta comes, has been rounded to 16 bits.
+            tolerance = max(4 * EPS[dtype], 4e-6 if dtype == np.float32 else 1e-14)
+            assert_close(np.asarray(x, np.float64), y, tolerance)
+
+    def test_bias_and_scale_and_higher_orders(self):
+        @jax.jit
+        def f(q, k, v, bias, scale):
+            return dot_product_attention(q, k, v, bias, scale=scale, is_causal=True, implementation="native")
+
+        operands = (*operands_of(1, 3, 4, 2, 1, 2, np.float64), normal(1, 2, 1, 4), 0.4)
+        check_grads(f, operands, order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("in_axes", [(0, None, None), (1, 0, 0), (None, None, 2)])
+    def test_vmap(self, in_axes):
+        operands = [normal(1, 7, 4, 8), normal(1, 9, 2, 8, seed=1), normal(1, 9, 2, 8, seed=2)]
+        operands = [
+            x if axis is None else np.stack([x, 2 * x], axis)
+            for x, axis in zip(operands, in_axes, strict=True)
+        ]
+        lengths_of = {"key_value_seq_lengths": lengths(6)}
+        ours = functools.partial(dot_product_attention, implementation="native", is_causal=True, **lengths_of)
+        gradients = [
+            jax.vmap(jax.grad(lambda *xs, f=f: (f(*xs) ** 2).sum(), (0, 1, 2)), in_axes)(*operands)
+            for f in (ours, functools.partial(formula, is_causal=True, **lengths_of))
+        ]
+        assert_close(*gradients)
+        outer = jax.grad(lambda *xs: (jax.vmap(ours, in_axes)(*xs) ** 2).sum(), 2)(*operands)
+        total = gradients[1][2] if in_axes[2] is None else jnp.moveaxis(gradients[1][2], 0, in_axes[2])
+        assert_close(outer, total.sum(0) if in_axes[2] is None else total)
+
+
 def test_bits_do_not_depend_on_neighbours():
     """A query's bits are those that it has alone, but for the split over keys of few."""
     q, k, v = operands_of(1, 400, 300, 1, 1, 64)
@@ -214,11 +299,12 @@ def test_batching_repeats_nothing_that_broadcasts():
     np.testing.assert_allclose(y[1], fused(q, k, v, scale=scales[1]), rtol=1e-5, atol=1e-6)
 
 
-def test_gradient_of_many_logits_takes_the_fused_output():
-    """The forward pass is the kernel, and the derivative is composed."""
+def test_gradient_of_many_logits_is_native():
+    """Two native calls, and nothing composed."""
     operands = operands_of(1, 1100, 1000, 1, 1, 8)
     text = jax.jit(jax.grad(lambda *xs: (dot_product_attention(*xs) ** 2).sum())).lower(*operands).as_text()
-    assert text.count("custom_call @jax_softmax2p_attention") == 1
+    assert text.count("custom_call @jax_softmax2p_attention_v1") == 1
+    assert text.count("custom_call @jax_softmax2p_attention_vjp_v1") == 1
 
 
 def test_explanation():

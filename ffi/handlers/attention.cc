@@ -1,7 +1,7 @@
 #include "ffi/ops/attention.h"
 
 #include <algorithm>
-#include <limits>
+#include <utility>
 
 #include "ffi/handlers/common.h"
 #include "ffi/handlers/handlers.h"
@@ -21,6 +21,8 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr const char* kName = "jax_softmax2p_attention_v1";
+
+constexpr std::int64_t kMaxHead = std::int64_t{1} << 20;
 
 ffi::Error Invalid(const char* what) { return ffi::Error::InvalidArgument(std::string(kName) + ": " + what); }
 
@@ -56,6 +58,8 @@ ffi::Error ReadSizes(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key, con
   if (sizes.key_heads == 0 || sizes.heads % sizes.key_heads != 0) return Invalid("K must divide N");
   if (sizes.keys == 0 || sizes.size == 0 || sizes.value_size == 0)
     return Invalid("S, H and H' must not be 0");
+  // So that no size computed from it overflows, and an int holds it.
+  if (sizes.size > kMaxHead || sizes.value_size > kMaxHead) return Invalid("H and H' must be at most 2^20");
   const ffi::DataType compute =
       query.element_type() == ffi::DataType::F64 ? ffi::DataType::F64 : ffi::DataType::F32;
   if (scale.element_type() != compute || ElementCount(scale) != 1) {
@@ -196,6 +200,40 @@ ffi::Error HandleAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyB
   });
 }
 
+// Arguments: those of attention before its operands, its results, the cotangent of the output, and then the
+// operands. No batch may be 1 beside others. Results: the gradients in query, key and value.
+ffi::Error HandleAttentionVjp(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
+                              ffi::AnyBuffer value, ffi::AnyBuffer scale, ffi::AnyBuffer output,
+                              ffi::AnyBuffer lse, ffi::AnyBuffer cotangent, ffi::RemainingArgs operands,
+                              ffi::Result<ffi::AnyBuffer> query_gradient,
+                              ffi::Result<ffi::AnyBuffer> key_gradient,
+                              ffi::Result<ffi::AnyBuffer> value_gradient, AttentionAttributes attributes) {
+  Sizes sizes;
+  const ffi::Error error = ReadSizes(query, key, value, scale, output, lse, sizes);
+  if (error.failure()) return error;
+  for (const auto& [x, like] : {std::pair{cotangent, output}, std::pair{*query_gradient, query},
+                                std::pair{*key_gradient, key}, std::pair{*value_gradient, value}}) {
+    const auto dims = like.dimensions();
+    if (!HasShape(x, {dims[0], dims[1], dims[2], dims[3]}) || x.element_type() != query.element_type() ||
+        dims[0] != sizes.batch) {
+      return Invalid("cotangent and gradients must be like their arrays, with one batch");
+    }
+  }
+  const KernelChoice& choice = ActiveKernels();
+  if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
+  XlaExecutor executor(pool);
+  return DispatchType(kName, query.element_type(), [&](auto zero) {
+    using E = decltype(zero);
+    AttentionGradient<E> gradient{AttentionOf<E>(query, key, value, scale, output, lse, attributes, sizes),
+                                  Data<const E>(cotangent), Data<E>(*query_gradient), Data<E>(*key_gradient),
+                                  Data<E>(*value_gradient)};
+    const ffi::Error refused = ReadOperands<E>(operands, attributes, sizes, gradient.attention);
+    if (refused.failure()) return refused;
+    AttendGradient(choice.kernels->Of<E>(), executor, gradient);
+    return ffi::Error::Success();
+  });
+}
+
 }  // namespace
 }  // namespace jax_softmax2p
 
@@ -207,5 +245,6 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_softmax2p::AttentionAttributes,
 namespace jax_softmax2p {
 
 SOFTMAX2P_DEFINE_HANDLER(jax_softmax2p_attention_v1, HandleAttention);
+SOFTMAX2P_DEFINE_HANDLER(jax_softmax2p_attention_vjp_v1, HandleAttentionVjp);
 
 }  // namespace jax_softmax2p

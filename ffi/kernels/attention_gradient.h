@@ -160,7 +160,11 @@ class AttentionGradientKernels {
 
   Panel Start(std::int64_t row, std::int64_t left, int vectors, int index) {
     const std::int64_t columns = vectors * V::kLanes, rows = left < columns ? left : columns;
-    Panel panel{vectors, row, rows, Tiles::KeysOfRows(args_, row, row + rows)};
+    Panel panel{};
+    panel.vectors = vectors;
+    panel.row = row;
+    panel.rows = rows;
+    panel.keys = Tiles::KeysOfRows(args_, row, row + rows);
     T* at = At(8) + index * layout_.panel_size;
     const auto next = [&](std::int64_t size) {
       T* const here = at;

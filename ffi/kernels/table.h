@@ -269,6 +269,11 @@ struct KernelTable {
   void (*attention_few)(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, T* partial,
                         T* scratch);
   void (*attention_few_combine)(const AttentionArgs<E>& args, T* partials, std::int64_t count);
+  // The gradient for the keys from `begin` to `end`, `begin` a multiple of 64, as AttentionGradientArgs says.
+  // That of the queries, a sum over all keys, is written to `partial`, [rows][size], where that is not null.
+  std::int64_t (*attention_gradient_scratch)(const AttentionGradientArgs<E>& args, std::int64_t keys);
+  void (*attention_gradient)(const AttentionGradientArgs<E>& args, std::int64_t begin, std::int64_t end,
+                             T* partial, T* scratch);
   // out[rows][columns] = a[rows][depth]·b[depth][columns] by the micro-kernel of attention.
   std::int64_t (*product_scratch)(std::int64_t rows, std::int64_t depth);
   void (*product)(const T* a, const T* b, std::int64_t rows, std::int64_t depth, std::int64_t columns, T* out,

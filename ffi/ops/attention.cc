@@ -19,6 +19,9 @@ constexpr std::int64_t kChunk = 512;
 // Tasks a thread, so that all threads end at about the same time.
 constexpr std::int64_t kTasks = 4;
 
+// Tasks of a gradient, where there are so few examples and heads that keys are split.
+constexpr std::int64_t kGradientTasks = 16;
+
 // The arguments of one example and head of keys.
 template <typename E>
 AttentionArgs<E> ArgsOf(const Attention<E>& attention, std::int64_t unit) {
@@ -38,6 +41,15 @@ AttentionArgs<E> ArgsOf(const Attention<E>& attention, std::int64_t unit) {
   args.query_length = length(attention.query_lengths, args.queries);
   args.key_length = length(attention.key_lengths, args.keys);
   return args;
+}
+
+// Tasks that one call of a thread does, with one allocation of scratch memory: enough of them to be worth it,
+// and so few that all threads end at about the same time.
+std::int64_t GrainOf(const Executor& executor, std::int64_t tasks, std::int64_t work) {
+  constexpr std::int64_t kCalls = 16;  // a thread
+  const std::int64_t threads = executor.Helpers() + 1;
+  return std::max<std::int64_t>(
+      {1, CeilDiv(kGrain, std::max<std::int64_t>(1, work)), tasks / (threads * kCalls)});
 }
 
 // Rows in a block: as many as caches hold, or fewer where there are threads without work.
@@ -92,7 +104,7 @@ void Attend(const KernelTable<E>& kernels, Executor& executor, const Attention<E
   const std::int64_t block = RowsOfBlock(kernels, executor, attention);
   const std::int64_t blocks = CeilDiv(rows, block), tasks = units * blocks;
   const std::int64_t work = std::min(rows, block) * args.keys * (args.size + args.value_size);
-  const std::int64_t grain = CeilDiv(kGrain, std::max<std::int64_t>(1, work));
+  const std::int64_t grain = GrainOf(executor, tasks, work);
   ParallelFor(executor, CeilDiv(tasks, grain), [&](std::int64_t i) {
     const ScopedFloatMode mode;
     const std::int64_t size = kernels.attention_scratch(args, std::min(rows, block));
@@ -105,7 +117,71 @@ void Attend(const KernelTable<E>& kernels, Executor& executor, const Attention<E
   });
 }
 
-#define SOFTMAX2P_INSTANTIATE(E) template void Attend(const KernelTable<E>&, Executor&, const Attention<E>&);
+namespace {
+
+template <typename E>
+AttentionGradientArgs<E> GradientArgsOf(const AttentionGradient<E>& gradient, std::int64_t unit) {
+  const Attention<E>& attention = gradient.attention;
+  AttentionGradientArgs<E> args{ArgsOf(attention, unit), gradient.cotangent, gradient.query_gradient,
+                                gradient.key_gradient, gradient.value_gradient};
+  args.cotangent += args.output - attention.first.output;
+  args.query_gradient += args.query - attention.first.query;
+  args.key_gradient += args.key - attention.first.key;
+  args.value_gradient += args.value - attention.first.value;
+  return args;
+}
+
+// Adds up what the chunks of keys have left of one query's gradient.
+template <typename E>
+void AddChunks(const AttentionGradientArgs<E>& args, const ComputeOf<E>* partials, std::int64_t chunks,
+               std::int64_t t) {
+  using T = ComputeOf<E>;
+  const std::int64_t width = args.heads * args.size, chunk = args.queries * width;
+  for (std::int64_t i = 0; i < width; ++i) {
+    T sum = 0;
+    for (std::int64_t c = 0; c < chunks; ++c) sum += partials[c * chunk + t * width + i];
+    Narrow(sum, args.query_gradient[t * args.query_stride + i]);
+  }
+}
+
+}  // namespace
+
+template <typename E>
+void AttendGradient(const KernelTable<E>& kernels, Executor& executor, const AttentionGradient<E>& gradient) {
+  using T = ComputeOf<E>;
+  const AttentionArgs<E>& args = gradient.attention.first;
+  const std::int64_t units = gradient.attention.batch * gradient.attention.key_heads;
+  const std::int64_t rows = args.Rows();
+  if (rows * units == 0) return;
+  // By the shape alone, so that the bits do not depend on the number of threads.
+  const std::int64_t wanted = std::min(CeilDiv(kGradientTasks, units), CeilDiv(args.keys, kChunk));
+  const std::int64_t chunk = RoundUp(CeilDiv(args.keys, wanted), 64), chunks = CeilDiv(args.keys, chunk);
+  const std::unique_ptr<T[]> partials(chunks > 1 ? new T[units * chunks * rows * args.size] : nullptr);
+  const std::int64_t work = rows * chunk * (args.size + args.value_size) * 5 / 2;
+  const std::int64_t grain = CeilDiv(kGrain, std::max<std::int64_t>(1, work)), tasks = units * chunks;
+  ParallelFor(executor, CeilDiv(tasks, grain), [&](std::int64_t i) {
+    const ScopedFloatMode mode;
+    const std::int64_t size = kernels.attention_gradient_scratch(GradientArgsOf(gradient, 0), chunk);
+    const std::unique_ptr<T[]> scratch(new T[size]);
+    for (std::int64_t task = i * grain; task < std::min(tasks, (i + 1) * grain); ++task) {
+      const std::int64_t begin = task % chunks * chunk;
+      T* const partial = chunks > 1 ? partials.get() + task * rows * args.size : nullptr;
+      kernels.attention_gradient(GradientArgsOf(gradient, task / chunks), begin,
+                                 std::min(args.keys, begin + chunk), partial, scratch.get());
+    }
+  });
+  if (chunks == 1) return;
+  ParallelFor(executor, units, [&](std::int64_t unit) {
+    const ScopedFloatMode mode;
+    const AttentionGradientArgs<E> unit_args = GradientArgsOf(gradient, unit);
+    const T* const of_unit = partials.get() + unit * chunks * rows * args.size;
+    for (std::int64_t t = 0; t < args.queries; ++t) AddChunks(unit_args, of_unit, chunks, t);
+  });
+}
+
+#define SOFTMAX2P_INSTANTIATE(E)                                                               \
+  template void AttendGradient(const KernelTable<E>&, Executor&, const AttentionGradient<E>&); \
+  template void Attend(const KernelTable<E>&, Executor&, const Attention<E>&);
 SOFTMAX2P_FOR_EACH_ELEMENT(SOFTMAX2P_INSTANTIATE)
 
 }  // namespace jax_softmax2p

@@ -27,9 +27,24 @@ struct Attention {
   const std::int32_t* key_lengths = nullptr;
 };
 
+// The arrays of the gradient beside those of `attention`, whose results are arguments here. Gradients are
+// laid out as their arrays, none of which broadcasts.
+template <typename E>
+struct AttentionGradient {
+  Attention<E> attention;
+  const E* cotangent;
+  E* query_gradient;
+  E* key_gradient;
+  E* value_gradient;
+};
+
 // Output and lse of all queries. A query that attends to no key attends to all keys alike, and one beyond its
 // length gives 0; their lse is kMaskedLogit. The bits of a query do not depend on the number of threads.
 template <typename E>
 void Attend(const KernelTable<E>& kernels, Executor& executor, const Attention<E>& attention);
+
+// The gradient in queries, keys and values. Its bits do not depend on the number of threads, either.
+template <typename E>
+void AttendGradient(const KernelTable<E>& kernels, Executor& executor, const AttentionGradient<E>& gradient);
 
 }  // namespace jax_softmax2p

@@ -3,6 +3,7 @@
 
 #include "ffi/kernels/attention.h"
 #include "ffi/kernels/attention_few.h"
+#include "ffi/kernels/attention_gradient.h"
 #include "ffi/kernels/gemm.h"
 #include "ffi/kernels/jacobian.h"
 #include "ffi/kernels/panel_jacobian.h"
@@ -71,6 +72,9 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.attention_few_scratch = FewQueries::Scratch;
   table.attention_few = FewQueries::AttendKeys;
   table.attention_few_combine = FewQueries::Combine;
+  using AttentionGradient = AttentionGradientKernels<V, E>;
+  table.attention_gradient_scratch = AttentionGradient::Scratch;
+  table.attention_gradient = AttentionGradient::Compute;
   table.product_scratch = Gemm<V>::ProductScratch;
   table.product = Gemm<V>::Product;
   return table;

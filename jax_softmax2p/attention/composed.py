@@ -1,4 +1,4 @@
-"""Attention of (B, T, N, H) arrays composed of matrix products and softmax: layout by heads, queries without keys."""
+"""Attention composed of matrix products and softmax: the layout by heads, and queries without keys."""
 
 import jax
 import jax.numpy as jnp

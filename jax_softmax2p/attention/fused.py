@@ -1,8 +1,8 @@
 """Attention by one native kernel, which stores no logits.
 
 It is a primitive, which is lowered to the composed attention where that is faster, or where there is no such
-kernel, and which is differentiated as that is: with many logits the kernel computes the result, and the
-gradient computes the weights again, block by block; few weights are stored, and all of it is composed.
+kernel. With many logits the gradient is another kernel, which computes the weights again; few weights are
+stored, and all of it is composed. So are all other derivatives.
 """
 
 import math
@@ -15,7 +15,8 @@ from jax_softmax2p import native
 from jax_softmax2p.attention import blocks
 from jax_softmax2p.attention.composed import composed_attention
 from jax_softmax2p.attention.operands import Options, Result, are_known
-from jax_softmax2p.primitives.attention import OPERAND_NAMES, define_attention
+from jax_softmax2p.primitives.attention import define_attention
+from jax_softmax2p.primitives.attention_lowering import OPERAND_NAMES
 from jax_softmax2p.primitives.dispatch import choose_path
 from jax_softmax2p.primitives.operands import Band
 from jax_softmax2p.primitives.registration import bind
@@ -87,8 +88,12 @@ def _composed(
     return output, lse.astype(dtype)
 
 
-def _stores_weights(query: Array, key: Array, value: Array, *_: Array, **__: Any) -> bool:
+def _stores_weights(
+    query: Array, key: Array, value: Array, *_: Array, implementation: Any, **__: Any
+) -> bool:
     """Whether the composed attention is one block, whose weights the gradient reads."""
+    if implementation == "native":
+        return False
     batch = max(x.shape[0] for x in (query, key, value))
     return math.prod((batch, *query.shape[1:3], key.shape[1])) <= blocks.MAX_BLOCK_LOGITS
 

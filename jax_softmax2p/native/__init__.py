@@ -13,6 +13,7 @@ from jax_softmax2p.native.measurement import product as product
 from jax_softmax2p.native.measurement import softmax_plan as softmax_plan
 from jax_softmax2p.native.names import ALGORITHMS as ALGORITHMS
 from jax_softmax2p.native.names import ATTENTION_TARGET as ATTENTION_TARGET
+from jax_softmax2p.native.names import ATTENTION_VJP_TARGET as ATTENTION_VJP_TARGET
 from jax_softmax2p.native.names import DTYPES as DTYPES
 from jax_softmax2p.native.names import LOG_SOFTMAX_TARGET as LOG_SOFTMAX_TARGET
 from jax_softmax2p.native.names import LOG_SOFTMAX_VJP_TARGET as LOG_SOFTMAX_VJP_TARGET

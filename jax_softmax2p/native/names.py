@@ -13,6 +13,7 @@ LOG_SUM_JVP_TARGET = "jax_softmax2p_log_sum_jvp_v1"
 LOG_SUM_VJP_TARGET = "jax_softmax2p_log_sum_vjp_v1"
 SOFTMAX_JACOBIAN_TARGET = "jax_softmax2p_softmax_jacobian_v1"
 ATTENTION_TARGET = "jax_softmax2p_attention_v1"
+ATTENTION_VJP_TARGET = "jax_softmax2p_attention_vjp_v1"
 
 TARGETS = (
     SOFTMAX_TARGET,
@@ -23,6 +24,7 @@ TARGETS = (
     LOG_SUM_VJP_TARGET,
     SOFTMAX_JACOBIAN_TARGET,
     ATTENTION_TARGET,
+    ATTENTION_VJP_TARGET,
 )
 """The names of the FFI targets."""
 

@@ -17,27 +17,35 @@ from jax_softmax2p import jax_compat
 from jax_softmax2p.primitives.partitioning import Partition, num_shards
 
 Shape = tuple[int, ...]
-Axes = tuple[str | None, ...]
+
+Role = tuple[str | None, ...]
+"""What the dimensions of an array are: "batch", "heads", or None for those that are not sharded."""
 
 
 def lower(
-    primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
+    primitive: Primitive,
+    roles: Sequence[Role],
+    result_roles: Sequence[Role],
+    ctx: mlir.LoweringRuleContext,
+    *operands: Any,
+    **params: Any,
 ) -> Sequence[Any]:
     """Lowers attention to what XLA partitions, and each shard then to attention of the shard.
 
     Args:
       primitive: that which is lowered.
+      roles: those of its operands, of which query and key are the first two.
+      result_roles: those of its results, of which the first has query's heads.
       ctx: of the lowering rule.
       operands: its values.
       params: the primitive's parameters.
     """
-    roles = _roles(params["names"])
 
-    def shardings(mesh: Mesh, arguments: Sequence[Any], arrays: Sequence[Any], of: Sequence[Axes]) -> Any:
+    def shardings(mesh: Mesh, arguments: Sequence[Any], arrays: Sequence[Any], of: Sequence[Role]) -> Any:
         batch, heads = _entries(mesh, arguments)
         entries = {"batch": batch, "heads": heads, None: None}
 
-        def sharding(array: Any, axes: Axes) -> Sharding:
+        def sharding(array: Any, axes: Role) -> Sharding:
             if mesh.empty:
                 return jax_compat.replicated(arguments[0].sharding)
             sizes = zip(array.shape, axes, strict=True)
@@ -51,34 +59,19 @@ def lower(
         if mesh.empty and _fits(arguments, roles):
             # In a region that is manual along some axes of the mesh only, nothing has a name.
             return mesh, local, tuple(r.sharding for r in results), tuple(a.sharding for a in arguments)
-        results_shardings = shardings(mesh, arguments, results, _RESULTS)
+        results_shardings = shardings(mesh, arguments, results, result_roles)
         return mesh, local, results_shardings, shardings(mesh, arguments, arguments, roles)
 
     def infer(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
-        return shardings(mesh, arguments, results, _RESULTS)
+        return shardings(mesh, arguments, results, result_roles)
 
     def rule(mesh: Mesh, operand_types: Sequence[Any], result_types: Sequence[Any]) -> SdyShardingRule:
         operand_shapes = [tuple(t.shape) for t in operand_types]
-        return _sharding_rule(operand_shapes, [tuple(t.shape) for t in result_types], roles)
+        return _sharding_rule(operand_shapes, [tuple(t.shape) for t in result_types], roles, result_roles)
 
     call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
     call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
-
-
-_RESULTS: tuple[Axes, ...] = (("batch", None, "heads", None), ("batch", None, "heads", None))
-
-
-def _roles(names: Sequence[str]) -> tuple[Axes, ...]:
-    """Which dimensions of the operands are those of batch and heads."""
-    array: Axes = ("batch", None, "heads", None)
-    roles: dict[str, Axes] = {
-        "bias": ("batch", "heads", None, None),
-        "mask": ("batch", "heads", None, None),
-        "query_lengths": ("batch",),
-        "key_lengths": ("batch",),
-    }
-    return (array, array, array, (None,), *(roles[name] for name in names))
 
 
 def _entries(mesh: Mesh, arguments: Sequence[Any]) -> tuple[Any, Any]:
@@ -91,7 +84,7 @@ def _entries(mesh: Mesh, arguments: Sequence[Any]) -> tuple[Any, Any]:
     return batch, None if key.shape[2] % num_shards(mesh, heads) else heads
 
 
-def _fits(arguments: Sequence[Any], roles: Sequence[Axes]) -> bool:
+def _fits(arguments: Sequence[Any], roles: Sequence[Role]) -> bool:
     """Whether the shardings that XLA has chosen need no communication."""
     counts: dict[str, int] = {}
     for array, axes in zip(arguments, roles, strict=True):
@@ -106,7 +99,10 @@ def _fits(arguments: Sequence[Any], roles: Sequence[Axes]) -> bool:
 
 
 def _sharding_rule(
-    operands: Sequence[Shape], results: Sequence[Shape], roles: Sequence[Axes]
+    operands: Sequence[Shape],
+    results: Sequence[Shape],
+    roles: Sequence[Role],
+    result_roles: Sequence[Role],
 ) -> SdyShardingRule:
     """Batch and heads have names, heads of queries those of keys and of the groups; all else has its own."""
     heads, key_heads = operands[0][2], operands[1][2]
@@ -125,7 +121,7 @@ def _sharding_rule(
 
     mappings = [
         ArrayMapping(*(factor(size, axis) for size, axis in zip(shape, axes, strict=True)))
-        for shape, axes in zip((*operands, *results), (*roles, *_RESULTS), strict=True)
+        for shape, axes in zip((*operands, *results), (*roles, *result_roles), strict=True)
     ]
     count = len(operands)
     return SdyShardingRule(tuple(mappings[:count]), tuple(mappings[count:]), **factors)

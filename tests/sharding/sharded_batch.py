@@ -123,7 +123,12 @@ ATTENTION = {
     "whole": {},
     "causal, in blocks": {"is_causal": True, "query_block_size": 8},
     "masked, in blocks": {"mask": normal(8, 1, 1, 32, seed=5) < 0.5, "query_block_size": 16},
+    "fused": {"implementation": "native", "is_causal": True},
+    "fused, masked": {"implementation": "native", "mask": normal(8, 1, 1, 32, seed=5) < 0.5},
 }
+
+
+OURS = {"query_block_size", "implementation"}
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -132,7 +137,7 @@ def test_attention(name, axis_type):
     """Sharded by batch and heads. The rounding of matrix products depends on their sizes."""
     q, k, v = normal(8, 32, 4, 8), normal(8, 32, 2, 8, seed=1), normal(8, 32, 2, 8, seed=2)
     attend = lambda q, k, v: s2p.dot_product_attention(q, k, v, **ATTENTION[name])
-    options = {key: value for key, value in ATTENTION[name].items() if key != "query_block_size"}
+    options = {key: value for key, value in ATTENTION[name].items() if key not in OURS}
     exact = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)
     cotangent = normal(*q.shape, seed=3)
     wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v, cotangent)]

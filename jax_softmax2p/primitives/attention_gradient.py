@@ -1,0 +1,161 @@
+"""The derivatives of fused attention in query, key and value, as two primitives.
+
+softmax2p_attention_jvp is linear in the tangents of query, key and value, and is always composed. Its
+transpose, softmax2p_attention_vjp, has a native kernel: it computes the weights again from the lse of their
+rows. Their operands are those of attention up to scale, its output and lse, then the three tangents, or the
+cotangent of the output, and then the operands that the parameter ``names`` tells.
+
+Their own derivatives are those of the composed function, of which output and lse are no operands.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad
+
+from jax_softmax2p import native
+from jax_softmax2p.primitives.attention_lowering import ARRAY, PARAMS, AttentionLowering, fold_batch, roles_of
+from jax_softmax2p.primitives.operands import Tangent
+from jax_softmax2p.primitives.registration import bind, define_primitive
+
+Array = jax.Array
+Rule = Callable[..., Any]
+
+_BEFORE = 6
+"""How many operands there are before the tangents: query, key, value, scale, output and lse."""
+
+
+class AttentionDerivatives(NamedTuple):
+    """The primitives."""
+
+    jvp: Primitive
+    vjp: Primitive
+
+
+def define_attention_derivatives(name: str, composed: Rule) -> AttentionDerivatives:
+    """Makes the two primitives.
+
+    Args:
+      name: what their names begin with.
+      composed: attention of other primitives, as composed(*operands, **params).
+    """
+
+    def jvp(*operands: Array, **params: Any) -> list[Array]:
+        return [_tangent(composed, operands, params)]
+
+    def vjp(*operands: Array, **params: Any) -> list[Array]:
+        return _cotangents(composed, operands, params)
+
+    def transpose_rule(cotangents: Sequence[Tangent], *operands: Any, **params: Any) -> list[Any]:
+        tangents = operands[_BEFORE : _BEFORE + 3]
+        if isinstance(cotangents[0], ad.Zero):
+            results: list[Any] = [ad.Zero(t.aval) if ad.is_undefined_primal(t) else None for t in tangents]
+        else:
+            results = attention_vjp(derivatives.vjp, cotangents[0], *operands, **params)
+            results = [
+                x if ad.is_undefined_primal(t) else None for x, t in zip(results, tangents, strict=True)
+            ]
+        return [None] * _BEFORE + results + [None] * (len(operands) - _BEFORE - 3)
+
+    def vjp_batch_rule(operands: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
+        roles = roles_of(params["names"], 3, 3)
+        folded, split = fold_batch(operands, dims, roles, broadcast=True)
+        results = derivatives.vjp.bind(*folded, **params)
+        return [split(x) for x in results], [0, 0, 0]
+
+    def jvp_batch_rule(operands: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
+        function = lambda *operands: jvp(*operands, **params)
+        return jax.vmap(function, in_axes=tuple(dims))(*operands), [0]
+
+    derivatives = AttentionDerivatives(
+        jvp=define_primitive(
+            f"{name}_jvp",
+            params=PARAMS,
+            abstract_eval=lambda *avals, **_: [avals[4].update(weak_type=False)],
+            jvp_rule=_rule_of(jvp),
+            batch_rule=jvp_batch_rule,
+            transpose_rule=transpose_rule,
+            lowering=jvp,
+            multiple_results=True,
+        ),
+        vjp=define_primitive(
+            f"{name}_vjp",
+            params=PARAMS,
+            abstract_eval=_vjp_abstract_eval,
+            jvp_rule=_rule_of(vjp),
+            batch_rule=vjp_batch_rule,
+            lowering=_VjpLowering(
+                operation="softmax", target=native.ATTENTION_VJP_TARGET, reference=vjp, sharded_rule=vjp
+            ),
+            multiple_results=True,
+        ),
+    )
+    return derivatives
+
+
+def attention_jvp(primitive: Primitive, *operands: Array, **params: Any) -> Array:
+    """The tangent of the output."""
+    [tangent] = bind(primitive, *operands, **params)
+    return tangent
+
+
+def attention_vjp(primitive: Primitive, cotangent: Array, *operands: Any, **params: Any) -> list[Array]:
+    """The cotangents of query, key and value; operands are those of the transposed primitive."""
+    query, key, value, scale, output, lse = operands[:_BEFORE]
+    arrays = query, key, value
+    batch = output.shape[0]
+    whole = [jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in arrays]
+    named = operands[_BEFORE + 3 :]
+    results = bind(primitive, *whole, scale, output, lse, cotangent, *named, **params)
+    summed = lambda x, like: x if x.shape == like.shape else jnp.sum(x, 0, keepdims=True).astype(x.dtype)
+    return [summed(x, like) for x, like in zip(results, arrays, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _VjpLowering(AttentionLowering):
+    """Results are like query, key and value."""
+
+    num_leading: tuple[int, int] = (3, 3)
+    results: tuple[Any, ...] = (ARRAY, ARRAY, ARRAY)
+
+
+def _vjp_abstract_eval(*avals: ShapedArray, **_: Any) -> list[ShapedArray]:
+    return [aval.update(weak_type=False) for aval in avals[:3]]
+
+
+def _tangent(composed: Rule, operands: Sequence[Array], params: dict[str, Any]) -> Array:
+    """The primitive's result, composed."""
+    arrays, tangents, named = operands[:3], operands[_BEFORE : _BEFORE + 3], operands[_BEFORE + 3 :]
+    output = lambda *arrays: composed(*arrays, operands[3], *named, **params)[0]
+    tangent: Array = jax.jvp(output, tuple(arrays), tuple(tangents))[1]
+    return tangent
+
+
+def _cotangents(composed: Rule, operands: Sequence[Array], params: dict[str, Any]) -> list[Array]:
+    """The primitive's results, composed."""
+    cotangent, named = operands[_BEFORE], operands[_BEFORE + 1 :]
+    output = lambda *arrays: composed(*arrays, operands[3], *named, **params)[0]
+    return list(jax.vjp(output, *operands[:3])[1](cotangent))
+
+
+def _rule_of(function: Rule) -> Rule:
+    """The JVP rule of a primitive that computes the function; output and lse are not differentiated."""
+
+    def rule(primals: Sequence[Array], tangents: Sequence[Tangent], **params: Any) -> Any:
+        varying = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero) and i not in (4, 5)]
+
+        def call(*values: Array) -> Any:
+            replaced = dict(zip(varying, values, strict=True))
+            return function(*(replaced.get(i, x) for i, x in enumerate(primals)), **params)
+
+        if not varying:
+            results = function(*primals, **params)
+            return results, [ad.Zero(jax.typeof(x)) for x in results]
+        return jax.jvp(call, [primals[i] for i in varying], [tangents[i] for i in varying])
+
+    return rule

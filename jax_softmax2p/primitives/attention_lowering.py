@@ -1,0 +1,117 @@
+"""What the primitives of attention share: the roles of their operands, their batching and their lowering.
+
+Their operands are query (B, T, N, H), key (B, S, K, H), value (B, S, K, H') and scale, one element; perhaps
+others of four dimensions; then, as the parameter ``names`` tells, bias and mask, which broadcast to
+(B, N, T, S), and int32 lengths of queries and keys of shape (B,).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from jax_softmax2p.primitives import attention_partitioning
+from jax_softmax2p.primitives.dispatch import Choice, forced_choice
+from jax_softmax2p.primitives.operands import Band
+from jax_softmax2p.primitives.registration import NativeLowering
+
+Array = jax.Array
+Role = attention_partitioning.Role
+
+OPERAND_NAMES = ("bias", "mask", "query_lengths", "key_lengths")
+"""The operands that come last, in their order; their places are the bits of the FFI attribute."""
+
+PARAMS = ("names", "band", "return_lse", "implementation")
+"""The primitives' parameters. Without return_lse, the lse means nothing to users."""
+
+LEAST_WORK = 0
+"""From how many multiply-adds on the fused kernel is faster than the composed function."""
+
+ARRAY: Role = ("batch", None, "heads", None)
+_LOGITS: Role = ("batch", "heads", None, None)
+_LENGTHS: Role = ("batch",)
+_ROLES = dict(zip(OPERAND_NAMES, (_LOGITS, _LOGITS, _LENGTHS, _LENGTHS), strict=True))
+
+
+def roles_of(names: Sequence[str], *num_leading: int) -> tuple[Role, ...]:
+    """Which dimensions of the operands are those of batch and heads.
+
+    Args:
+      names: the parameter.
+      num_leading: how many arrays there are before scale, and after it, and before the named ones: 3, and 3
+        (output, lse and a cotangent) in a derivative.
+    """
+    before, after = num_leading
+    return (ARRAY,) * before + ((None,),) + (ARRAY,) * after + tuple(_ROLES[name] for name in names)
+
+
+def fold_batch(
+    operands: Sequence[Array], dims: Sequence[int | None], roles: Sequence[Role], *, broadcast: bool
+) -> tuple[list[Array], Callable[[Array], Array]]:
+    """The operands with the dimension that is batched made a part of their batch, and what splits results.
+
+    Args:
+      operands: the primitive's.
+      dims: the dimension of each that is batched, or None.
+      roles: those of the operands.
+      broadcast: whether arrays may not have a batch of 1 beside others.
+    """
+    size = next(x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None)
+    shapes = [
+        x.shape if dim is None else x.shape[:dim] + x.shape[dim + 1 :]
+        for x, dim in zip(operands, dims, strict=True)
+    ]
+    batch = max(shape[0] for shape, role in zip(shapes, roles, strict=True) if role[0] == "batch")
+
+    def fold(x: Array, dim: int | None, role: Role) -> Array:
+        if role[0] != "batch" or (dim is None and x.shape[0] == 1 and role != _LENGTHS and not broadcast):
+            return x
+        x = x[None] if dim is None else jnp.moveaxis(x, dim, 0)
+        x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+        return x.reshape(size * batch, *x.shape[2:])
+
+    folded = [fold(x, dim, role) for x, dim, role in zip(operands, dims, roles, strict=True)]
+    return folded, lambda x: x.reshape(size, batch, *x.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionLowering(NativeLowering):
+    """How they are lowered: ``operation`` and ``sharded_rule`` are not asked for.
+
+    Attributes:
+      num_leading: as in :func:`roles_of`.
+      results: the roles of the results.
+    """
+
+    num_leading: tuple[int, int] = (3, 0)
+    results: tuple[Role, ...] = (ARRAY, ARRAY)
+
+    def choose_on_device(self, avals: Sequence[Any], params: Mapping[str, Any], *, on_cpu: bool) -> Choice:
+        """By the number of multiply-adds."""
+        forced = forced_choice(params["implementation"], avals[0], on_cpu=on_cpu)
+        if forced is not None:
+            return forced
+        query, key, value = avals[:3]
+        batch = max(x.shape[0] for x in avals[:3])
+        work = batch * int(np.prod(query.shape[1:3])) * key.shape[1] * (query.shape[3] + value.shape[3])
+        reason = f"{work} multiply-adds: from {LEAST_WORK} on the fused kernel is faster"
+        return Choice("native" if work >= LEAST_WORK else "reference", reason)
+
+    def lower_sharded(
+        self, primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
+    ) -> Sequence[Any]:
+        """By batch and heads."""
+        roles = roles_of(params["names"], *self.num_leading)
+        return attention_partitioning.lower(primitive, roles, self.results, ctx, *operands, **params)
+
+    def ffi_attributes(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Which operands there are, and the band; a limit of -1 is none."""
+        band: Band = params["band"] or Band(None, None)
+        limit = lambda x: np.int64(-1 if x is None else x)
+        operands = sum(1 << OPERAND_NAMES.index(name) for name in params["names"])
+        return {"operands": np.int64(operands), "before": limit(band.before), "after": limit(band.after)}
