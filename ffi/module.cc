@@ -15,6 +15,7 @@
 #include "ffi/handlers/handlers.h"
 #include "ffi/kernels/unguarded_build.h"
 #include "ffi/ops/algorithm.h"
+#include "ffi/ops/attention.h"
 #include "ffi/ops/measurement/passes.h"
 #include "ffi/ops/softmax.h"
 #include "ffi/ops/softmax_jacobian.h"
@@ -161,6 +162,34 @@ void ProductInto(const Input& a, const Input& b, const Output& out, const std::s
   });
 }
 
+// Attention; and where there is a cotangent, the gradients as well.
+void AttentionInto(const Input& query, const Input& key, const Input& value,
+                   const std::optional<Input>& cotangent, const std::vector<Output>& results,
+                   const std::string& dtype, const std::vector<std::int64_t>& sizes, double scale,
+                   std::int64_t before, std::int64_t after, const std::string& isa, int threads) {
+  const Kernels& kernels = Require(FindKernels(isa, "isa"));
+  DispatchType(dtype, [&](auto zero) {
+    using E = decltype(zero);
+    using T = ComputeOf<E>;
+    const auto in = [](const Input& x) { return static_cast<const E*>(x.data()); };
+    const auto out = [&](std::size_t i) { return static_cast<E*>(results[i].data()); };
+    AttentionGradient<E> gradient{};
+    gradient.attention = ContiguousAttention<E>(
+        {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]}, in(query), in(key), in(value),
+        out(0), static_cast<T*>(results[1].data()), static_cast<T>(scale), before, after);
+    if (cotangent) {
+      gradient.cotangent = in(*cotangent);
+      gradient.query_gradient = out(2);
+      gradient.key_gradient = out(3);
+      gradient.value_gradient = out(4);
+    }
+    nb::gil_scoped_release release;
+    Workers executor(threads);
+    Attend(kernels.Of<E>(), executor, gradient.attention);
+    if (gradient.cotangent != nullptr) AttendGradient(kernels.Of<E>(), executor, gradient);
+  });
+}
+
 void DefineMeasurement(nb::module_ module) {
   module.attr("GUARDED") = kGuarded;
   module.def("cache_bytes", [] { return nb::make_tuple(SecondLevelCacheBytes(), LastLevelCacheBytes()); });
@@ -170,6 +199,10 @@ void DefineMeasurement(nb::module_ module) {
   module.def("product_into", ProductInto, nb::arg("a").noconvert(), nb::arg("b").noconvert(),
              nb::arg("out").noconvert(), nb::arg("dtype"), nb::arg("rows"), nb::arg("depth"),
              nb::arg("columns"), nb::arg("isa"));
+  module.def("attention_into", AttentionInto, nb::arg("query").noconvert(), nb::arg("key").noconvert(),
+             nb::arg("value").noconvert(), nb::arg("cotangent").noconvert().none(), nb::arg("results"),
+             nb::arg("dtype"), nb::arg("sizes"), nb::arg("scale"), nb::arg("before"), nb::arg("after"),
+             nb::arg("isa"), nb::arg("threads"));
   module.def("softmax_plan", PlanOf, nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
              nb::arg("algorithm"), nb::arg("isa"));
 }

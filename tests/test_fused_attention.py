@@ -278,6 +278,43 @@ class TestGradient:
         assert_close(outer, total.sum(0) if in_axes[2] is None else total)
 
 
+def exact_gradients(q, k, v, cotangent, after):
+    """Of the causal or full attention of as many heads of queries as of keys, in float64."""
+    q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
+    scale = 1 / np.sqrt(q.shape[-1])
+    z = scale * np.einsum("btnh,bsnh->bnts", q, k)
+    if after is not None:
+        z = np.where(np.arange(k.shape[1]) <= np.arange(q.shape[1])[:, None] + after, z, -np.inf)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    dp = np.einsum("btnh,bsnh->bnts", g, v)
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdims=True))
+    products = "bnts,bsnh->btnh", "bnts,btnh->bsnh", "bnts,btnh->bsnh"
+    return [np.einsum(e, a, b) for e, a, b in zip(products, (ds, ds, p), (k, q, g), strict=True)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("after", [None, 0, 3])
+class TestInstructionSets:
+    """The kernels on NumPy arrays, on one thread and on several, which give the same bits."""
+
+    def test_values_and_gradients(self, isa, dtype, after):
+        for b, t, s, n, h in ((1, 1, 600, 3, 20), (2, 5, 70, 1, 16), (1, 61, 67, 2, 9), (1, 150, 1100, 1, 8)):
+            operands = operands_of(b, t, s, n, n, h, dtype)
+            cotangent = normal(b, t, n, h, seed=7).astype(dtype)
+            results = native.attention(*operands, cotangent, after=after, isa=isa)
+            again = native.attention(*operands, cotangent, after=after, isa=isa, threads=3)
+            for x, y in zip(results, again, strict=True):
+                assert x.tobytes() == y.tobytes()
+            window = None if after is None else (t + s, after)
+            y, lse, _ = exact_attention(*operands, local_window_size=window)
+            gradients = exact_gradients(*operands, cotangent, after)
+            for x, exact in zip(results, (y, lse, *gradients), strict=True):
+                tolerance = max(4 * EPS[dtype], 1e-5 if dtype != np.float64 else 1e-14)
+                assert_close(x.astype(np.float64), exact, tolerance)
+
+
 def test_bits_do_not_depend_on_neighbours():
     """A query's bits are those that it has alone, but for the split over keys of few."""
     q, k, v = operands_of(1, 400, 300, 1, 1, 64)

@@ -26,11 +26,6 @@ constexpr std::int64_t kMaxHead = std::int64_t{1} << 20;
 
 ffi::Error Invalid(const char* what) { return ffi::Error::InvalidArgument(std::string(kName) + ": " + what); }
 
-// The sizes of a call.
-struct Sizes {
-  std::int64_t batch, queries, keys, heads, key_heads, size, value_size;
-};
-
 bool HasShape(const ffi::AnyBuffer& x, std::initializer_list<std::int64_t> shape) {
   const auto dims = x.dimensions();
   return std::equal(dims.begin(), dims.end(), shape.begin(), shape.end());
@@ -39,7 +34,7 @@ bool HasShape(const ffi::AnyBuffer& x, std::initializer_list<std::int64_t> shape
 // Query (B, T, N, H), key (B, S, K, H), value (B, S, K, H'), whose B may be 1, and the results.
 ffi::Error ReadSizes(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key, const ffi::AnyBuffer& value,
                      const ffi::AnyBuffer& scale, const ffi::AnyBuffer& output, const ffi::AnyBuffer& lse,
-                     Sizes& sizes) {
+                     AttentionSizes& sizes) {
   const auto q = query.dimensions(), k = key.dimensions(), v = value.dimensions(), o = output.dimensions();
   if (q.size() != 4 || k.size() != 4 || v.size() != 4 || o.size() != 4) return Invalid("arrays have rank 4");
   for (const ffi::AnyBuffer& x : {key, value, output}) {
@@ -73,7 +68,7 @@ ffi::Error ReadSizes(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key, con
 
 // An operand (B, N, T, S), of which any size may be 1.
 template <typename E, typename Element>
-ffi::Error ReadOperand(const ffi::AnyBuffer& operand, ffi::DataType type, const Sizes& sizes,
+ffi::Error ReadOperand(const ffi::AnyBuffer& operand, ffi::DataType type, const AttentionSizes& sizes,
                        LogitsOperand<Element>& to, UnitStrides& strides) {
   const auto dims = operand.dimensions();
   const std::int64_t full[] = {sizes.batch, sizes.heads, sizes.queries, sizes.keys};
@@ -92,7 +87,7 @@ ffi::Error ReadOperand(const ffi::AnyBuffer& operand, ffi::DataType type, const 
 // The operands that the attributes say there are.
 template <typename E>
 ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& attributes,
-                        const Sizes& sizes, Attention<E>& attention) {
+                        const AttentionSizes& sizes, Attention<E>& attention) {
   using A = AttentionAttributes;
   constexpr std::int64_t kAll = A::kBias | A::kMask | A::kQueryLengths | A::kKeyLengths;
   const auto expected = static_cast<std::size_t>(__builtin_popcountll(attributes.operands & kAll));
@@ -132,51 +127,21 @@ ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& 
                                   read(A::kKeyLengths, lengths(attention.key_lengths))}) {
     if (error.failure()) return error;
   }
-  first.masked = first.mask.data != nullptr || attention.key_lengths != nullptr || attributes.before >= 0 ||
-                 attributes.after >= 0;
+  first.masked = first.masked || first.mask.data != nullptr || attention.key_lengths != nullptr;
   return ffi::Error::Success();
 }
 
 template <typename E>
 Attention<E> AttentionOf(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key, const ffi::AnyBuffer& value,
                          const ffi::AnyBuffer& scale, const ffi::AnyBuffer& output, const ffi::AnyBuffer& lse,
-                         const AttentionAttributes& attributes, const Sizes& s) {
+                         const AttentionAttributes& attributes, const AttentionSizes& sizes) {
   using T = ComputeOf<E>;
-  // No array has so many rows, and sums with it do not overflow.
-  constexpr std::int64_t kNoLimit = std::int64_t{1} << 60;
-  const auto limit = [](std::int64_t x) { return x < 0 || x > kNoLimit ? kNoLimit : x; };
-  const std::int64_t group = s.heads / s.key_heads;
-  Attention<E> attention{};
-  attention.batch = s.batch;
-  attention.key_heads = s.key_heads;
-  AttentionArgs<E>& first = attention.first;
-  first.query = Data<const E>(query);
-  first.key = Data<const E>(key);
-  first.value = Data<const E>(value);
-  first.output = Data<E>(output);
-  first.lse = Data<T>(lse);
-  first.query_stride = s.heads * s.size;
-  first.key_stride = s.key_heads * s.size;
-  first.value_stride = s.key_heads * s.value_size;
-  first.output_stride = s.heads * s.value_size;
-  first.lse_stride = s.heads;
-  first.heads = group;
-  first.queries = s.queries;
-  first.keys = s.keys;
-  first.size = s.size;
-  first.value_size = s.value_size;
-  first.before = limit(attributes.before);
-  first.after = limit(attributes.after);
-  first.scale = *Data<const T>(scale);
-  const auto strides = [&](const ffi::AnyBuffer& x, std::int64_t rows, std::int64_t stride,
-                           std::int64_t head) {
-    return UnitStrides{x.dimensions()[0] == 1 ? 0 : rows * stride, head};
-  };
-  attention.query = strides(query, s.queries, first.query_stride, group * s.size);
-  attention.key = strides(key, s.keys, first.key_stride, s.size);
-  attention.value = strides(value, s.keys, first.value_stride, s.value_size);
-  attention.output = {s.queries * first.output_stride, group * s.value_size};
-  attention.lse = {s.queries * s.heads, group};
+  Attention<E> attention = ContiguousAttention<E>(sizes, Data<const E>(query), Data<const E>(key),
+                                                  Data<const E>(value), Data<E>(output), Data<T>(lse),
+                                                  *Data<const T>(scale), attributes.before, attributes.after);
+  if (query.dimensions()[0] == 1) attention.query.batch = 0;
+  if (key.dimensions()[0] == 1) attention.key.batch = 0;
+  if (value.dimensions()[0] == 1) attention.value.batch = 0;
   return attention;
 }
 
@@ -184,7 +149,7 @@ ffi::Error HandleAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyB
                            ffi::AnyBuffer value, ffi::AnyBuffer scale, ffi::RemainingArgs operands,
                            ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> lse,
                            AttentionAttributes attributes) {
-  Sizes sizes;
+  AttentionSizes sizes;
   const ffi::Error error = ReadSizes(query, key, value, scale, *output, *lse, sizes);
   if (error.failure()) return error;
   const KernelChoice& choice = ActiveKernels();
@@ -208,7 +173,7 @@ ffi::Error HandleAttentionVjp(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::A
                               ffi::Result<ffi::AnyBuffer> query_gradient,
                               ffi::Result<ffi::AnyBuffer> key_gradient,
                               ffi::Result<ffi::AnyBuffer> value_gradient, AttentionAttributes attributes) {
-  Sizes sizes;
+  AttentionSizes sizes;
   const ffi::Error error = ReadSizes(query, key, value, scale, output, lse, sizes);
   if (error.failure()) return error;
   for (const auto& [x, like] : {std::pair{cotangent, output}, std::pair{*query_gradient, query},

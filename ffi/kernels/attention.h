@@ -319,10 +319,12 @@ class AttentionKernels {
       }
     }
     Product::Unpack(panel.output, columns, layout_.value_rows, columns, rows(), layout_.value_rows);
+    T lses[kColumns];
+    Tiles::LseOf(columns, state.reference, state.shift, state.sum, lses);
     for (std::int64_t i = 0; i < panel.rows; ++i) {
       const std::int64_t t = (panel.row + i) / args_.heads;
       T* const output = rows() + i * layout_.value_rows;
-      T lse = Tiles::LseOf(state.reference[i], state.shift[i], state.sum[i]);
+      T lse = lses[i];
       if (t >= args_.query_length) {
         for (std::int64_t h = 0; h < args_.value_size; ++h) output[h] = 0;
         lse = static_cast<T>(kMaskedLogit);

@@ -50,7 +50,11 @@ class FewQueriesKernels {
                        last = end < keys.end ? end : keys.end;
     for (std::int64_t s = begin; s < last; s += kKeys) {
       const KeyRange range{first > s ? first - s : 0, last - s < kKeys ? last - s : kKeys};
-      if (range.begin < range.end) kernel.AddTile(s, range);
+      if (range.begin >= range.end) continue;
+      // A tile ahead: rows of one head are too far apart for the CPU to foresee them.
+      const std::int64_t ahead = s + kKeys, left = last - ahead;
+      if (left > 0) kernel.PrefetchTile(ahead, left < kKeys ? left : kKeys);
+      kernel.AddTile(s, range);
     }
   }
 
@@ -90,8 +94,6 @@ class FewQueriesKernels {
 
   // Adds the keys s + range.
   void AddTile(std::int64_t s, KeyRange range) {
-    Prefetch(args_.value + (s + range.begin) * args_.value_stride, args_.value_stride, args_.value_size,
-             range.end - range.begin);
     for (std::int64_t j = range.begin / V::kLanes * V::kLanes; j < range.end; j += V::kLanes) {
       const KeyRange all{j < range.begin ? range.begin : j,
                          range.end < j + V::kLanes ? range.end : j + V::kLanes};
@@ -110,6 +112,11 @@ class FewQueriesKernels {
     AddValues(s, range, masked);
   }
 
+  void PrefetchTile(std::int64_t s, std::int64_t count) const {
+    Prefetch(args_.key + s * args_.key_stride, args_.key_stride, args_.size, count);
+    Prefetch(args_.value + s * args_.value_stride, args_.value_stride, args_.value_size, count);
+  }
+
   static SOFTMAX2P_INLINE void Prefetch(const E* x, std::int64_t stride, std::int64_t size,
                                         std::int64_t count) {
     constexpr std::int64_t kLine = 64 / sizeof(E);
@@ -125,7 +132,8 @@ class FewQueriesKernels {
         return args_.key + (s + j) * args_.key_stride;
       }
     }
-    for (std::int64_t i = 0; i < V::kLanes * depth_; ++i) keys_[i] = 0;
+    const bool partial = range.end - range.begin < V::kLanes || args_.size != depth_;
+    for (std::int64_t i = 0; partial && i < V::kLanes * depth_; ++i) keys_[i] = 0;
     for (std::int64_t i = range.begin; i < range.end; ++i) {
       T* const to = keys_ + (i - j) * depth_;
       const E* const from = args_.key + (s + i) * args_.key_stride;
@@ -331,7 +339,8 @@ class FewQueriesKernels {
 
   static void Finish(const AttentionArgs<E>& args, std::int64_t r, T* state) {
     T* const output = state + kState;
-    T lse = Tiles::LseOf(state[kReference], state[kShift], state[kSum]);
+    T lse;
+    Tiles::LseOf(1, state + kReference, state + kShift, state + kSum, &lse);
     if (r / args.heads >= args.query_length) {
       for (std::int64_t h = 0; h < args.value_size; ++h) output[h] = 0;
       lse = static_cast<T>(kMaskedLogit);

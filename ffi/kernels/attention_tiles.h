@@ -4,7 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 #include "ffi/base/inline.h"
 #include "ffi/base/layout.h"
@@ -12,6 +12,7 @@
 #include "ffi/kernels/attention_args.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/gemm.h"
+#include "ffi/kernels/log.h"
 
 namespace jax_softmax2p {
 
@@ -84,11 +85,19 @@ class AttentionTiles {
   // Packs `count` keys for products along them, with zeros after them.
   static void Pack(const E* x, std::int64_t stride, std::int64_t size, std::int64_t count, std::int64_t depth,
                    T* rows, T* packed) {
-    const std::int64_t padded = RoundUp(count, Product::kPackedRows);
+    std::int64_t direct = 0;
+    if constexpr (std::is_same_v<E, T>) {
+      // Keys that need neither conversion nor padding are packed from where they lie.
+      if (size == depth) direct = count / Product::kPackedRows * Product::kPackedRows;
+      Product::Pack(x, stride, direct, depth, Product::kPackedRows, packed);
+    }
+    const std::int64_t left = count - direct, padded = RoundUp(left, Product::kPackedRows);
     V ignored = V::Broadcast(0);
-    for (std::int64_t j = 0; j < count; ++j) CopyRow(x + j * stride, size, rows + j * depth, depth, ignored);
-    for (std::int64_t i = count * depth; i < padded * depth; ++i) rows[i] = 0;
-    Product::Pack(rows, depth, padded, depth, Product::kPackedRows, packed);
+    for (std::int64_t j = 0; j < left; ++j) {
+      CopyRow(x + (direct + j) * stride, size, rows + j * depth, depth, ignored);
+    }
+    for (std::int64_t i = left * depth; i < padded * depth; ++i) rows[i] = 0;
+    Product::Pack(rows, depth, padded, depth, Product::kPackedRows, packed + direct * depth);
   }
 
   // Copies `count` keys or values for products across them, with zeros after them, and returns whether all
@@ -113,14 +122,23 @@ class AttentionTiles {
                             V (&maxima)[vectors]) {
     const bool biased = args.bias.data != nullptr;
     const bool masked = cut || args.mask.data != nullptr;
-    if (biased) FillFrom(args.bias, args.heads, row, rows, s, range, T{0}, tile.width, tile.bias);
+    if (biased) {
+      const std::int64_t filled = TransposeBias(args, row, rows, s, range, tile);
+      FillFrom(args.bias, args.heads, row, rows, s, range, T{0}, tile.width, tile.bias, filled);
+    }
+    if (masked && args.heads == 1 && args.mask.data == nullptr) {
+      const BandMask mask{row - args.before - s, row + args.after - s};
+      return biased ? Apply<vectors, true, true>(range, tile, mask, best, maxima)
+                    : Apply<vectors, false, true>(range, tile, mask, best, maxima);
+    }
+    const TileMask mask{tile.mask, tile.width};
     if (masked) {
       FillFrom(args.mask, args.heads, row, rows, s, range, std::uint8_t{1}, tile.width, tile.mask);
       if (cut) FillBand(args, row, rows, s, range, tile);
     }
-    if (!masked) return Apply<vectors, true, false>(range, tile, best, maxima);
-    biased ? Apply<vectors, true, true>(range, tile, best, maxima)
-           : Apply<vectors, false, true>(range, tile, best, maxima);
+    if (!masked) return Apply<vectors, true, false>(range, tile, mask, best, maxima);
+    biased ? Apply<vectors, true, true>(range, tile, mask, best, maxima)
+           : Apply<vectors, false, true>(range, tile, mask, best, maxima);
   }
 
   // Replaces values that are not finite by 0, and adds their products with the exponentials that are not 0: a
@@ -168,9 +186,19 @@ class AttentionTiles {
     return rescales;
   }
 
-  static T LseOf(T reference, T shift, T sum) {
-    const double log = std::log(static_cast<double>(sum)) + reference * Format<T>::kLn2;
-    return shift > 0 && shift - shift != 0 ? shift : static_cast<T>(shift + log);
+  // The lse of `count` rows. No sum is below 1 but for roundings, since it has a term that reaches the
+  // reference; one of 0 belongs to a row whose logits are all -inf.
+  static SOFTMAX2P_INLINE void LseOf(std::int64_t count, const T* reference, const T* shift, const T* sum,
+                                     T* lse) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double total = sum[i], above = total > 1 ? total - 1 : 0;
+      double lo;
+      const double log = LogOfOnePlus(above, lo) + reference[i] * Format<T>::kLn2;
+      // NaN where the sum is no number, but for a shift of +inf.
+      const T finite = static_cast<T>(shift[i] + log) + (sum[i] - sum[i]);
+      const T value = shift[i] == -kMinusInfinity<V> ? shift[i] : finite;
+      lse[i] = sum[i] == 0 ? kMinusInfinity<V> : value;
+    }
   }
 
   // The mean of all values, those of padding included.
@@ -208,11 +236,69 @@ class AttentionTiles {
     for (std::int64_t h = n; h < padded; ++h) to[h] = 0;
   }
 
-  // The elements of an operand that belong to a tile, or `fill` for all where there is no operand.
+  // How a tile is masked: the lanes from `lane` on, of the keys j, where the mask is False become `other`.
+  struct TileMask {
+    const std::uint8_t* mask;
+    std::int64_t width;
+    SOFTMAX2P_INLINE V Apply(V x, V other, std::int64_t j, std::int64_t lane) const {
+      return V::Where(mask + j * width + lane, x, other);
+    }
+  };
+  // The first row attends to the keys from `first` to `last` of the tile, and each other row to those one
+  // later.
+  struct BandMask {
+    std::int64_t first;
+    std::int64_t last;
+    SOFTMAX2P_INLINE V Apply(V x, V other, std::int64_t j, std::int64_t lane) const {
+      constexpr std::int64_t kWidth = Product::kColumns;
+      // Lanes before the first, and after the last of these, are masked.
+      std::int64_t begin = j - last, end = j - first + 1;
+      begin = begin < 0 ? 0 : begin > kWidth ? kWidth : begin;
+      end = end < 0 ? 0 : end > kWidth ? kWidth : end;
+      x = V::Where(kSteps.up + kWidth - begin + lane, x, other);
+      return V::Where(kSteps.down + kWidth - end + lane, x, other);
+    }
+  };
+  // Zeros and then ones, and ones and then zeros.
+  struct Steps {
+    constexpr Steps() : up(), down() {
+      for (int i = 0; i < Product::kColumns; ++i) up[Product::kColumns + i] = down[i] = 1;
+    }
+    std::uint8_t up[2 * Product::kColumns];
+    std::uint8_t down[2 * Product::kColumns];
+  };
+  static constexpr Steps kSteps{};
+
+  // Fills the biases of whole vectors of rows, where those are evenly spaced. Returns for how many rows it
+  // has.
+  static std::int64_t TransposeBias(const AttentionArgs<E>& args, std::int64_t row, std::int64_t rows,
+                                    std::int64_t s, KeyRange range, const LogitsTile<T>& tile) {
+    constexpr int kStep = V::kTransposeRows;
+    if (args.heads != 1 || args.bias.key != 1 || args.bias.query == 0) return 0;
+    const std::int64_t whole = rows / V::kLanes * V::kLanes;
+    for (std::int64_t i = 0; i < whole; i += V::kLanes) {
+      const T* const from = args.bias.data + (row + i) * args.bias.query + s;
+      std::int64_t j = range.begin;
+      for (; j + kStep <= range.end; j += kStep) {
+        V transposed[kStep];
+        V::LoadTransposed(from + j, args.bias.query, transposed);
+        SOFTMAX2P_UNROLL for (int k = 0; k < kStep; ++k) {
+          transposed[k].Store(tile.bias + (j + k) * tile.width + i);
+        }
+      }
+      for (; j < range.end; ++j) {
+        for (int l = 0; l < V::kLanes; ++l) tile.bias[j * tile.width + i + l] = from[l * args.bias.query + j];
+      }
+    }
+    return whole;
+  }
+
+  // The elements of an operand that belong to a tile, but for the rows that are filled, or `fill` for all
+  // where there is no operand.
   template <typename Element>
   static void FillFrom(const LogitsOperand<Element>& operand, std::int64_t heads, std::int64_t row,
                        std::int64_t rows, std::int64_t s, KeyRange range, Element fill, std::int64_t width,
-                       Element* to) {
+                       Element* to, std::int64_t filled = 0) {
     if (operand.data == nullptr || (operand.query == 0 && (heads == 1 || operand.head == 0))) {
       for (std::int64_t j = range.begin; j < range.end; ++j) {
         const Element x = operand.data == nullptr ? fill : operand.data[(s + j) * operand.key];
@@ -220,7 +306,7 @@ class AttentionTiles {
       }
       return;
     }
-    for (std::int64_t i = 0; i < width; ++i) {
+    for (std::int64_t i = filled; i < width; ++i) {
       const std::int64_t r = row + (i < rows ? i : rows - 1);
       const Element* const from =
           operand.data + r / heads * operand.query + r % heads * operand.head + s * operand.key;
@@ -246,8 +332,8 @@ class AttentionTiles {
     }
   }
 
-  template <int vectors, bool biased, bool masked>
-  static SOFTMAX2P_INLINE void Apply(KeyRange range, const LogitsTile<T>& tile, T* best,
+  template <int vectors, bool biased, bool masked, typename Mask>
+  static SOFTMAX2P_INLINE void Apply(KeyRange range, const LogitsTile<T>& tile, const Mask& mask, T* best,
                                      V (&maxima)[vectors]) {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
     const V nothing = V::Broadcast(kMinusInfinity<V>);
@@ -265,8 +351,8 @@ class AttentionTiles {
           logit = logit + bias;
         }
         if constexpr (masked) {
-          logit = V::Where(tile.mask + at, logit, nothing);
-          bias = V::Where(tile.mask + at, bias, nothing);
+          logit = mask.Apply(logit, nothing, j, v * V::kLanes);
+          bias = mask.Apply(bias, nothing, j, v * V::kLanes);
         }
         logit.Store(tile.logits + at);
         maxima[v] = Max(logit, maxima[v]);

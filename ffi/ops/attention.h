@@ -27,6 +27,51 @@ struct Attention {
   const std::int32_t* key_lengths = nullptr;
 };
 
+// Query (B, T, N, H), key (B, S, K, H), value (B, S, K, H'), output (B, T, N, H') and lse (B, T, N).
+struct AttentionSizes {
+  std::int64_t batch, queries, keys, heads, key_heads, size, value_size;
+};
+
+// Attention of such arrays, without operands. A negative limit of the band is none.
+template <typename E>
+Attention<E> ContiguousAttention(const AttentionSizes& s, const E* query, const E* key, const E* value,
+                                 E* output, ComputeOf<E>* lse, ComputeOf<E> scale, std::int64_t before,
+                                 std::int64_t after) {
+  // No array has so many rows, and sums with it do not overflow.
+  constexpr std::int64_t kNoLimit = std::int64_t{1} << 60;
+  const auto limit = [](std::int64_t x) { return x < 0 || x > kNoLimit ? kNoLimit : x; };
+  const std::int64_t group = s.heads / s.key_heads;
+  Attention<E> attention{};
+  attention.batch = s.batch;
+  attention.key_heads = s.key_heads;
+  AttentionArgs<E>& first = attention.first;
+  first.query = query;
+  first.key = key;
+  first.value = value;
+  first.output = output;
+  first.lse = lse;
+  first.query_stride = s.heads * s.size;
+  first.key_stride = s.key_heads * s.size;
+  first.value_stride = s.key_heads * s.value_size;
+  first.output_stride = s.heads * s.value_size;
+  first.lse_stride = s.heads;
+  first.heads = group;
+  first.queries = s.queries;
+  first.keys = s.keys;
+  first.size = s.size;
+  first.value_size = s.value_size;
+  first.before = limit(before);
+  first.after = limit(after);
+  first.scale = scale;
+  first.masked = before >= 0 || after >= 0;
+  attention.query = {s.queries * first.query_stride, group * s.size};
+  attention.key = {s.keys * first.key_stride, s.size};
+  attention.value = {s.keys * first.value_stride, s.value_size};
+  attention.output = {s.queries * first.output_stride, group * s.value_size};
+  attention.lse = {s.queries * s.heads, group};
+  return attention;
+}
+
 // The arrays of the gradient beside those of `attention`, whose results are arguments here. Gradients are
 // laid out as their arrays, none of which broadcasts.
 template <typename E>

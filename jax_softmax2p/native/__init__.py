@@ -7,6 +7,7 @@ from jax_softmax2p.native.library import supported_isas as supported_isas
 from jax_softmax2p.native.library import unavailable_reason as unavailable_reason
 from jax_softmax2p.native.library import unsupported_reason as unsupported_reason
 from jax_softmax2p.native.measurement import PASSES as PASSES
+from jax_softmax2p.native.measurement import attention as attention
 from jax_softmax2p.native.measurement import cache_bytes as cache_bytes
 from jax_softmax2p.native.measurement import pass_into as pass_into
 from jax_softmax2p.native.measurement import product as product

@@ -87,6 +87,68 @@ def product(a: np.ndarray, b: np.ndarray, *, isa: str | None = None) -> np.ndarr
     return out
 
 
+def attention(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    cotangent: np.ndarray | None = None,
+    *,
+    before: int | None = None,
+    after: int | None = None,
+    isa: str | None = None,
+    threads: int = 1,
+) -> tuple[np.ndarray, ...]:
+    """Fused attention of NumPy arrays with the scale 1/sqrt(H). For tests and measurement.
+
+    Args:
+      query: C-contiguous array (B, T, N, H) of one of :data:`DTYPES`; no size may be 0.
+      key: array (B, S, K, H) of the same kind, where K divides N.
+      value: array (B, S, K, H').
+      cotangent: array (B, T, N, H'), or None.
+      before: how many keys before the i-th query i attends to; None for all.
+      after: how many after it; None for all.
+      isa: as in :func:`softmax_into`.
+      threads: as in :func:`softmax_into`.
+
+    Returns:
+      The output and the lse, (B, T, N); and with a cotangent the gradients in query, key and value.
+
+    Raises:
+      ImportError: the compiled library cannot be loaded.
+      TypeError, ValueError: an argument is not as described.
+    """
+    kernels = _library()
+    (b, t, n, h), (s, k), w = query.shape, key.shape[1:3], value.shape[3]
+    shapes = {"query": (b, t, n, h), "key": (b, s, k, h), "value": (b, s, k, w), "cotangent": (b, t, n, w)}
+    arrays = dict(zip(shapes, (query, key, value, cotangent), strict=True))
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        if x.dtype not in DTYPE_NAMES or x.dtype != query.dtype:
+            raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, as query; got {x.dtype}")
+        if x.shape != shapes[name] or not x.size or not x.flags.c_contiguous or not x.flags.aligned:
+            raise ValueError(f"{name} must be C-contiguous, of shape {shapes[name]}, and not empty")
+    if n % k:
+        raise ValueError(f"query must have a multiple of key's {k} heads, got {n}")
+    wide = np.float64 if query.dtype == np.float64 else np.float32
+    results = [np.empty((b, t, n, w), query.dtype), np.empty((b, t, n), wide)]
+    if cotangent is not None:
+        results += [np.empty_like(x) for x in (query, key, value)]
+    as_integers = lambda x: None if x is None else x.view(np.uint16) if x.dtype.itemsize == 2 else x
+    limits = (-1 if limit is None else limit for limit in (before, after))
+    kernels.attention_into(
+        *map(as_integers, arrays.values()),
+        [as_integers(x) for x in results],
+        DTYPE_NAMES[query.dtype],
+        [b, t, s, n, k, h, w],
+        1 / np.sqrt(h),
+        *limits,
+        checked_isa(isa),
+        checked_threads(threads),
+    )
+    return tuple(results)
+
+
 def softmax_plan(
     shape: tuple[int, int, int],
     *,

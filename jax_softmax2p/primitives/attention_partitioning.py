@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
     CompoundFactor,
@@ -52,15 +53,17 @@ def lower(
             spec = PartitionSpec(*(None if size == 1 else entries[axis] for size, axis in sizes))
             return NamedSharding(mesh, spec)
 
-        return tuple(sharding(array, axes) for array, axes in zip(arrays, of, strict=True))
+        chosen = [sharding(array, axes) for array, axes in zip(arrays, of, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(arrays), chosen)
 
     def partition(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Partition:
         local = lambda *operands: primitive.bind(*operands, **params)
         if mesh.empty and _fits(arguments, roles):
             # In a region that is manual along some axes of the mesh only, nothing has a name.
-            return mesh, local, tuple(r.sharding for r in results), tuple(a.sharding for a in arguments)
+            found = jax.tree.map(lambda array: array.sharding, (results, tuple(arguments)))
+            return mesh, local, *found
         results_shardings = shardings(mesh, arguments, results, result_roles)
-        return mesh, local, results_shardings, shardings(mesh, arguments, arguments, roles)
+        return mesh, local, results_shardings, shardings(mesh, arguments, tuple(arguments), roles)
 
     def infer(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
         return shardings(mesh, arguments, results, result_roles)
@@ -113,7 +116,7 @@ def _sharding_rule(
         if axis == "batch" and size == results[0][0]:
             return "batch"
         if axis == "heads" and size == heads and heads != key_heads:
-            factors.update(heads=key_heads, groups=heads // key_heads)
+            factors["groups"] = heads // key_heads
             return CompoundFactor("heads", "groups")
         if axis == "heads" and size == key_heads:
             return "heads"

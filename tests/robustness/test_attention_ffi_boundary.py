@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_ffi_boundary import Call, assert_refused, name_of
+from ffi_calls import Call, assert_refused, name_of
 
 from jax_softmax2p import native
 

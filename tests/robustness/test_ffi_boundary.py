@@ -9,52 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ffi_calls import Call, assert_refused, name_of
 
 from jax_softmax2p import native
 
 X, ROW = np.zeros((2, 3), np.float32), np.zeros(2, np.float32)
 LABELS, NO_LABELS = np.zeros(2, np.int32), np.zeros(0, np.int32)
 SCALE, BIAS, WHERE = np.ones((2, 1), np.float32), np.zeros((1, 3), np.float32), np.ones((2, 3), bool)
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A call of an FFI target: a valid one, of which a test replaces a part."""
-
-    target: str
-    operands: tuple
-    results: tuple
-    attributes: dict
-
-    def __call__(self):
-        results = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in self.results]
-        # With a side effect XLA executes the call even if it has no results that are used.
-        call = jax.ffi.ffi_call(self.target, results, has_side_effect=True)
-        jitted = jax.jit(lambda *operands: call(*operands, **self.attributes))
-        return jax.block_until_ready(jitted(*self.operands))
-
-    def with_operand(self, index, operand):
-        return dataclasses.replace(self, operands=_replaced(self.operands, index, operand))
-
-    def with_result(self, index, result):
-        return dataclasses.replace(self, results=_replaced(self.results, index, result))
-
-    def with_attributes(self, **attributes):
-        return dataclasses.replace(self, attributes=self.attributes | attributes)
-
-    def with_operands(self, flags, *operands, **attributes):
-        """The call with scale, bias, where or other arrays as further operands, and with their flags."""
-        extended = dataclasses.replace(self, operands=self.operands + operands)
-        return extended.with_attributes(operands=np.int64(flags), **attributes)
-
-    def without_attribute(self, name):
-        attributes = {key: value for key, value in self.attributes.items() if key != name}
-        return dataclasses.replace(self, attributes=attributes)
-
-
-def _replaced(items, index, item):
-    return (*items[:index], item, *items[index + 1 :])
-
 
 AXIS = {"axis": np.int64(-1)}
 PLAIN = AXIS | {"operands": np.int64(0), "before": np.int64(-1), "after": np.int64(-1)}
@@ -69,15 +30,6 @@ CALLS = [
 ]
 CALLS_WITH_OPERANDS = CALLS[:-1]
 CALLS_WITH_LABELS = CALLS[3:5]
-
-
-def name_of(call):
-    return call.target.removeprefix("jax_softmax2p_")
-
-
-def assert_refused(call, words):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=words):
-        call()
 
 
 def test_calls_cover_every_target():
