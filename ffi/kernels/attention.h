@@ -55,7 +55,7 @@ class AttentionKernels {
     ScratchLayout(const AttentionArgs<E>& args, std::int64_t rows)
         : depth(RoundUp(args.size, Product::kTranspose)),
           value_rows(RoundUp(args.value_size, kValueAlign)),
-          panels(CeilDiv(rows, V::kLanes)),
+          panels(CeilDiv(rows, kColumns) + 1),
           panel_size((depth + value_rows) * kColumns + 5 * kColumns) {
       const std::int64_t sizes[] = {Tiles::KeyElements(depth),
                                     Tiles::ValueElements(args.value_size),
@@ -124,13 +124,18 @@ class AttentionKernels {
     KeyRange all{args_.keys, 0};
     for (std::int64_t row = begin_, i = 0; row < end_; row += panel.rows, ++i) {
       panel = PanelAt(row, i);
+      Tiles::PrefetchRows(args_, args_.query, args_.query_stride, args_.size, row + panel.rows, end_);
       Start(panel);
       if (panel.keys.begin < all.begin) all.begin = panel.keys.begin;
       if (panel.keys.end > all.end) all.end = panel.keys.end;
     }
-    for (std::int64_t s = all.begin / kKeys * kKeys; s < all.end; s += kKeys) AddTile(s);
+    Tiles::template PrefetchRows<true>(args_, args_.output, args_.output_stride, args_.value_size, begin_,
+                                       end_);
+    for (std::int64_t s = all.begin / kKeys * kKeys; s < all.end; s += kKeys) AddTile(s, all.end);
     for (std::int64_t row = begin_, i = 0; row < end_; row += panel.rows, ++i) {
       panel = PanelAt(row, i);
+      Tiles::template PrefetchRows<true>(args_, args_.output, args_.output_stride, args_.value_size,
+                                         row + panel.rows, end_);
       Finish(panel);
     }
   }
@@ -162,12 +167,14 @@ class AttentionKernels {
     }
   }
 
-  // Adds the keys from s on, kKeys of them or what there are, to all panels that attend to any.
-  void AddTile(std::int64_t s) {
+  // Adds the keys from s on, kKeys of them or what there are, to all panels that attend to any; `end` is that
+  // of the last key.
+  void AddTile(std::int64_t s, std::int64_t end) {
     const std::int64_t left = args_.key_length - s, count = left < kKeys ? left : kKeys;
     Tiles::Pack(args_.key + s * args_.key_stride, args_.key_stride, args_.size, count, layout_.depth, rows(),
                 keys());
     const bool finite = CopyValues(s, count);
+    Tiles::PrefetchKeys(args_, s + kKeys, args_.key_length < end ? args_.key_length : end);
     Panel panel;
     for (std::int64_t row = begin_, i = 0; row < end_; row += panel.rows, ++i) {
       panel = PanelAt(row, i);

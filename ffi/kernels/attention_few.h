@@ -51,9 +51,7 @@ class FewQueriesKernels {
     for (std::int64_t s = begin; s < last; s += kKeys) {
       const KeyRange range{first > s ? first - s : 0, last - s < kKeys ? last - s : kKeys};
       if (range.begin >= range.end) continue;
-      // A tile ahead: rows of one head are too far apart for the CPU to foresee them.
-      const std::int64_t ahead = s + kKeys, left = last - ahead;
-      if (left > 0) kernel.PrefetchTile(ahead, left < kKeys ? left : kKeys);
+      Tiles::PrefetchKeys(args, s + kKeys, last);
       kernel.AddTile(s, range);
     }
   }
@@ -110,19 +108,6 @@ class FewQueriesKernels {
     // Nobody attends to what is masked for all.
     if (!any) return;
     AddValues(s, range, masked);
-  }
-
-  void PrefetchTile(std::int64_t s, std::int64_t count) const {
-    Prefetch(args_.key + s * args_.key_stride, args_.key_stride, args_.size, count);
-    Prefetch(args_.value + s * args_.value_stride, args_.value_stride, args_.value_size, count);
-  }
-
-  static SOFTMAX2P_INLINE void Prefetch(const E* x, std::int64_t stride, std::int64_t size,
-                                        std::int64_t count) {
-    constexpr std::int64_t kLine = 64 / sizeof(E);
-    for (std::int64_t j = 0; j < count; ++j) {
-      for (std::int64_t h = 0; h < size; h += kLine) __builtin_prefetch(x + j * stride + h);
-    }
   }
 
   // The keys of a vector where they can be transposed as they lie there, or null and a copy of them.

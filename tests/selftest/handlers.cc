@@ -42,6 +42,7 @@ class Tests {
 
   int Run() {
     CheckPools();
+    CheckAttention();
     CheckConcurrentCalls();
     CheckRefusals();
     CheckRandomCalls();
@@ -108,6 +109,26 @@ class Tests {
           Fail("to be done (" + outcome.message + ")");
         } else if (!results.empty() && results != expected) {
           Fail("to give the same bits");
+        }
+      }
+    }
+  }
+
+  // Attention of few queries and of many, and its gradient, give the same bits on every pool.
+  void CheckAttention() {
+    for (const ElementType& type : kTypes) {
+      for (const std::int64_t queries : {2, 130}) {
+        for (const bool gradient : {false, true}) {
+          std::string expected, results;
+          for (const auto& pool : pools_) {
+            Begin(std::string("attention ") + type.name + " on " + pool->name());
+            FakeCall call = MakeAttention(gradient, type, queries, 1300);
+            const Outcome outcome =
+                RunAndForget(std::move(call), *pool, expected.empty() ? expected : results);
+            ++calls_;
+            if (!outcome.ok()) Fail("to be done (" + outcome.message + ")");
+            if (!results.empty() && results != expected) Fail("to give the same bits");
+          }
         }
       }
     }

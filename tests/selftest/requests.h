@@ -211,4 +211,32 @@ inline FakeCall Make(const Request& request) {
   return call;
 }
 
+// A call of attention, or of its gradient, of two examples with four heads of queries and two of keys,
+// causal, with a bias and a mask.
+inline FakeCall MakeAttention(bool gradient, const ElementType& type, std::int64_t queries,
+                              std::int64_t keys) {
+  constexpr std::int64_t kBatch = 2, kHeads = 4, kKeyHeads = 2, kSize = 24;
+  const Dims query = {kBatch, queries, kHeads, kSize}, key = {kBatch, keys, kKeyHeads, kSize};
+  const Dims lse = {kBatch, queries, kHeads, 1};
+  FakeCall call;
+  call.handler = gradient ? jax_softmax2p_attention_vjp_v1 : jax_softmax2p_attention_v1;
+  for (const Dims& dims : {query, key, key}) call.arguments.push_back(Input(type.type, dims));
+  call.arguments.push_back(Input(type.compute, {1}));
+  if (gradient) {
+    call.arguments.push_back(Input(type.type, query));
+    call.arguments.push_back(Input(type.compute, lse));
+    call.arguments.push_back(Input(type.type, query));
+    for (const Dims& dims : {query, key, key}) call.results.push_back(Output(type.type, dims));
+  } else {
+    call.results.push_back(Output(type.type, query));
+    call.results.push_back(Output(type.compute, lse));
+  }
+  call.arguments.push_back(Input(type.compute, {1, kHeads, 1, keys}));
+  call.arguments.push_back(Input(XLA_FFI_DataType_PRED, {kBatch, 1, queries, keys}));
+  call.attributes["operands"] = std::int64_t{1 | 2};
+  call.attributes["before"] = std::int64_t{-1};
+  call.attributes["after"] = std::int64_t{0};
+  return call;
+}
+
 }  // namespace jax_softmax2p
