@@ -41,17 +41,16 @@ class FewQueriesKernels {
     return kState + RoundUp(args.value_size, V::kLanes);
   }
 
-  static void AttendKeys(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, T* partial,
-                         T* scratch) {
+  static void AttendKeys(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, bool resume,
+                         T* partial, T* scratch) {
     FewQueriesKernels kernel(args, partial, scratch);
-    kernel.Start();
+    if (!resume) kernel.Start();
     const KeyRange keys = Tiles::KeysOfRows(args, 0, args.Rows());
     const std::int64_t first = begin > keys.begin ? begin : keys.begin,
                        last = end < keys.end ? end : keys.end;
     for (std::int64_t s = begin; s < last; s += kKeys) {
       const KeyRange range{first > s ? first - s : 0, last - s < kKeys ? last - s : kKeys};
       if (range.begin >= range.end) continue;
-      Tiles::PrefetchKeys(args, s + kKeys, last);
       kernel.AddTile(s, range);
     }
   }

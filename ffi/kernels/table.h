@@ -260,14 +260,14 @@ struct KernelTable {
   // Output and lse of the rows from `begin` to `end`.
   void (*attention)(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, T* scratch);
   // The same for few rows, up to attention_few_rows, in chunks of the keys. attention_few leaves in `partial`
-  // the result of the keys from `begin` to `end`, attention_few_size elements a row. `begin` is a multiple
-  // of 64. attention_few_combine takes the results of `count` chunks, one after the other, and writes output
-  // and lse.
+  // the result of the keys from `begin`, a multiple of 64, to `end`, attention_few_size elements a row; with
+  // `resume` it adds to what is there and in the scratch memory. attention_few_combine takes the results of
+  // `count` chunks, one after the other, and writes output and lse.
   std::int64_t attention_few_rows;
   std::int64_t (*attention_few_size)(const AttentionArgs<E>& args);
   std::int64_t (*attention_few_scratch)(const AttentionArgs<E>& args);
-  void (*attention_few)(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, T* partial,
-                        T* scratch);
+  void (*attention_few)(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, bool resume,
+                        T* partial, T* scratch);
   void (*attention_few_combine)(const AttentionArgs<E>& args, T* partials, std::int64_t count);
   // The gradient for the keys from `begin` to `end`, `begin` a multiple of 64, as AttentionGradientArgs says.
   // That of the queries, a sum over all keys, is written to `partial`, [rows][size], where that is not null.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "ffi/base/layout.h"
 #include "ffi/runtime/float_mode.h"
@@ -67,7 +68,62 @@ std::int64_t RowsOfBlock(const KernelTable<E>& kernels, const Executor& executor
   return CeilDiv(CeilDiv(rows, CeilDiv(rows, panels * panel)), panel) * panel;
 }
 
-// Few rows: one task a chunk of keys, and then the chunks of every unit combined.
+// Fetches the keys and values of a tile, whose rows are too far apart for the CPU to foresee them.
+template <typename E>
+void PrefetchKeys(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end) {
+  const auto fetch = [&](const E* x, std::int64_t stride, std::int64_t size) {
+    for (std::int64_t s = begin; s < end; ++s) {
+      for (std::int64_t h = 0; h < size; h += 64 / static_cast<std::int64_t>(sizeof(E))) {
+        __builtin_prefetch(x + s * stride + h);
+      }
+    }
+  };
+  fetch(args.key, args.key_stride, args.size);
+  fetch(args.value, args.value_stride, args.value_size);
+}
+
+// The keys of a chunk for adjacent heads of one example: all heads of a tile before the next tile, since the
+// heads of one key lie side by side. Head by head every key would be on a page that has been forgotten again.
+template <typename E>
+class FewQueriesTask {
+  using T = ComputeOf<E>;
+
+ public:
+  FewQueriesTask(const KernelTable<E>& kernels, const Attention<E>& attention, std::int64_t unit,
+                 std::int64_t heads)
+      : kernels_(kernels) {
+    for (std::int64_t k = 0; k < heads; ++k) args_.push_back(ArgsOf(attention, unit + k));
+    scratch_size_ = kernels.attention_few_scratch(args_[0]);
+    scratch_.reset(new T[heads * scratch_size_]);
+  }
+
+  // The result of head k is left at partial[k * stride].
+  void Compute(std::int64_t begin, std::int64_t end, T* partial, std::int64_t stride) const {
+    const auto heads = static_cast<std::int64_t>(args_.size());
+    for (std::int64_t s = begin; s < end; s += kTile) {
+      const std::int64_t tile_end = std::min(end, s + kTile);
+      for (std::int64_t k = 0; k < heads; ++k) {
+        if (k + 1 < heads) {
+          PrefetchKeys(args_[k + 1], s, tile_end);
+        } else {
+          PrefetchKeys(args_[0], tile_end, std::min(end, tile_end + kTile));
+        }
+        kernels_.attention_few(args_[k], s, tile_end, s != begin, partial + k * stride,
+                               scratch_.get() + k * scratch_size_);
+      }
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kTile = 64;
+
+  const KernelTable<E>& kernels_;
+  std::vector<AttentionArgs<E>> args_;
+  std::int64_t scratch_size_;
+  std::unique_ptr<T[]> scratch_;
+};
+
+// Few rows: tasks of chunks of keys, and then the chunks of every unit combined.
 template <typename E>
 void AttendFew(const KernelTable<E>& kernels, Executor& executor, const Attention<E>& attention) {
   using T = ComputeOf<E>;
@@ -75,16 +131,23 @@ void AttendFew(const KernelTable<E>& kernels, Executor& executor, const Attentio
   const std::int64_t rows = args.Rows(), units = attention.batch * attention.key_heads;
   const std::int64_t chunks = CeilDiv(args.keys, kChunk), size = rows * kernels.attention_few_size(args);
   const std::unique_ptr<T[]> partials(new T[units * chunks * size]);
+  // As many heads in a task as leave all threads enough tasks, and a task enough work.
   const std::int64_t work = rows * std::min(args.keys, kChunk) * (args.size + args.value_size);
-  const std::int64_t grain = CeilDiv(kGrain / 4, work), tasks = units * chunks;
+  const std::int64_t fewest = std::min(attention.key_heads, CeilDiv(kGrain / 4, work));
+  const std::int64_t wanted = CeilDiv(units * chunks, kTasks * (executor.Helpers() + 1));
+  const std::int64_t heads = std::clamp(wanted, fewest, attention.key_heads);
+  const std::int64_t groups = CeilDiv(attention.key_heads, heads), tasks = attention.batch * chunks * groups;
+  const std::int64_t grain = CeilDiv(kGrain / 4, work * heads);
+  const auto compute = [&](std::int64_t task) {
+    const std::int64_t chunk = task / groups % chunks, head = task % groups * heads;
+    const std::int64_t unit = task / (groups * chunks) * attention.key_heads + head;
+    FewQueriesTask<E>(kernels, attention, unit, std::min(heads, attention.key_heads - head))
+        .Compute(chunk * kChunk, std::min(args.keys, (chunk + 1) * kChunk),
+                 partials.get() + (unit * chunks + chunk) * size, chunks * size);
+  };
   ParallelFor(executor, CeilDiv(tasks, grain), [&](std::int64_t i) {
     const ScopedFloatMode mode;
-    const std::unique_ptr<T[]> scratch(new T[kernels.attention_few_scratch(args)]);
-    for (std::int64_t task = i * grain; task < std::min(tasks, (i + 1) * grain); ++task) {
-      const std::int64_t begin = task % chunks * kChunk;
-      kernels.attention_few(ArgsOf(attention, task / chunks), begin, std::min(args.keys, begin + kChunk),
-                            partials.get() + task * size, scratch.get());
-    }
+    for (std::int64_t task = i * grain; task < std::min(tasks, (i + 1) * grain); ++task) compute(task);
   });
   const ScopedFloatMode mode;
   for (std::int64_t unit = 0; unit < units; ++unit) {
