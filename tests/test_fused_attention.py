@@ -344,8 +344,17 @@ def test_gradient_of_many_logits_is_native():
     assert text.count("custom_call @jax_softmax2p_attention_vjp_v1") == 1
 
 
-def test_explanation():
-    operands = [jax.ShapeDtypeStruct((1, 300, 4, 64), "float32")] * 3
-    [choice, *_] = explain(dot_product_attention, *operands)
-    assert (choice.operation, choice.implementation) == ("softmax2p_attention", "native")
-    assert "multiply-adds" in choice.reason
+def test_choice():
+    """Small work in loops and the gradient of few queries are composed."""
+
+    def choices(function, t):
+        operands = [jax.ShapeDtypeStruct((1, size, 1, 4), "float32") for size in (t, 4, 4)]
+        found = [x for x in explain(function, *operands) if x.operation.startswith("softmax2p_attention")]
+        assert all("multiply-adds" in x.reason or "queries" in x.reason for x in found)
+        return [x.implementation for x in found]
+
+    loop = lambda q, k, v: jax.lax.scan(lambda c, _: (dot_product_attention(c, k, v), None), q, length=3)[0]
+    gradient = jax.grad(lambda *xs: dot_product_attention(*xs).sum(), 2)
+    assert [choices(dot_product_attention, t) for t in (1, 9)] == [["native"], ["native"]]
+    assert [choices(loop, t) for t in (1, 9)] == [["reference"], ["native"]]
+    assert [choices(gradient, t) for t in (1, 9)] == [["native", "reference"], ["native", "native"]]

@@ -103,8 +103,7 @@ class AttentionTiles {
                        std::int64_t row, std::int64_t rows, std::int64_t columns, T* to, std::int64_t depth) {
     for (std::int64_t i = 0; i < rows; ++i) {
       const std::int64_t t = (row + i) / heads, g = (row + i) % heads;
-      V ignored = V::Broadcast(0);
-      CopyRow(x + t * stride + g * size, size, to + i * depth, depth, ignored);
+      CopyRow(x + t * stride + g * size, size, to + i * depth, depth);
     }
     for (std::int64_t i = rows * depth; i < columns * depth; ++i) to[i] = 0;
   }
@@ -119,9 +118,8 @@ class AttentionTiles {
       Product::Pack(x, stride, direct, depth, Product::kPackedRows, packed);
     }
     const std::int64_t left = count - direct, padded = RoundUp(left, Product::kPackedRows);
-    V ignored = V::Broadcast(0);
     for (std::int64_t j = 0; j < left; ++j) {
-      CopyRow(x + (direct + j) * stride, size, rows + j * depth, depth, ignored);
+      CopyRow(x + (direct + j) * stride, size, rows + j * depth, depth);
     }
     for (std::int64_t i = left * depth; i < padded * depth; ++i) rows[i] = 0;
     Product::Pack(rows, depth, padded, depth, Product::kPackedRows, packed + direct * depth);
@@ -132,7 +130,9 @@ class AttentionTiles {
   static bool Copy(const E* x, std::int64_t stride, std::int64_t size, std::int64_t count, T* to) {
     const std::int64_t to_stride = ValueStride(size), padded = RoundUp(size, Product::kRows);
     V check = V::Broadcast(0);
-    for (std::int64_t j = 0; j < count; ++j) CopyRow(x + j * stride, size, to + j * to_stride, padded, check);
+    for (std::int64_t j = 0; j < count; ++j) {
+      check = check + CopyRow(x + j * stride, size, to + j * to_stride, padded);
+    }
     for (std::int64_t i = count * to_stride; i < RoundUp(count, kUnroll) * to_stride; ++i) to[i] = 0;
     T lanes[V::kLanes];
     check.Store(lanes);
@@ -253,14 +253,24 @@ class AttentionTiles {
   }
 
  private:
-  // Copies n elements and appends zeros up to `padded`. `check` becomes NaN where an element is not finite.
-  static SOFTMAX2P_INLINE void CopyRow(const E* from, std::int64_t n, T* to, std::int64_t padded, V& check) {
-    ForVectors<V>(static_cast<int>(n), [&](int, int h, const auto& access) {
-      const V x = access.Load(from + h, 0);
+  // Copies n elements and appends zeros up to `padded`. Returns 0, or NaN in a lane with an element that is
+  // not finite.
+  static SOFTMAX2P_INLINE V CopyRow(const E* from, std::int64_t n, T* to, std::int64_t padded) {
+    V check = V::Broadcast(0);
+    std::int64_t h = 0;
+    for (; h + V::kLanes <= n; h += V::kLanes) {
+      const V x = V::Load(from + h);
       check = check + (x - x);
-      access.Store(x, to + h);
-    });
-    for (std::int64_t h = n; h < padded; ++h) to[h] = 0;
+      x.Store(to + h);
+    }
+    if (h < n) {
+      const int rest = static_cast<int>(n - h);
+      const V x = V::LoadPartial(from + h, rest, 0);
+      check = check + (x - x);
+      x.StorePartial(to + h, rest);
+    }
+    for (h = n; h < padded; ++h) to[h] = 0;
+    return check;
   }
 
   // How a tile is masked: the lanes from `lane` on, of the keys j, where the mask is False become `other`.

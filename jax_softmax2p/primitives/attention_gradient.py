@@ -118,10 +118,14 @@ def attention_vjp(primitive: Primitive, cotangent: Array, *operands: Any, **para
 
 @dataclasses.dataclass(frozen=True)
 class _VjpLowering(AttentionLowering):
-    """Results are like query, key and value."""
+    """Results are like query, key and value.
+
+    Of one query the composed gradient takes 0.4 to 0.5 times as long as the kernel, of four 1.8 (Zen 4).
+    """
 
     num_leading: tuple[int, int] = (3, 3)
     results: tuple[Any, ...] = (ARRAY, ARRAY, ARRAY)
+    least_rows: int = 4
 
 
 def _vjp_abstract_eval(*avals: ShapedArray, **_: Any) -> list[ShapedArray]:
