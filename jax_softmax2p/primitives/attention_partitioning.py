@@ -110,7 +110,7 @@ def _sharding_rule(
     """Batch and heads have names, heads of queries those of keys and of the groups; all else has its own."""
     heads, key_heads = operands[0][2], operands[1][2]
     own = iter(range(1000))
-    factors: dict[str, int] = {}
+    factors: dict[str, Any] = {}
 
     def factor(size: int, axis: str | None) -> str | CompoundFactor:
         if axis == "batch" and size == results[0][0]:
