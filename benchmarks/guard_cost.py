@@ -39,13 +39,18 @@ def main() -> None:
         )
 
 
-def load_library(wheel: str) -> types.ModuleType:
-    """Loads the native module of a wheel beside the installed one."""
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
-        (name,) = (
-            n for n in archive.namelist() if n.startswith("jax_softmax2p/_native.") and n.endswith(".so")
-        )
-        spec = importlib.util.spec_from_file_location("_native", archive.extract(name, folder))
+def load_library(path: str) -> types.ModuleType:
+    """Loads the native module of a wheel, or one that lies in a file, beside the installed one."""
+    with tempfile.TemporaryDirectory() as folder:
+        if path.endswith(".whl"):
+            with zipfile.ZipFile(path) as archive:
+                (name,) = (
+                    n
+                    for n in archive.namelist()
+                    if n.startswith("jax_softmax2p/_native.") and n.endswith(".so")
+                )
+                path = archive.extract(name, folder)
+        spec = importlib.util.spec_from_file_location("_native", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -123,3 +123,15 @@ extern "C" void stream_copy_all(const float* x, float* out, std::size_t n, std::
 extern "C" void scale_all(const float* x, float* out, std::size_t n, std::size_t copies, int threads) {
   Run(Scale, x, out, n, copies, threads);
 }
+
+// Additions that wait for each other, a cycle each on every CPU: their time tells the clock.
+extern "C" void count_cycles(std::size_t cycles) {
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < cycles; i += 16) {
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k) {
+      count += 1;
+      __asm__ volatile("" : "+r"(count));
+    }
+  }
+}

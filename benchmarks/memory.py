@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+import time
 
 import numpy as np
 
@@ -46,6 +47,16 @@ def run(loop: str, x: np.ndarray, out: np.ndarray, threads: int) -> None:
         function(_pointer(x), _pointer(out), _count(x), copies, threads)
 
 
+def cycles_per_second() -> float:
+    """The clock of the core that this thread is on, at this moment."""
+    cycles, best = 2**18, math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        _library().count_cycles(cycles)
+        best = min(best, time.perf_counter() - start)
+    return cycles / best
+
+
 def require() -> None:
     """Compiles the loops.
 
@@ -78,6 +89,8 @@ def _library() -> ctypes.CDLL:
     for function in (library.copy_all, library.stream_copy_all, library.scale_all):
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *sizes]
         function.restype = None
+    library.count_cycles.argtypes = [ctypes.c_size_t]
+    library.count_cycles.restype = None
     return library
 
 
