@@ -1,11 +1,12 @@
-"""Measures the cycles of pass 1, of pass 2 and of whole rows, by another build of the kernels and by the installed one.
+"""Measures the cycles of pass 1, of pass 2 and of whole rows, by another build and by the installed one.
 
 pip wheel . --no-deps -w before
 python -m benchmarks.kernel_cycles before/jax_softmax2p-*.whl
 
-Figures are core cycles for each vector of the instruction set: one thread, preallocated arrays in the caches, both
-builds alternately in one process. A row's passes are those of two_pass_reload; that pass 1 also finds the maximum
-and so is a little slower than the exp_store here. Given no other build, only the installed one is measured.
+Figures are core cycles for each vector of the instruction set (of float32, for every element type): one
+thread, preallocated arrays in the caches, both builds alternately in one process. Passes are exp_store and
+scale of pass_into, whose fixed costs are not those of rows; pass 1 of a row also finds the maximum. Given no
+other build, only the installed one is measured.
 """
 
 import argparse
