@@ -42,7 +42,7 @@ class AttentionKernels {
 
  public:
   static std::int64_t Scratch(const AttentionArgs<E>& args, std::int64_t rows) {
-    return ScratchLayout(args, rows).total;
+    return ScratchLayout(args, rows).total();
   }
 
   static void Attend(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, T* scratch) {
@@ -51,7 +51,7 @@ class AttentionKernels {
 
  private:
   // Where things lie in the scratch memory.
-  struct ScratchLayout {
+  struct ScratchLayout : ScratchBuffers<T, 8> {
     ScratchLayout(const AttentionArgs<E>& args, std::int64_t rows)
         : depth(RoundUp(args.size, Product::kTranspose)),
           value_rows(RoundUp(args.value_size, kValueAlign)),
@@ -65,18 +65,11 @@ class AttentionKernels {
                                     kKeys * kColumns / static_cast<std::int64_t>(sizeof(T)),
                                     value_rows,
                                     panels * panel_size};
-      total = kAlign;
-      for (int i = 0; i < kBuffers; ++i) {
-        at[i] = total;
-        total += RoundUp(sizes[i], kAlign);
-      }
+      this->Allot(sizes);
     }
-    static constexpr int kBuffers = 8;
-    static constexpr std::int64_t kAlign = 64 / sizeof(T);
     static constexpr std::int64_t kValueAlign =
         Product::kRows > Product::kTranspose ? Product::kRows : Product::kTranspose;
-    std::int64_t depth, value_rows, panels, panel_size, total;
-    std::int64_t at[kBuffers];
+    std::int64_t depth, value_rows, panels, panel_size;
   };
 
   // What is known of the rows of a panel, one after the other: see the top of this file.
@@ -105,12 +98,13 @@ class AttentionKernels {
   };
 
   AttentionKernels(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, T* scratch)
-      : args_(args), begin_(begin), end_(end), layout_(args, end - begin), scratch_(Aligned(scratch)) {}
+      : args_(args),
+        begin_(begin),
+        end_(end),
+        layout_(args, end - begin),
+        scratch_(ScratchLayout::Aligned(scratch)) {}
 
-  static T* Aligned(T* scratch) {
-    return scratch + ElementsToAlignment<64 / static_cast<int>(sizeof(T))>(scratch);
-  }
-  T* At(int i) const { return scratch_ + layout_.at[i] - ScratchLayout::kAlign; }
+  T* At(int i) const { return layout_.At(scratch_, i); }
   T* keys() const { return At(0); }
   T* values() const { return At(1); }
   T* rows() const { return At(2); }
@@ -140,11 +134,10 @@ class AttentionKernels {
     }
   }
 
-  // The panel that begins at a row. A last one of a single vector would be slow: the last two share theirs.
+  // The panel that begins at a row.
   Panel PanelAt(std::int64_t row, std::int64_t i) const {
-    const std::int64_t left = CeilDiv(end_ - row, V::kLanes);
     Panel panel;
-    panel.vectors = static_cast<int>(left == 4 ? 2 : left < Product::kVectors ? left : Product::kVectors);
+    panel.vectors = Product::VectorsOfPanel(CeilDiv(end_ - row, V::kLanes));
     panel.row = row;
     panel.rows = panel.vectors * V::kLanes < end_ - row ? panel.vectors * V::kLanes : end_ - row;
     panel.keys = Tiles::KeysOfRows(args_, row, row + panel.rows);

@@ -24,7 +24,7 @@ class FewQueriesKernels {
   using T = typename V::Scalar;
   using Tiles = AttentionTiles<V, E>;
   static constexpr int kStep = V::kTransposeRows;
-  static constexpr std::int64_t kKeys = 64;
+  static constexpr std::int64_t kKeys = Tiles::kKeys;
   // Vectors of values that are summed at a time.
   static constexpr int kWide = 4;
 

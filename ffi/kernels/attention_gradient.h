@@ -38,7 +38,7 @@ class AttentionGradientKernels {
 
  public:
   static std::int64_t Scratch(const AttentionGradientArgs<E>& args, std::int64_t keys) {
-    return ScratchLayout(args, keys).total;
+    return ScratchLayout(args, keys).total();
   }
 
   static void Compute(const AttentionGradientArgs<E>& args, std::int64_t begin, std::int64_t end, T* partial,
@@ -48,7 +48,7 @@ class AttentionGradientKernels {
 
  private:
   // Where things lie in the scratch memory.
-  struct ScratchLayout {
+  struct ScratchLayout : ScratchBuffers<T, 12> {
     ScratchLayout(const AttentionGradientArgs<E>& args, std::int64_t keys)
         : depth(RoundUp(args.size, kAlignRows)),
           value_depth(RoundUp(args.value_size, kAlignRows)),
@@ -70,18 +70,11 @@ class AttentionGradientKernels {
           RoundUp(keys, kKeys) * value_row,
           value_row,
       };
-      total = kAlign;
-      for (int i = 0; i < kBuffers; ++i) {
-        at[i] = total;
-        total += RoundUp(sizes[i], kAlign);
-      }
+      this->Allot(sizes);
     }
-    static constexpr int kBuffers = 12;
-    static constexpr std::int64_t kAlign = 64 / sizeof(T);
     static constexpr std::int64_t kAlignRows =
         Product::kRows > Product::kTranspose ? Product::kRows : Product::kTranspose;
-    std::int64_t depth, value_depth, row, value_row, panel_size, total;
-    std::int64_t at[kBuffers];
+    std::int64_t depth, value_depth, row, value_row, panel_size;
   };
 
   // Some rows: their queries and cotangents, packed and row by row, and dQ^T.
@@ -106,9 +99,9 @@ class AttentionGradientKernels {
         end_(end),
         partial_(partial),
         layout_(args, end - begin),
-        scratch_(scratch + ElementsToAlignment<64 / static_cast<int>(sizeof(T))>(scratch)) {}
+        scratch_(ScratchLayout::Aligned(scratch)) {}
 
-  T* At(int i) const { return scratch_ + layout_.at[i] - ScratchLayout::kAlign; }
+  T* At(int i) const { return layout_.At(scratch_, i); }
   T* keys() const { return At(0); }
   T* key_rows() const { return At(1); }
   T* values() const { return At(2); }
@@ -140,10 +133,7 @@ class AttentionGradientKernels {
     int count = 0;
     KeyRange all{end_, 0};
     for (std::int64_t at = row; at < row + rows; at += panels[count++].rows) {
-      const std::int64_t left = CeilDiv(row + rows - at, V::kLanes);
-      const int vectors = static_cast<int>(left == 4 && count + 1 < kPanels ? 2
-                                           : left < 3                       ? left
-                                                                            : Product::kVectors);
+      const int vectors = Product::VectorsOfPanel(CeilDiv(row + rows - at, V::kLanes));
       panels[count] = Start(at, row + rows - at, vectors, count);
       const KeyRange& keys = panels[count].keys;
       if (keys.begin < all.begin) all.begin = keys.begin;
@@ -330,8 +320,7 @@ class AttentionGradientKernels {
   static SOFTMAX2P_INLINE void AddRows(const T* a, const T* b, std::int64_t size, std::int64_t begin,
                                        std::int64_t end, T* to) {
     for (std::int64_t h = 0; h < size;) {
-      const std::int64_t left = (size - h) / V::kLanes;
-      const std::int64_t vectors = left == 4 ? 2 : left < Product::kVectors ? left : Product::kVectors;
+      const int vectors = Product::VectorsOfPanel((size - h) / V::kLanes);
       Product::WithVectors(vectors, [&](auto count) {
         for (std::int64_t j = begin; j < end; j += Product::kRows) {
           typename Product::template Tile<count.value> tile;

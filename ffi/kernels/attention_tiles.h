@@ -30,6 +30,30 @@ struct LogitsTile {
   std::int64_t width;
 };
 
+// Buffers in scratch memory, each of which begins at a cache line. The memory itself need not.
+template <typename T, int count>
+class ScratchBuffers {
+ public:
+  std::int64_t total() const { return total_; }
+  T* At(T* aligned_scratch, int i) const { return aligned_scratch + at_[i]; }
+
+  static T* Aligned(T* scratch) { return scratch + ElementsToAlignment<kAlign>(scratch); }
+
+ protected:
+  // `sizes` are in elements.
+  void Allot(const std::int64_t (&sizes)[count]) {
+    for (int i = 0; i < count; ++i) {
+      at_[i] = total_ - kAlign;
+      total_ += RoundUp(sizes[i], kAlign);
+    }
+  }
+
+ private:
+  static constexpr int kAlign = 64 / sizeof(T);
+  std::int64_t at_[count];
+  std::int64_t total_ = kAlign;
+};
+
 template <typename V, typename E>
 class AttentionTiles {
   using T = typename V::Scalar;
@@ -246,9 +270,7 @@ class AttentionTiles {
 
   static void WriteRow(const AttentionArgs<E>& args, std::int64_t row, const T* output, T lse) {
     const std::int64_t t = row / args.heads, g = row % args.heads;
-    E* const to = args.output + t * args.output_stride + g * args.value_size;
-    ForVectors<V>(static_cast<int>(args.value_size),
-                  [&](int, int h, const auto& access) { access.Store(access.Load(output + h, 0), to + h); });
+    WriteElements(output, args.value_size, args.output + t * args.output_stride + g * args.value_size);
     args.lse[t * args.lse_stride + g] = lse;
   }
 

@@ -169,6 +169,12 @@ class Gemm {
     return 2 * RoundUp(rows, kPackedRows) * packed_depth + (packed_depth + kRows) * kColumns;
   }
 
+  // How many vectors the next panel takes of those that are left. A last panel of a single vector would be
+  // slow: the last two share theirs.
+  static SOFTMAX2P_INLINE int VectorsOfPanel(std::int64_t left) {
+    return static_cast<int>(left == 4 ? 2 : left < kVectors ? left : kVectors);
+  }
+
   // Calls body(an integral constant) for a number of vectors from 1 to kVectors.
   template <typename Body>
   static SOFTMAX2P_INLINE void WithVectors(std::int64_t vectors, const Body& body) {
