@@ -21,13 +21,12 @@ TRAFFIC = {
     "max": Traffic(1, 0),
     "sum_exp": Traffic(1, 0),
     "exp_store": Traffic(1, 1),
-    "scale": Traffic(2, 1),
+    "scale": Traffic(1, 1),
     "extended_sum": Traffic(1, 0),
     "extended_write": Traffic(1, 1),
 }
 """The traffic of the passes of ``native.pass_into``. As in the paper, the line that a plain store reads
-before it writes is not counted. ``scale`` reads x and the stored exponentials; the paper's reads only
-these."""
+before it writes is not counted. Without AVX2 ``scale`` reads x, too, beside what was stored."""
 
 LOOP_TRAFFIC = {
     "memory: read": Traffic(1, 0),

@@ -79,6 +79,31 @@ def _masked_blocks(rng, n):
     return x
 
 
+def _dominated(rng, n):
+    """One element carries the whole sum: its error and that of every other element add up."""
+    x = rng.uniform(0, 10, n)
+    x[0] = rng.uniform(30, 40)
+    return x
+
+
+def _far_above(rng, n):
+    """One element lies far above the others, by as much as makes them count or vanish."""
+    x = rng.standard_normal(n)
+    x[rng.integers(n)] = rng.uniform(12, 32)
+    return x
+
+
+def _two_values(rng, n):
+    """Every element has the rounding error of one of two."""
+    a, b = rng.uniform(0, 4, 2)
+    return np.where(np.arange(n) // 8 % 2 == 0, a, b)
+
+
+def _periodic(rng, n):
+    """The elements of a lane are all the same, so that their rounding errors add up."""
+    return rng.uniform(0, 1, 64)[np.arange(n) % (8 << rng.integers(4))]
+
+
 ROW_CLASSES = {
     "normal": _normal,
     "uniform ±1000": _uniform_1000,
@@ -89,6 +114,10 @@ ROW_CLASSES = {
     "drift by 3000": _drift,
     "masks": _masks,
     "masked blocks": _masked_blocks,
+    "dominated": _dominated,
+    "one far above": _far_above,
+    "two values": _two_values,
+    "periodic": _periodic,
 }
 
 

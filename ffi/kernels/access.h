@@ -63,6 +63,14 @@ struct Discard {
   friend SOFTMAX2P_INLINE Discard operator+(Discard, std::int64_t) { return {}; }
 };
 
+// Pointer to the mantissas that pass 1 keeps where rows keep values: a block's columns have references of
+// their own.
+template <typename T>
+struct Mantissas {
+  T* at;
+  friend SOFTMAX2P_INLINE Mantissas operator+(Mantissas a, std::int64_t n) { return {a.at + n}; }
+};
+
 // Calls body(index, first element, access) for the vectors of which `width` elements consist.
 template <typename V, typename Body>
 SOFTMAX2P_INLINE void ForVectors(int width, const Body& body) {
@@ -72,14 +80,13 @@ SOFTMAX2P_INLINE void ForVectors(int width, const Body& body) {
   if (rest.count > 0) body(v, v * V::kLanes, rest);
 }
 
-// How many vectors ahead a loop fetches what it will read, as a type. Measured for pass 1 (Sum) and pass 2
-// (Write) of a row: by the time that finding a block's maximum needs it. Zen 5, 2^26 float32, ns an element,
-// AVX-512: Sum .239 without, .152 at 128, .120 at 256, .135 at 512; Write, past the caches, .178 without,
-// .165 at 32, .153 at 128. AVX2, bound by its arithmetic: .274, .252, .238, .238; .206, .202, .192. A fetch
-// costs nothing where the data are in a cache.
+// How many vectors ahead a loop fetches what it will read, as a type. Pass 1 of a row (SumAhead in rows.h)
+// fetches the block after the next, since the next has been read for its maximum; fetching a block too late
+// took 0.27 ns an element of 2^24 float32 where this takes 0.23 (Zen 4, AVX2). For pass 2 (WriteAhead), Zen
+// 5, 2^26 float32, past the caches: .178 ns without, .165 at 32, .153 at 128, AVX-512; .206, .202, .192,
+// AVX2. A fetch costs nothing where the data are in a cache.
 template <int kVectors>
 using Ahead = std::integral_constant<int, kVectors>;
-using SumAhead = Ahead<256>;
 using WriteAhead = Ahead<128>;
 
 template <int K, typename In, typename Stride, typename Far>

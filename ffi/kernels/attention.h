@@ -277,7 +277,7 @@ class AttentionKernels {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
     const std::int64_t end = RoundUp(range.end, kUnroll);
     for (int v = 0; v < vectors; ++v) {
-      const ExtExpKernel<V> exp(V::Load(state.reference + v * V::kLanes));
+      const ExtExpKernel<V, 0> exp(V::Load(state.reference + v * V::kLanes));
       const V shift = V::Load(state.shift + v * V::kLanes);
       V sums[kUnroll];
       SOFTMAX2P_UNROLL for (int k = 0; k < kUnroll; ++k) sums[k] = V::Broadcast(0);
@@ -290,7 +290,7 @@ class AttentionKernels {
         }
         const ExtExp<V, kUnroll> e = exp(x);
         SOFTMAX2P_UNROLL for (int k = 0; k < kUnroll; ++k) {
-          const V p = Fma(e.expm1[k], e.pow2[k], e.pow2[k]);
+          const V p = e.Value(k);
           p.Store(at + k * kWidth);
           sums[k] = sums[k] + p;
         }

@@ -217,7 +217,7 @@ class FewQueriesKernels {
       for (std::int64_t h = kState; h < size_; h += V::kLanes)
         (V::Load(state + h) * factors).Store(state + h);
     }
-    const ExtExpKernel<V> exp(V::Broadcast(state[kReference]));
+    const ExtExpKernel<V, 0> exp(V::Broadcast(state[kReference]));
     const V shift = V::Broadcast(state[kShift]);
     V sum = V::Broadcast(0);
     for (std::int64_t j = 0; j < end; j += kGroup * V::kLanes) {
@@ -225,7 +225,7 @@ class FewQueriesKernels {
       SOFTMAX2P_UNROLL for (int k = 0; k < kGroup; ++k) x[k] = V::Load(logits + j + k * V::kLanes) - shift;
       const ExtExp<V, kGroup> e = exp(x);
       SOFTMAX2P_UNROLL for (int k = 0; k < kGroup; ++k) {
-        const V p = Fma(e.expm1[k], e.pow2[k], e.pow2[k]);
+        const V p = e.Value(k);
         p.Store(logits + j + k * V::kLanes);
         sum = sum + p;
       }

@@ -297,7 +297,7 @@ class AttentionGradientKernels {
   template <int vectors>
   SOFTMAX2P_INLINE void Weights(const Panel& panel, std::int64_t begin, std::int64_t end) {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
-    const ExtExpKernel<V> exp(V::Broadcast(0));
+    const ExtExpKernel<V, 0> exp(V::Broadcast(0));
     for (int v = 0; v < vectors; ++v) {
       const V lse = V::Load(panel.lse + v * V::kLanes), delta = V::Load(panel.delta + v * V::kLanes);
       for (std::int64_t j = begin; j < end; j += kUnroll) {
@@ -307,7 +307,7 @@ class AttentionGradientKernels {
         SOFTMAX2P_UNROLL for (int k = 0; k < kUnroll; ++k) x[k] = V::Load(weights_at + k * kWidth) - lse;
         const ExtExp<V, kUnroll> e = exp(x);
         SOFTMAX2P_UNROLL for (int k = 0; k < kUnroll; ++k) {
-          const V p = Fma(e.expm1[k], e.pow2[k], e.pow2[k]);
+          const V p = e.Value(k);
           p.Store(weights_at + k * kWidth);
           (p * (V::Load(products_at + k * kWidth) - delta)).Store(products_at + k * kWidth);
         }

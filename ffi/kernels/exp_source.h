@@ -2,7 +2,7 @@
 //
 // A reader maps the x that was loaded to the x whose exponential is wanted. A source has
 //
-//   At<K>(access, x, kept, stride) -> ExtExp<V, K>
+//   At<K>(access, x, kept, stride) -> ExtExp<V, K> or Values<V, K>
 //
 // for the K vectors at x, x + stride, ...; `kept` points to the mantissas of pass 1, or is a Discard.
 #pragma once
@@ -15,6 +15,11 @@
 #include "ffi/kernels/exp.h"
 
 namespace jax_softmax2p {
+
+template <typename V, int K>
+struct Values {
+  V v[K];
+};
 
 // Readers.
 struct Identity {
@@ -52,13 +57,15 @@ class Recompute {
   Read read_;
 };
 
-// Computes e^(x - hi - lo) without the rounding of the differences, for reference 0.
+// Computes e^(x - hi - lo) without the rounding of the differences, as (1 + expm1)·pow2/kFactor: the
+// reference takes kUnit off.
 template <typename V>
 class RecomputeMinusLse {
   using T = typename V::Scalar;
 
  public:
-  SOFTMAX2P_INLINE RecomputeMinusLse(V hi, V lo) : exponential_(V::Broadcast(0)), hi_(hi), lo_(lo) {}
+  SOFTMAX2P_INLINE RecomputeMinusLse(V hi, V lo)
+      : exponential_(V::Broadcast(kUnitExponent<V>)), hi_(hi), lo_(lo) {}
   template <int K, typename Access, typename In, typename Kept, typename Stride>
   SOFTMAX2P_INLINE ExtExp<V, K> At(const Access& access, const In* x, Kept, Stride stride) const {
     const V lowest = V::Broadcast(std::numeric_limits<T>::lowest());
@@ -82,6 +89,18 @@ class RecomputeMinusLse {
  private:
   ExtExpKernel<V> exponential_;
   V hi_, lo_;
+};
+
+// Takes what pass 1 kept, if that was values.
+template <typename V>
+struct KeptValues {
+  template <int K, typename Access, typename Stride>
+  SOFTMAX2P_INLINE Values<V, K> At(const Access& access, const typename V::Scalar* kept, Discard,
+                                   Stride stride) const {
+    Values<V, K> values;
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) values.v[k] = access.Load(kept + k * stride);
+    return values;
+  }
 };
 
 // Takes the mantissa from pass 1, and computes the power from x, at three operations: the same bits.
@@ -108,13 +127,9 @@ class Reload {
 template <typename V, typename Read>
 struct NoExp {
   Read read;
-  template <int K>
-  struct Results {
-    V v[K];
-  };
   template <int K, typename Access, typename In, typename Stride>
-  SOFTMAX2P_INLINE Results<K> At(const Access& access, const In* x, Discard, Stride stride) const {
-    Results<K> r;
+  SOFTMAX2P_INLINE Values<V, K> At(const Access& access, const In* x, Discard, Stride stride) const {
+    Values<V, K> r;
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) r.v[k] = read(access.Load(x + k * stride));
     return r;
   }

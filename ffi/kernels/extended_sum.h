@@ -30,16 +30,25 @@ struct CompensatedSum {
     Add(other.hi);
     lo += other.lo;
   }
-  // Adds the lanes of a vector. A double has digits to spare for a few floats, and adding pairs is faster
-  // than a chain.
+  // Adds the lanes of a vector, or of the sum of two. A double has digits to spare for a few floats, and
+  // adding pairs is faster than a chain.
   template <typename V>
   SOFTMAX2P_INLINE void AddLanes(V v) {
     if constexpr (sizeof(typename V::Scalar) == sizeof(float)) {
-      Add(v.ReduceSum());
+      Add(ReduceSum(v, V::Broadcast(0)));
     } else {
       double lanes[V::kLanes];
       v.Store(lanes);
       for (const double lane : lanes) Add(lane);
+    }
+  }
+  template <typename V>
+  SOFTMAX2P_INLINE void AddLanes(V v, V w) {
+    if constexpr (sizeof(typename V::Scalar) == sizeof(float)) {
+      Add(ReduceSum(v, w));
+    } else {
+      AddLanes(v);
+      AddLanes(w);
     }
   }
   SOFTMAX2P_INLINE void Scale(double power_of_two) {

@@ -9,8 +9,8 @@
 
 namespace jax_softmax2p {
 
-// Of every lane, log(sum) over its largest term as log + rest, as LogOfSumOverLargest has it.
-// The log is NaN where the sum is no number, and where its exponent is not to be trusted.
+// Of every lane, log(sum) over its largest term as log + rest. The log is NaN where the sum is no number,
+// where its exponent is not to be trusted, and, of floats, where the lane is nearly certain (kNearCertainty).
 template <typename V>
 struct LaneLog {
   using T = typename V::Scalar;
@@ -22,18 +22,20 @@ struct LaneLog {
     const V x[1] = {largest};
     const ExtExp<V, 1> of_largest = ExtExpKernel<V>(sum.exponent)(x);
     T sums[V::kLanes], rests[V::kLanes], exponents[V::kLanes], powers[V::kLanes], mantissas[V::kLanes];
-    double logs[V::kLanes], log_rests[V::kLanes];
+    double others[V::kLanes], logs[V::kLanes], log_rests[V::kLanes];
     sum.hi.Store(sums);
     sum.lo.Store(rests);
     sum.exponent.Store(exponents);
     of_largest.pow2[0].Store(powers);
     of_largest.expm1[0].Store(mantissas);
     for (int l = 0; l < V::kLanes; ++l) {
-      logs[l] = LogOfSumOverLargest(sums[l], rests[l], powers[l], mantissas[l], log_rests[l]);
+      others[l] = OthersOverLargest(sums[l], rests[l], powers[l], mantissas[l]);
+      logs[l] = LogOfOnePlus(others[l], log_rests[l]);
     }
     for (int l = 0; l < V::kLanes; ++l) {
       const T size = exponents[l] < 0 ? -exponents[l] : exponents[l];
-      const bool exact = size < ReductionFor<V>::kMaxExponent - 1;
+      const bool certain = sizeof(T) == sizeof(float) && others[l] < kNearCertainty;
+      const bool exact = size < ReductionFor<V>::kMaxExponent - 1 && !certain;
       // sums - sums is NaN where the sum is no number.
       log[l] = exact ? static_cast<T>(logs[l]) + (sums[l] - sums[l]) : kMinusInfinity<V> - kMinusInfinity<V>;
       rest[l] = static_cast<T>((logs[l] - static_cast<double>(log[l])) + log_rests[l]);

@@ -4,15 +4,17 @@
 
 #include "ffi/base/error_free.h"
 #include "ffi/base/inline.h"
+#include "ffi/kernels/access.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/extended_sum.h"
 #include "ffi/kernels/unguarded_build.h"
 
 namespace jax_softmax2p {
 
-// A sum in every lane, (hi + lo)·2^exponent, in twice the working precision. Exponents are integers held as
-// floating-point numbers. One beyond ReductionFor<V>::kMaxExponent, either way, marks a sum that is not to be
-// trusted. A monoid under Merge, with the lowest exponent and zeros as its neutral element.
+// A sum in every lane, (hi + lo)·2^exponent, kUnit·kFactor times as large, in twice the working precision.
+// Exponents are integers held as floating-point numbers. One beyond ReductionFor<V>::kMaxExponent, either
+// way, marks a sum that is not to be trusted. A monoid under Merge, with the lowest exponent and zeros as its
+// neutral element.
 template <typename V>
 struct LaneSums {
   V hi, lo, exponent;
@@ -26,33 +28,34 @@ struct LaneSums {
     exponent = highest;
   }
 
-  // The sum of the lanes.
+  // The sum of the lanes, which have one exponent, without kUnit.
   SOFTMAX2P_INLINE ExtendedSum ReduceSum() const {
     constexpr int kMax = ReductionFor<V>::kMaxExponent;
-    const auto highest = exponent.ReduceMax();
-    const V power = PowerOfTwo<V>(exponent - V::Broadcast(highest));
+    typename V::Scalar common;
+    Tail<V>{1}.Store(exponent, &common);
     ExtendedSum total;
-    total.exponent = highest > kMax ? kMax + 2 : static_cast<int>(highest);
-    total.mantissa.AddLanes(hi * power);
-    total.mantissa.AddLanes(lo * power);
+    total.exponent = common > kMax ? kMax + 2 : static_cast<int>(common);
+    total.mantissa.AddLanes(hi, lo);
+    total.mantissa.Scale(1 / static_cast<double>(kUnit<V>));
     return total;
   }
 
-  // Replaces hi + lo by 1/(hi + lo), also as a sum of two, for Scaler.
+  // Replaces hi + lo by kUnit/(hi + lo), also as a sum of two, for SoftmaxScaler.
   SOFTMAX2P_INLINE void Invert() {
-    const V one = V::Broadcast(1);
-    const V inverse = one / hi;
+    const V unit = V::Broadcast(kUnit<V>);
+    const V inverse = unit / hi;
     V product_lo;
     const V product = TwoProd(inverse, hi, product_lo);
-    const V error = ((one - product) - product_lo) - inverse * lo;
+    const V error = ((unit - product) - product_lo) - inverse * lo;
     hi = inverse;
-    lo = inverse * error;
+    lo = inverse * (error * V::Broadcast(1 / kUnit<V>));
   }
 };
 
-// Adds e^x as (1 + expm1)·2^(n - reference), and carries the error of every addition along in `rest`. The sum
-// starts at 8, above any term, so that its growth is what was added, exactly (see FastTwoSum); what is then
-// missing of the term is pow2 - added + expm1·pow2.
+// Adds e^x as (1 + expm1)·pow2, and carries the error of every addition along in `rest`. What is added is the
+// term's value; the sum starts at 8, above any term, so that its growth is what was added, exactly (see
+// FastTwoSum); what is then missing of the term is pow2 - added + expm1·pow2. So the rounding of values is
+// not in the sum: it could be the same for many.
 //
 // Good for kFold additions of a lane: `rest` itself is not compensated, and a bias that repeats itself makes
 // its error grow with the square of their number, to 2^-26 of the sum.
@@ -60,7 +63,7 @@ template <typename V>
 class LaneAccumulator {
   using T = typename V::Scalar;
   static constexpr int kMaxExponent = ReductionFor<V>::kMaxExponent;
-  static constexpr T kStart = 8;
+  static constexpr T kStart = 8 * kUnit<V>;
 
  public:
   static constexpr int kFold = 2048;
@@ -92,10 +95,10 @@ class LaneAccumulator {
   }
 
   template <int K>
-  SOFTMAX2P_INLINE void Add(const ExtExp<V, K>& e) {
+  SOFTMAX2P_INLINE void Add(const ExtExp<V, K>& e, const V (&values)[K]) {
     V missing[K];
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-      const V larger = Fma(V::Broadcast(1) + e.expm1[k], e.pow2[k], sum_);
+      const V larger = sum_ + values[k];
       missing[k] = e.pow2[k] - (larger - sum_);
       sum_ = larger;
     }

@@ -30,12 +30,15 @@ SOFTMAX2P_INLINE double LogOfOnePlus(double t, double& lo) {
   return FastTwoSum(exponent * kLn2Hi, s * square * series + (2 * s + exponent * kLn2Lo), lo);
 }
 
-// The log of a sum over its largest term, as hi + lo; returns hi. The sum is (hi + lo) of its reference, the
-// largest term (1 + expm1)·pow2 of it. The result is never below 0, and exactly 0 where the other terms
-// vanish, since the errors of the largest term are in the sum, too.
-SOFTMAX2P_INLINE double LogOfSumOverLargest(double hi, double lo, double pow2, double expm1, double& log_lo) {
-  const double others = ((hi - pow2) + (lo - expm1 * pow2)) / (pow2 + expm1 * pow2);
-  return LogOfOnePlus(others < 0 ? 0 : others, log_lo);
+// The other terms of a sum over its largest. The sum is (hi + lo) of its reference, the largest term
+// (1 + expm1)·pow2 of it. Where the others are few, both differences are exact.
+SOFTMAX2P_INLINE double OthersOverLargest(double hi, double lo, double pow2, double expm1) {
+  const double others = (((hi - pow2) - expm1 * pow2) + lo) / (pow2 + expm1 * pow2);
+  return others < 0 ? 0 : others;
 }
+
+// Where the others are less than this of the largest term, the rounding of a sum of floats, some 2^-46 of it,
+// would show in their logarithm: then they are to be summed without it.
+inline constexpr double kNearCertainty = 0x1p-20;
 
 }  // namespace jax_softmax2p

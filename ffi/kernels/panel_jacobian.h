@@ -58,7 +58,8 @@ class PanelJacobianKernels {
                                const T* hi, const T* lo, const PanelDots<T>& factors) {
     ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t first, std::int64_t rows) {
       const RecomputeMinusLse<V> source(access.Load(hi + at, 0), access.Load(lo + at, 0));
-      const Scaler<V> scaler{access.Load(factors.hi + at, 0), access.Load(factors.lo + at, 0)};
+      const Scaler<V> scaler{DivideByFactor(access.Load(factors.hi + at, 0)),
+                             DivideByFactor(access.Load(factors.lo + at, 0))};
       ForRows(rows, [&](auto count, std::int64_t i) {
         constexpr int K = decltype(count)::value;
         const T* const from = z + (first + i) * panel.stride + at;
@@ -133,7 +134,9 @@ class PanelJacobianKernels {
         Prefetch<K>(from, panel.stride, panel.block);
         Prefetch<K>(terms, t_stride, panel.block);
         V p[K];
-        const Scaler<V> scaler{V::Broadcast(1), V::Broadcast(0)};
+        constexpr double kInverse = 1.0 / kFactor<V>;
+        const Scaler<V> scaler{V::Broadcast(static_cast<T>(kInverse)),
+                               V::Broadcast(static_cast<T>(kInverse - static_cast<T>(kInverse)))};
         scaler(source.template At<K>(access, from, Discard{}, panel.stride), p);
         SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
           V error;

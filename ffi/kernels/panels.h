@@ -35,7 +35,7 @@ class PanelKernels {
     if (subtract != nullptr) {
       SumPanel(x, Discard{}, panel, stretch, maximum, SubtractMaxOf{subtract}, sums, largest);
     } else if (kept != nullptr) {
-      SumPanel(x, kept, panel, stretch, maximum, RecomputeAll{}, sums, largest);
+      SumPanel(x, Mantissas<T>{kept}, panel, stretch, maximum, RecomputeAll{}, sums, largest);
     } else {
       SumPanel(x, Discard{}, panel, stretch, maximum, RecomputeAll{}, sums, largest);
     }
@@ -105,7 +105,7 @@ class PanelKernels {
       } else {
         const RecomputeMinusLse<V> minus(lse_hi, lse_lo);
         WriteColumn<V>(access, access, minus, from, Discard{}, to, panel.stride, y_stride, panel.block, rows,
-                       Scaler<V>{access.Load(factor + at, 0), V::Broadcast(0)});
+                       Scaler<V>{DivideByFactor(access.Load(factor + at, 0)), V::Broadcast(0)});
       }
     });
   }
@@ -180,7 +180,8 @@ class PanelKernels {
     access.Store(total.exponent, sums.exponent + at);
   }
 
-  // `In` is E or T.
+  // `In` is E or T. Power and mantissa are scaled, not values: that takes an operation less where they are
+  // recomputed. The reference takes kUnit off.
   template <typename Sources, typename In, typename Kept>
   static SOFTMAX2P_INLINE void WriteScaled(const Sources& sources, const In* x, Kept kept, E* y,
                                            const Panel& panel, std::int64_t y_stride,
@@ -188,7 +189,8 @@ class PanelKernels {
     ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const LaneSums<V> scale = Load(access, scales, at);
       const std::int64_t i = row * panel.stride + at;
-      WriteColumn<V>(access, access, sources.Source(access, at, scale.exponent), x + i, kept + i,
+      const V reference = scale.exponent + V::Broadcast(kUnitExponent<V>);
+      WriteColumn<V>(access, access, sources.Source(access, at, reference), x + i, kept + i,
                      y + row * y_stride + at, panel.stride, y_stride, panel.block, rows,
                      Scaler<V>{scale.hi, scale.lo});
     });

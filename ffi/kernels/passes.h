@@ -6,7 +6,8 @@
 // Everything is a walk down a column, kLanes columns side by side; a contiguous row is one whose lanes are
 // merged at the end. Pass 1 adds e^x with the exponent of the largest x so far as reference. Scaling by
 // powers of two is exact, so a sum does not depend on the reference. Pass 2 recomputes e^x and scales, or, in
-// the reload algorithms, takes from memory the mantissas that pass 1 kept there: the same bits.
+// the reload algorithms, takes from memory the values or mantissas that pass 1 kept there: the same bits,
+// since rounding commutes with powers of two.
 //
 // Arguments that all loops share: `x` points to the first vector, `stride` is the distance of vectors in
 // elements, `rows` their number, `access` is how they are loaded, `ahead` how far they are fetched ahead.
@@ -43,15 +44,21 @@ template <int K, typename V, typename Access, typename In, typename Kept, typena
 SOFTMAX2P_INLINE void AddVectors(const Access& access, const In* x, Kept kept, Stride stride, Far ahead,
                                  const Recompute<V, Read>& source, LaneAccumulator<V>& sum) {
   Prefetch<K>(x, stride, ahead);
-  const auto e = source.template At<K>(access, x, kept, stride);
-  if constexpr (!std::is_same_v<Kept, Discard>) {
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) access.Store(e.expm1[k], kept + k * stride);
+  const ExtExp<V, K> e = source.template At<K>(access, x, kept, stride);
+  V values[K];
+  SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) values[k] = e.Value(k);
+  if constexpr (std::is_same_v<Kept, Mantissas<typename V::Scalar>>) {
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) access.Store(e.expm1[k], kept.at + k * stride);
+  } else if constexpr (!std::is_same_v<Kept, Discard>) {
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
+      access.Store(kTakesValues<V> ? values[k] : e.expm1[k], kept + k * stride);
+    }
   }
-  sum.Add(e);
+  sum.Add(e, values);
 }
 
-// Pass 1: adds e^read(x) to `sum`, and writes the mantissas to `kept` unless that is a Discard. No read(x)
-// may be above the maximum to which `sum` was rescaled.
+// Pass 1: adds e^read(x) to `sum`, and writes values or mantissas to `kept` unless that is a Discard;
+// mantissas to Mantissas. No read(x) may be above the maximum to which `sum` was rescaled.
 template <typename V, typename Access, typename In, typename Kept, typename Stride, typename Far,
           typename Read>
 SOFTMAX2P_INLINE void AddColumn(const Access& access, const In* x, Kept kept, Stride stride, Far ahead,
@@ -77,11 +84,32 @@ struct Scaler {
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = (hi + y[k]) * e.pow2[k];
   }
 };
+// The same of their values. lo·value would underflow beside the least results: hence kUnit, which `power`
+// takes off.
+template <typename V>
+struct ValueScaler {
+  V hi, lo, power = V::Broadcast(1 / kUnit<V>);
+
+  template <int K>
+  SOFTMAX2P_INLINE void operator()(const Values<V, K>& e, V (&y)[K]) const {
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = Fma(e.v[k], hi, e.v[k] * lo) * power;
+  }
+  template <int K>
+  SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
+    Values<V, K> values;
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) values.v[k] = e.Value(k);
+    (*this)(values, y);
+  }
+};
+// What softmax takes: from LaneSums::Invert, or from RowScale.
+template <typename V>
+using SoftmaxScaler = std::conditional_t<kTakesValues<V>, ValueScaler<V>, Scaler<V>>;
+
 // The same where the source gives the results themselves.
 template <typename V>
 struct NoScaler {
-  template <typename Results, int K>
-  SOFTMAX2P_INLINE void operator()(const Results& r, V (&y)[K]) const {
+  template <int K>
+  SOFTMAX2P_INLINE void operator()(const Values<V, K>& r, V (&y)[K]) const {
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = r.v[k];
   }
 };

@@ -9,6 +9,7 @@
 
 #include "ffi/base/inline.h"
 #include "ffi/base/layout.h"
+#include "ffi/kernels/log.h"
 #include "ffi/kernels/passes.h"
 #include "ffi/kernels/table.h"
 
@@ -18,18 +19,23 @@ namespace jax_softmax2p {
 template <typename V, typename E>
 class RowKernels {
   using T = typename V::Scalar;
-  // Vectors of a row that share an exponent: long against the cost of closing a block, some 20 ns, short
-  // against the first-level cache.
-  static constexpr int kBlock = 128;
+  static constexpr std::int64_t kBlock = kRowBlock<T>;
   static constexpr T kZero = 0;
+  using SumAhead = Ahead<static_cast<int>(2 * kBlock / V::kLanes)>;
 
  public:
-  static void Exponential(T x, int exponent, T* expm1, T* pow2) {
-    const V v[1] = {V::Broadcast(x)};
-    const ExtExp<V, 1> e = ExtExpKernel<V>(V::Broadcast(static_cast<T>(exponent)))(v);
-    const Tail<V> first{1};
-    first.Store(e.expm1[0], expm1);
-    first.Store(e.pow2[0], pow2);
+  static void Exponentials(const T* x, std::int64_t n, int exponent, T* expm1, T* pow2) {
+    // The reference takes kUnit off.
+    const ExtExpKernel<V> exponential(V::Broadcast(static_cast<T>(exponent + kUnitExponent<V>)));
+    for (std::int64_t i = 0; i < n; i += V::kLanes) {
+      ForVectors<V>(static_cast<int>(n - i < V::kLanes ? n - i : V::kLanes),
+                    [&](int, int, const auto& access) {
+                      const V v[1] = {access.Load(x + i)};
+                      const ExtExp<V, 1> e = exponential(v);
+                      access.Store(e.expm1[0], expm1 + i);
+                      access.Store(e.pow2[0], pow2 + i);
+                    });
+    }
   }
 
   static T Maximum(const E* x, std::int64_t n) {
@@ -40,28 +46,79 @@ class RowKernels {
     return maximum.ReduceMax();
   }
 
-  static RowSum<T> Sum(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum) {
+  static RowSum<T> Sum(const E* x, const KeptRow<T>& kept, std::int64_t n, const KnownMaximum<T>& maximum) {
     if (maximum.use == KnownMaximum<T>::kSubtract) {
       return SumRow(x, Discard{}, n, SubtractMax<V>{V::Broadcast(maximum.value)}, &kZero);
     }
     const T* const known = maximum.use == KnownMaximum<T>::kReference ? &maximum.value : nullptr;
-    if (kept != nullptr) return SumRow(x, kept, n, Identity{}, known);
+    if (kept.values != nullptr) return SumRow(x, kept, n, Identity{}, known);
     return SumRow(x, Discard{}, n, Identity{}, known);
   }
 
   // `In` is E or T.
   template <typename In>
-  static void Write(const In* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
+  static void Write(const In* x, const KeptRow<T>& kept, E* y, std::int64_t n, const RowScale<T>& scale,
                     bool non_temporal) {
-    const V exponent = V::Broadcast(static_cast<T>(scale.exponent));
-    const Scaler<V> scaler{V::Broadcast(scale.hi), V::Broadcast(scale.lo)};
+    if (kept.values != nullptr && !scale.subtract_shift) {
+      WriteKept(x, kept, y, n, scale, non_temporal);
+      if (scale.dominated) WriteOne(y, n);
+      return;
+    }
+    SoftmaxScaler<V> scaler{V::Broadcast(scale.hi), V::Broadcast(scale.lo)};
+    V reference = V::Broadcast(static_cast<T>(scale.exponent));
+    if constexpr (kTakesValues<V>) {
+      // Results beside which kUnit would overflow do without it.
+      constexpr T kLarge = static_cast<T>(Format<T>::kLarge);
+      if (scale.hi > kLarge || scale.hi < -kLarge) {
+        reference = reference + V::Broadcast(kUnitExponent<V>);
+        scaler.power = V::Broadcast(1);
+      }
+    }
     if (scale.subtract_shift) {
       const SubtractLse<V> minus{V::Broadcast(scale.shift_hi), V::Broadcast(scale.shift_lo)};
-      WriteFrom(Recompute<V, SubtractLse<V>>(exponent, minus), x, Discard{}, y, n, scaler, non_temporal);
-    } else if (kept != nullptr) {
-      WriteFrom(Reload<V>(exponent), x, kept, y, n, scaler, non_temporal);
+      WriteFrom(Recompute<V, SubtractLse<V>>(reference, minus), x, Discard{}, y, n, scaler, non_temporal);
     } else {
-      WriteFrom(Recompute<V, Identity>(exponent, Identity{}), x, Discard{}, y, n, scaler, non_temporal);
+      WriteFrom(Recompute<V, Identity>(reference, Identity{}), x, Discard{}, y, n, scaler, non_temporal);
+    }
+    if (scale.dominated) WriteOne(y, n);
+  }
+
+  static void BlockRows(const E* x, E* y, std::int64_t rows, std::int64_t n, bool non_temporal) {
+    // y has room for what pass 1 keeps, unless x is still needed there, or it must not come into the caches.
+    const bool keeps_in_y = std::is_same_v<E, T> && static_cast<const void*>(x) != y && !non_temporal;
+    alignas(64) T scratch[2][kBlock];
+    RowScale<T> scales[2];
+    const auto kept = [&](std::int64_t r) -> T* {
+      if constexpr (std::is_same_v<E, T>) {
+        if (keeps_in_y) return y + r * n;
+      }
+      return scratch[r % 2];
+    };
+    // The maximum of a row is found before pass 1 of the row above, and this before pass 2 of the row above
+    // it: each ends in a chain of operations that the CPU fills with what comes after.
+    V maximum = MaxOfBlock(x, n);
+    for (std::int64_t r = 0; r <= rows; ++r) {
+      if (r < rows) {
+        const T of_row = maximum.ReduceMax();
+        if (r + 1 < rows) maximum = MaxOfBlock(x + (r + 1) * n, n);
+        LaneAccumulator<V> sum(V::Broadcast(of_row));
+        AddBlock(x + r * n, kept(r), n, Identity{}, sum);
+        const ExtendedSum total = sum.Sums().ReduceSum();
+        ScaleFromSum<T>(total, false, of_row, scales[r % 2]);
+        if constexpr (kTakesValues<V>) scales[r % 2].dominated = IsDominated(of_row, total);
+      }
+      if (r == 0) continue;
+      RowScale<T>& scale = scales[(r + 1) % 2];
+      const E* const x_r = x + (r - 1) * n;
+      E* const y_r = y + (r - 1) * n;
+      constexpr int kMax = ReductionFor<V>::kMaxExponent;
+      const int exponent = scale.exponent;
+      if (-kMax < exponent && exponent < kMax) {
+        WriteBlock(x_r, kept(r - 1), y_r, n, scale, V::Broadcast(0), non_temporal);
+        if (scale.dominated) WriteOne(y_r, n);
+      } else {
+        GuardedRow(x_r, y_r, n, scale, non_temporal);
+      }
     }
   }
 
@@ -75,7 +132,7 @@ class RowKernels {
  private:
   // `maximum` is null, or that of the whole row, as read.
   template <typename Kept, typename Read>
-  static SOFTMAX2P_INLINE RowSum<T> SumRow(const E* x, Kept kept, std::int64_t n, const Read& read,
+  static SOFTMAX2P_INLINE RowSum<T> SumRow(const E* x, const Kept& kept, std::int64_t n, const Read& read,
                                            const T* maximum) {
     constexpr std::int64_t kElements = std::int64_t{LaneAccumulator<V>::kFold} * V::kLanes;
     RowSum<T> row = SumFold(x, kept, n < kElements ? n : kElements, read, maximum);
@@ -86,30 +143,114 @@ class RowKernels {
     return row;
   }
 
-  // The sum of so many elements as a LaneAccumulator is good for.
+  // The sum of so many elements as a LaneAccumulator is good for. All lanes have one reference.
   template <typename Kept, typename Read>
-  static SOFTMAX2P_INLINE RowSum<T> SumFold(const E* x, Kept kept, std::int64_t n, const Read& read,
+  static SOFTMAX2P_INLINE RowSum<T> SumFold(const E* x, const Kept& kept, std::int64_t n, const Read& read,
                                             const T* maximum) {
-    const std::int64_t vectors = n / V::kLanes, end = vectors * V::kLanes;
-    const Tail<V> rest{static_cast<int>(n - end)};
     LaneAccumulator<V> sum;
     V highest = V::Broadcast(maximum != nullptr ? *maximum : kMinusInfinity<V>);
     if (maximum != nullptr) sum.Rescale(highest);
-    std::int64_t v = 0;
+    const auto size_at = [&](std::int64_t i) { return n - i < kBlock ? n - i : kBlock; };
+    V next = maximum == nullptr ? MaxOfBlock(x, size_at(0)) : highest;
+    std::int64_t i = 0;
     do {
-      const std::int64_t size = vectors - v < kBlock ? vectors - v : kBlock;
-      const std::int64_t i = v * V::kLanes;
+      const std::int64_t size = size_at(i), after = i + size;
       if (maximum == nullptr) {
-        V block = MaxColumn<V>(FullVector<V>{}, x + i, kAdjacent<V>, size);
-        if (v + size == vectors && rest.count != 0) block = Max(rest.Load(x + end), block);
-        highest = Max(block, highest);
-        sum.Rescale(read(block));
+        highest = Max(next, highest);
+        sum.Rescale(read(V::Broadcast(next.ReduceMax())));
+        // The next block's is found before this block is added, so that nothing waits for it.
+        if (after < n) next = MaxOfBlock(x + after, size_at(after));
       }
-      AddColumn(FullVector<V>{}, x + i, kept + i, kAdjacent<V>, SumAhead{}, size, read, sum);
-      v += size;
-    } while (v < vectors);
-    if (rest.count != 0) AddColumn(rest, x + end, kept + end, kAdjacent<V>, Ahead<0>{}, 1, read, sum);
+      StoreReference(kept + i, sum.reference());
+      AddBlock(x + i, ValuesOf(kept, i), size, read, sum);
+      i = after;
+    } while (i < n);
     return {sum.Sums().ReduceSum(), highest.ReduceMax()};
+  }
+
+  static SOFTMAX2P_INLINE V MaxOfBlock(const E* x, std::int64_t size) {
+    const std::int64_t vectors = size / V::kLanes;
+    const Tail<V> rest{static_cast<int>(size % V::kLanes)};
+    const V maximum = MaxColumn<V>(FullVector<V>{}, x, kAdjacent<V>, vectors);
+    return rest.count == 0 ? maximum : Max(rest.Load(x + vectors * V::kLanes), maximum);
+  }
+
+  template <typename Values, typename Read>
+  static SOFTMAX2P_INLINE void AddBlock(const E* x, Values kept, std::int64_t size, const Read& read,
+                                        LaneAccumulator<V>& sum) {
+    const std::int64_t vectors = size / V::kLanes, end = vectors * V::kLanes;
+    const Tail<V> rest{static_cast<int>(size % V::kLanes)};
+    // The incomplete vector comes first: the others hide how long it takes.
+    if (rest.count != 0) AddColumn(rest, x + end, kept + end, kAdjacent<V>, Ahead<0>{}, 1, read, sum);
+    AddColumn(FullVector<V>{}, x, kept, kAdjacent<V>, SumAhead{}, vectors, read, sum);
+  }
+
+  static SOFTMAX2P_INLINE T* ValuesOf(const KeptRow<T>& kept, std::int64_t at) { return kept.values + at; }
+  static SOFTMAX2P_INLINE Discard ValuesOf(Discard, std::int64_t) { return {}; }
+  static SOFTMAX2P_INLINE void StoreReference(const KeptRow<T>& kept, V reference) {
+    Tail<V>{1}.Store(reference, kept.references);
+  }
+  static SOFTMAX2P_INLINE void StoreReference(Discard, V) {}
+
+  // Pass 2 from what pass 1 kept.
+  template <typename In>
+  static SOFTMAX2P_INLINE void WriteKept(const In* x, const KeptRow<T>& kept, E* y, std::int64_t n,
+                                         const RowScale<T>& scale, bool non_temporal) {
+    for (std::int64_t i = 0; i < n; i += kBlock) {
+      const V below = V::Broadcast(kept.references[i / kBlock] - static_cast<T>(scale.exponent));
+      WriteBlock(x + i, kept.values + i, y + i, n - i < kBlock ? n - i : kBlock, scale, below, non_temporal);
+    }
+  }
+
+  // The same of a block, whose reference less that of the scale is `below`.
+  template <typename In>
+  static SOFTMAX2P_INLINE void WriteBlock(const In* x, const T* kept, E* y, std::int64_t size,
+                                          const RowScale<T>& scale, V below, bool non_temporal) {
+    const V hi = V::Broadcast(scale.hi), lo = V::Broadcast(scale.lo);
+    if constexpr (kTakesValues<V>) {
+      // `below` goes into `power`, or, where that would underflow, into hi and lo, as far as any result can
+      // be above zero.
+      const V power = Max(below, V::Broadcast(static_cast<T>(kUnitExponent<V> + 1 - Format<T>::kBias)));
+      const V rest = PowerOfTwo<V>(Max(below - power, V::Broadcast(-kUnitExponent<V> - 8)));
+      const V unit = V::Broadcast(kUnitExponent<V>);
+      const ValueScaler<V> scaler{hi * rest, lo * rest, PowerOfTwo<V>(power - unit)};
+      WriteFrom(KeptValues<V>{}, kept, Discard{}, y, size, scaler, non_temporal);
+    } else {
+      const V reference = V::Broadcast(static_cast<T>(scale.exponent));
+      WriteFrom(Reload<V>(reference), x, kept, y, size, Scaler<V>{hi, lo}, non_temporal);
+    }
+  }
+
+  // Whether the largest element of a row carries its whole sum.
+  static SOFTMAX2P_INLINE bool IsDominated(T maximum, const ExtendedSum& total) {
+    const V v[1] = {V::Broadcast(maximum)};
+    // The reference takes kUnit off.
+    const T reference = static_cast<T>(total.exponent + kUnitExponent<V>);
+    const ExtExp<V, 1> e = ExtExpKernel<V>(V::Broadcast(reference))(v);
+    T expm1[V::kLanes], pow2[V::kLanes];
+    e.expm1[0].Store(expm1);
+    e.pow2[0].Store(pow2);
+    return OthersOverLargest(total.mantissa.hi, total.mantissa.lo, pow2[0], expm1[0]) < kDominated;
+  }
+
+  // Gives the element of y that dominates its row 1, in float: where results are rounded to 16 bits, it is
+  // that.
+  static void WriteOne(E* y, std::int64_t n) {
+    if constexpr (std::is_same_v<E, T>) {
+      for (std::int64_t i = 0; i < n; ++i) y[i] = y[i] > T{0.5} ? T{1} : y[i];
+    }
+  }
+
+  // The guard's third pass (see ops/guarded_sum.h). Out of line, since rows need it rarely. The scale's shift
+  // is the row's maximum.
+  static __attribute__((noinline)) void GuardedRow(const E* x, E* y, std::int64_t n, RowScale<T>& scale,
+                                                   bool non_temporal) {
+    const T maximum = scale.shift_hi;
+    ScaleFromSum<T>(Sum(x, {}, n, {KnownMaximum<T>::kSubtract, maximum}).sum, true, maximum, scale);
+    // Of the largest element, x - maximum is 0, whose exponential is exact, as is its value.
+    // A row whose maximum is infinite has no softmax: all NaN.
+    if (maximum - maximum != 0) scale.hi = kMinusInfinity<V> - kMinusInfinity<V>;
+    Write(x, {}, y, n, scale, non_temporal);
   }
 
   template <typename Source, typename In, typename Kept, typename Scaling>

@@ -16,7 +16,7 @@ template <typename V, typename E>
 class ScaleBiasMaskKernel {
   using T = typename V::Scalar;
   // Elements that are fetched ahead.
-  static constexpr std::int64_t kAhead = SumAhead::value * V::kLanes;
+  static constexpr std::int64_t kAhead = 256 * V::kLanes;
 
  public:
   static T Apply(const ScaleBiasMaskArgs<E>& args, T* z, std::int64_t n) {

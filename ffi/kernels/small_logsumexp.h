@@ -53,7 +53,7 @@ class SmallLogSumExpKernels {
       } else {
         WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, RecomputeMinusLse<V>(lse_hi, lse_lo), tile,
                        Discard{}, tile, kAdjacent<V>, kAdjacent<V>, Ahead<0>{}, n,
-                       Scaler<V>{load(factor + first), V::Broadcast(0)});
+                       Scaler<V>{DivideByFactor(load(factor + first)), V::Broadcast(0)});
       }
       Tile::Store(tile, count, n, y + first * n, false);
     }

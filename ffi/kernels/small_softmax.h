@@ -87,9 +87,14 @@ class SmallSoftmaxKernels {
     }
   }
 
+  // Of pass 2: it takes kUnit off.
+  static SOFTMAX2P_INLINE V ReferenceOf(const LaneSums<V>& scale) {
+    return scale.exponent + V::Broadcast(kUnitExponent<V>);
+  }
+
   static SOFTMAX2P_INLINE ColumnScale Sum(const T* x, T* kept, int n, int stride) {
     LaneAccumulator<V> sum(MaxColumn<V>(FullVector<V>{}, x, stride, n));
-    AddColumn(FullVector<V>{}, x, kept, stride, Ahead<0>{}, n, Identity{}, sum);
+    AddColumn(FullVector<V>{}, x, Mantissas<T>{kept}, stride, Ahead<0>{}, n, Identity{}, sum);
     const V limit = V::Broadcast(ReductionFor<V>::kMaxExponent - 1), reference = sum.reference();
     LaneSums<V> scale = sum.Sums();
     scale.Invert();
@@ -98,7 +103,7 @@ class SmallSoftmaxKernels {
 
   static SOFTMAX2P_INLINE void Write(const ColumnScale& sum, T* x, const T* kept, int n, int stride) {
     if (!sum.exact) return GuardedColumn(x, n, stride);
-    WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, Reload<V>(sum.scale.exponent), x, kept, x, stride,
+    WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, Reload<V>(ReferenceOf(sum.scale)), x, kept, x, stride,
                    stride, Ahead<0>{}, n, Scaler<V>{sum.scale.hi, sum.scale.lo});
   }
 
@@ -126,8 +131,8 @@ class SmallSoftmaxKernels {
     for (int l = 0; l < V::kLanes; ++l) {
       if (infinite[l]) hi[l] = kMinusInfinity<V> - kMinusInfinity<V>;
     }
-    WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, Recompute<V, SubtractMax<V>>(scale.exponent, minus), x,
-                   Discard{}, x, stride, stride, Ahead<0>{}, n, Scaler<V>{V::Load(hi), scale.lo});
+    WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, Recompute<V, SubtractMax<V>>(ReferenceOf(scale), minus),
+                   x, Discard{}, x, stride, stride, Ahead<0>{}, n, Scaler<V>{V::Load(hi), scale.lo});
   }
 };
 

@@ -4,6 +4,7 @@
 // it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "ffi/base/error_free.h"
@@ -35,6 +36,25 @@ struct KnownMaximum {
   T value = 0;
 };
 
+// Elements of a row that share an exponent: many against the cost of closing a block, some 20 ns, and few
+// against the first-level cache. Rows are cut at multiples of it.
+template <typename T>
+inline constexpr std::int64_t kRowBlock = 8192 / sizeof(T);
+
+// What pass 1 keeps of a row for pass 2: an element for each of x's, and a reference for each kRowBlock of
+// them; what the elements are depends on the instruction set.
+template <typename T>
+struct KeptRow {
+  T* values = nullptr;
+  T* references = nullptr;
+
+  // What is kept of the elements from `at` on, a multiple of kRowBlock.
+  SOFTMAX2P_INLINE KeptRow operator+(std::int64_t at) const {
+    if (values == nullptr) return {};
+    return {values + at, references + at / kRowBlock<T>};
+  }
+};
+
 // How pass 2 makes results of a row: y = (hi + lo)·2^-exponent·e^x. Where `subtract_shift`, x is read as
 // (x - shift_hi) - shift_lo. The shift is the row's maximum, or its lse as hi and lo.
 template <typename T>
@@ -45,7 +65,33 @@ struct RowScale {
   bool subtract_shift;
   T shift_hi;
   T shift_lo;
+  // One element carries the whole sum, other than what rounding takes off: its result is 1, whatever the
+  // rounding of its value.
+  bool dominated = false;
 };
+
+// The scale of a row whose sum of e^x, or of e^(x - shift) where that is subtracted, this is: 1/sum as a T,
+// and what that T leaves out. Written in place: a copy would have to wait until all of it is stored.
+template <typename T>
+SOFTMAX2P_INLINE void ScaleFromSum(const ExtendedSum& sum, bool subtract_shift, T shift, RowScale<T>& scale) {
+  const double inverse = 1 / sum.mantissa.hi;
+  double error = 0;
+  // A double's own digits do for floats.
+  if constexpr (sizeof(T) == sizeof(double)) {
+    error = (std::fma(-inverse, sum.mantissa.hi, 1.0) - inverse * sum.mantissa.lo) * inverse;
+  }
+  const DoubleDouble<T> rounded = ToDoubleDouble<T>(inverse, error);
+  scale.hi = rounded.hi;
+  scale.lo = rounded.lo;
+  scale.exponent = sum.exponent;
+  scale.subtract_shift = subtract_shift;
+  scale.shift_hi = shift;
+  scale.shift_lo = 0;
+  scale.dominated = false;
+}
+
+// Below this share of the largest term, the others leave its softmax 1 in float.
+inline constexpr double kDominated = 0x1p-25;
 
 // `width` columns of `rows` elements each, element i of column c at x[c + i * stride], and one element more
 // in the first `tail` columns. Kernels take `block` rows at a time, which share an exponent.
@@ -144,34 +190,41 @@ template <typename E>
 struct KernelTable {
   using T = ComputeOf<E>;
 
+  // Sums of e^x, and the powers of `exponentials`, are this many times as large: see kFactor in exp.h.
+  double factor;
   // Sums with an exponent beyond this, either way, are not to be trusted: see Reduction in exp.h.
   int max_exponent;
   // Elements of a vector.
   int lanes;
 
-  // ---- One exponential, with the bits that it has in a row's sum: e^x = (1 + expm1)·pow2·2^exponent.
-  void (*exponential)(T x, int exponent, T* expm1, T* pow2);
+  // ---- Exponentials x[n], with the bits that they have in a row's sum: factor·e^x = (1 +
+  // expm1)·pow2·2^exponent.
+  void (*exponentials)(const T* x, std::int64_t n, int exponent, T* expm1, T* pow2);
 
   // ---- Contiguous rows, x[n].
 
   // The largest element. NaNs are passed over; no elements give -inf.
   T (*row_max)(const E* x, std::int64_t n);
   // Pass 1: the sum of e^x, for float to 2^-26 of itself (see LaneAccumulator), and the maximum. Where `kept`
-  // is not null, the mantissas, expm1 of every e^x = (1 + expm1)·2^k, are written to kept[n] for row_write;
-  // `kept` may be y, and is ignored where the maximum is subtracted.
-  RowSum<T> (*row_sum)(const E* x, T* kept, std::int64_t n, const KnownMaximum<T>& maximum);
-  // Pass 2: y[n] as RowScale says. Where `kept` is not null, mantissas are loaded from it; it may be y.
-  void (*row_write)(const E* x, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
+  // has arrays, they are filled for row_write; its values may be y. It is ignored where the maximum is
+  // subtracted.
+  RowSum<T> (*row_sum)(const E* x, const KeptRow<T>& kept, std::int64_t n, const KnownMaximum<T>& maximum);
+  // Pass 2: y[n] as RowScale says. Where `kept` has arrays, it takes e^x from there.
+  void (*row_write)(const E* x, const KeptRow<T>& kept, E* y, std::int64_t n, const RowScale<T>& scale,
                     bool non_temporal);
   // y = (x - lse.maximum) - lse.log, with the rounding of both differences.
   void (*row_write_log)(const E* x, E* y, std::int64_t n, const LseTerms<T>& lse, bool non_temporal);
+
+  // y = softmax(x) of `rows` rows of n <= kRowBlock elements, the bits of row_sum and row_write, with the
+  // guard's third pass where a row needs it.
+  void (*block_rows)(const E* x, E* y, std::int64_t rows, std::int64_t n, bool non_temporal);
 
   // ---- Rows with a scale, a bias or a mask.
 
   // z[n] = scale·x + bias, or `fill` where masked; rounded once where the vector type's Fma is. Returns the
   // largest, NaNs passed over.
   T (*apply_scale_bias_mask)(const ScaleBiasMaskArgs<E>& args, T* z, std::int64_t n);
-  void (*logits_row_write)(const T* z, const T* kept, E* y, std::int64_t n, const RowScale<T>& scale,
+  void (*logits_row_write)(const T* z, const KeptRow<T>& kept, E* y, std::int64_t n, const RowScale<T>& scale,
                            bool non_temporal);
   void (*logits_row_write_log)(const T* z, E* y, std::int64_t n, const LseTerms<T>& lse, bool non_temporal);
 
@@ -183,17 +236,18 @@ struct KernelTable {
                       std::int64_t z_stride);
   // maximum[width]: the largest element of every column, NaNs passed over; with `resume`, or what is there.
   void (*panel_max)(const E* x, const Panel& panel, bool resume, T* maximum);
-  // Pass 1: the sum of e^x of every column. `kept` is as in row_sum, and laid out as x. Where `maximum` is
-  // null, `largest` is null, too, or becomes what panel_max finds.
+  // Pass 1: the sum of e^x of every column. Where `kept` is not null, mantissas are written to it for
+  // panel_write, laid out as x; it may be y, and is ignored where the maximum is subtracted. Where `maximum`
+  // is null, `largest` is null, too, or becomes what panel_max finds.
   void (*panel_sum)(const E* x, T* kept, const Panel& panel, PanelStretch stretch, const T* maximum,
                     const T* subtract, const PanelSums<T>& sums, T* largest);
   // Adds the sums `from` to the sums `into`, for `width` columns.
   void (*panel_merge)(const PanelSums<T>& into, const PanelSums<T>& from, int width);
-  // Replaces hi + lo by 1/(hi + lo), for `width` columns. The exponents stay.
+  // Replaces the sums by the scales that panel_write takes, for `width` columns. The exponents stay.
   void (*panel_invert)(const PanelSums<T>& sums, int width);
   // The lse of `width` columns as hi + lo, hi its rounding, and `log`, as lse = maximum + log, all [width].
   // `sums` are those of panel_sum with `subtract`, `maximum` those of x. The errors are those of small_lse;
-  // hi, lo and log are NaN where the sum is no number.
+  // hi, lo and log are NaN where the sum is no number, or the column nearly certain (kNearCertainty).
   void (*panel_lse)(const PanelSums<T>& sums, const T* maximum, const T* subtract, int width, T* hi, T* lo,
                     T* log);
   // Pass 2: y = (hi + lo)·2^-exponent·e^x, with the column's scale.
@@ -229,8 +283,8 @@ struct KernelTable {
   // y = softmax(x) of `width` columns of n <= kMaxSmall elements; element i of column c is x[c + i * stride].
   void (*small_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
   // Of x[rows, n], n <= kMaxSmall, the lse of every row as LseTerms. The log is also NaN where the row needs
-  // the guard's third pass, which is then the caller's to do. The tests hold the lse to 2^-23 for T float and
-  // to 2^-49 for double, absolutely.
+  // the guard's third pass or is nearly certain (kNearCertainty), which is then the caller's to do. The tests
+  // hold the lse to 2^-23 for T float and to 2^-49 for double, absolutely.
   void (*small_lse)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
   // y = factor·e^((x - hi) - lo) of x[rows, n], n <= kMaxSmall, without the rounding of the differences, with
   // one hi, lo and factor for each row. Where `factor` is null, y = (x - hi) - lo, with their rounding.

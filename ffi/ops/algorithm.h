@@ -10,7 +10,7 @@ namespace jax_softmax2p {
 enum class Algorithm {
   kAuto,
   kTwoPass,             // Algorithm 3 of arXiv 2001.04438: pass 2 recomputes every exponential
-  kTwoPassReload,       // pass 2 loads the mantissas that pass 1 kept
+  kTwoPassReload,       // pass 2 loads the exponentials that pass 1 kept
   kThreePassRecompute,  // Algorithm 1: finds the maximum first, then as kTwoPass
   kThreePassReload,     // Algorithm 2: finds the maximum first, then as kTwoPassReload
 };

@@ -11,6 +11,7 @@
 //   published algorithm would compute -inf + inf.
 // * kernels/lane_sum.h: LaneAccumulator::Reference clamps the exponent of a sum from below alike.
 // * kernels/small_softmax.h: GuardedColumn is the third pass of small matrices and columns.
+// * kernels/rows.h: GuardedRow is that of rows of one block.
 // * ops/guarded_panel_sum.h is the third pass of panels.
 // * kernels/small_logsumexp.h: a log that is NaN tells the caller that a row needs the third pass.
 // * ops/logsumexp_derivatives.cc: ScaleFromLse has the lse subtracted beyond the exact range.
@@ -28,9 +29,12 @@
 
 namespace jax_softmax2p {
 
-// What pass 1 finds: the sum of e^z, or of e^(z - maximum) where `subtract`, with z the logits of a row.
+// What pass 1 finds: the sum of e^z, or of e^(z - maximum) where `subtract`, with z the logits of a row. The
+// sum is a member, so that pass 1 writes it where it stays: a copy would have to wait for its parts to be
+// stored.
 template <typename T>
-struct GuardedRowSum : RowSum<T> {
+struct GuardedRowSum {
+  RowSum<T> of;
   bool subtract = false;
 };
 
@@ -42,15 +46,14 @@ ComputeOf<E> MaximumOfRow(const LogitsRow<E>& row, const Segments& segments) {
                             [](T& a, T b) { a = std::max(a, b); });
 }
 
-// Pass 1 without the guard. `kept` is null, or has row.size() elements for the mantissas.
+// Pass 1 without the guard, of the elements from `first` on that the segments are of.
 template <typename E>
-RowSum<ComputeOf<E>> SumOfRow(const LogitsRow<E>& row, const Segments& segments, ComputeOf<E>* kept,
-                              const KnownMaximum<ComputeOf<E>>& known) {
+RowSum<ComputeOf<E>> SumOfRow(const LogitsRow<E>& row, const Segments& segments,
+                              const KeptRow<ComputeOf<E>>& kept, const KnownMaximum<ComputeOf<E>>& known,
+                              std::int64_t first = 0) {
   using Sum = RowSum<ComputeOf<E>>;
   return segments.Reduce<Sum>(
-      [&](std::int64_t at, std::int64_t size) {
-        return row.Sum(at, size, kept == nullptr ? nullptr : kept + at, known);
-      },
+      [&](std::int64_t at, std::int64_t size) { return row.Sum(first + at, size, kept + at, known); },
       [](Sum& a, const Sum& b) { a.Combine(b); });
 }
 
@@ -58,17 +61,17 @@ RowSum<ComputeOf<E>> SumOfRow(const LogitsRow<E>& row, const Segments& segments,
 // kept is not to be used where the result says `subtract`.
 template <typename E>
 GuardedRowSum<ComputeOf<E>> GuardedSum(const LogitsRow<E>& row, const Segments& segments, int max_exponent,
-                                       ComputeOf<E>* kept, bool maximum_first) {
+                                       const KeptRow<ComputeOf<E>>& kept, bool maximum_first) {
   using T = ComputeOf<E>;
   KnownMaximum<T> known;
   if (maximum_first) known = {KnownMaximum<T>::kReference, MaximumOfRow(row, segments)};
   GuardedRowSum<T> result{SumOfRow(row, segments, kept, known)};
-  if (std::abs(result.sum.exponent) < max_exponent) return result;
+  if (std::abs(result.of.sum.exponent) < max_exponent) return result;
   result.subtract = true;
-  if (std::isinf(result.maximum)) {
-    result.sum.mantissa.hi = std::numeric_limits<double>::quiet_NaN();
+  if (std::isinf(result.of.maximum)) {
+    result.of.sum.mantissa.hi = std::numeric_limits<double>::quiet_NaN();
   } else {
-    result.sum = SumOfRow(row, segments, nullptr, {KnownMaximum<T>::kSubtract, result.maximum}).sum;
+    result.of.sum = SumOfRow<E>(row, segments, {}, {KnownMaximum<T>::kSubtract, result.of.maximum}).sum;
   }
   return result;
 }

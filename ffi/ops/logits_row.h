@@ -64,8 +64,9 @@ class LogitsRow {
     return maximum;
   }
 
-  // Pass 1, as KernelTable::row_sum. `kept` is null, or where the first of these elements' mantissas go.
-  RowSum<T> Sum(std::int64_t at, std::int64_t size, T* kept, const KnownMaximum<T>& known) const {
+  // Pass 1, as KernelTable::row_sum. `kept` is that of these elements.
+  RowSum<T> Sum(std::int64_t at, std::int64_t size, const KeptRow<T>& kept,
+                const KnownMaximum<T>& known) const {
     if (!has_operands_) return kernels_->Of<E>().row_sum(args_.x + at, kept, size, known);
     RowSum<T> sum;
     ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T of_block) {
@@ -73,18 +74,18 @@ class LogitsRow {
       const bool subtracts = known.use == KnownMaximum<T>::kSubtract;
       const KnownMaximum<T> here{subtracts ? known.use : KnownMaximum<T>::kReference,
                                  subtracts ? known.value : of_block};
-      sum.Combine(kernels_->Of<T>().row_sum(z, kept == nullptr ? nullptr : kept + i, count, here));
+      sum.Combine(kernels_->Of<T>().row_sum(z, kept + i, count, here));
     });
     return sum;
   }
 
   // Pass 2, as KernelTable::row_write. y is where the first of these elements' results go.
-  void Write(std::int64_t at, std::int64_t size, const T* kept, E* y, const RowScale<T>& scale,
+  void Write(std::int64_t at, std::int64_t size, const KeptRow<T>& kept, E* y, const RowScale<T>& scale,
              bool non_temporal) const {
     const KernelTable<E>& table = kernels_->Of<E>();
     if (!has_operands_) return table.row_write(args_.x + at, kept, y, size, scale, non_temporal);
     ForBlocks(at, size, [&](std::int64_t i, const T* z, std::int64_t count, T) {
-      table.logits_row_write(z, kept == nullptr ? nullptr : kept + i, y + i, count, scale, non_temporal);
+      table.logits_row_write(z, kept + i, y + i, count, scale, non_temporal);
     });
   }
 
@@ -105,13 +106,13 @@ class LogitsRow {
       const std::int64_t count = std::min(kLogitsBlock, size - i);
       if constexpr (std::is_same_v<E, T>) {
         if (!has_operands_) {
-          kernels_->Of<T>().row_write(args_.x + at + i, nullptr, y, count, scale, false);
+          kernels_->Of<T>().row_write(args_.x + at + i, {}, y, count, scale, false);
           body(i, y, count);
           continue;
         }
       }
       ApplyOperands(at + i, count, y);
-      kernels_->Of<T>().row_write(y, nullptr, y, count, scale, false);
+      kernels_->Of<T>().row_write(y, {}, y, count, scale, false);
       body(i, y, count);
     }
   }
@@ -119,6 +120,18 @@ class LogitsRow {
   // Whether element i, counted from the row's first, is masked.
   bool IsMasked(std::int64_t i) const {
     return i < begin_ || i >= end_ || (where_ != nullptr && where_[i * where_step_] == 0);
+  }
+
+  // The place of the first element that is `value`, or size().
+  std::int64_t Find(T value) const {
+    T z[kLogitsBlock];
+    for (std::int64_t i = 0; i < size(); i += kLogitsBlock) {
+      const std::int64_t count = std::min(kLogitsBlock, size() - i);
+      ApplyOperands(i, count, z);
+      const T* const found = std::find(z, z + count, value);
+      if (found != z + count) return i + (found - z);
+    }
+    return size();
   }
 
   bool HasNan() const {

@@ -1,7 +1,9 @@
 #include "ffi/ops/logsumexp.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "ffi/kernels/log.h"
 #include "ffi/ops/guarded_sum.h"
@@ -11,22 +13,42 @@
 namespace jax_softmax2p {
 namespace {
 
+// The sum of a row without its largest element.
+template <typename E>
+ExtendedSum SumOfOthers(const LogitsRow<E>& row, const Segments& segments,
+                        const GuardedRowSum<ComputeOf<E>>& row_sum) {
+  using T = ComputeOf<E>;
+  const KnownMaximum<T> known{row_sum.subtract ? KnownMaximum<T>::kSubtract : KnownMaximum<T>::kUnknown,
+                              row_sum.of.maximum};
+  const std::int64_t at = row.Find(row_sum.of.maximum), after = std::min(at + 1, row.size());
+  RowSum<T> sum = SumOfRow<E>(row, segments.OfPart(at), {}, known);
+  sum.Combine(SumOfRow<E>(row, segments.OfPart(row.size() - after), {}, known, after));
+  return sum.sum;
+}
+
 // log(sum) is taken over the row's largest term, log1p(the sum of the others), so that it keeps its digits
 // where one element carries nearly all of the sum.
 template <typename E>
 LseTerms<ComputeOf<E>> LseOfRow(const KernelTable<E>& kernels, const LogitsRow<E>& row,
                                 const Segments& segments) {
   using T = ComputeOf<E>;
-  const GuardedRowSum<T> row_sum = GuardedSum(row, segments, kernels.max_exponent, nullptr, false);
-  const CompensatedSum& mantissa = row_sum.sum.mantissa;
-  if (std::isnan(mantissa.hi)) return {row_sum.maximum, std::numeric_limits<T>::quiet_NaN(), 0};
-  // Of the largest element: e^(maximum - maximum), where that is subtracted.
-  T expm1 = 0, pow2 = 1;
-  if (!row_sum.subtract) kernels.exponential(row_sum.maximum, row_sum.sum.exponent, &expm1, &pow2);
+  const GuardedRowSum<T> row_sum = GuardedSum<E>(row, segments, kernels.max_exponent, {}, false);
+  const T maximum = row_sum.of.maximum;
+  const ExtendedSum& sum = row_sum.of.sum;
+  if (std::isnan(sum.mantissa.hi)) return {maximum, std::numeric_limits<T>::quiet_NaN(), 0};
+  const T largest_as_summed = row_sum.subtract ? 0 : maximum;
+  T expm1, pow2;
+  kernels.exponentials(&largest_as_summed, 1, sum.exponent, &expm1, &pow2);
+  double others = OthersOverLargest(sum.mantissa.hi, sum.mantissa.lo, pow2, expm1);
+  if (std::is_same_v<T, float> && others < kNearCertainty) {
+    const ExtendedSum rest = SumOfOthers(row, segments, row_sum);
+    const double largest = static_cast<double>(pow2) + static_cast<double>(expm1) * pow2;
+    others = rest.mantissa.hi * PowerOfTwo(rest.exponent - sum.exponent) / largest;
+  }
   double exact_lo;
-  const double exact_hi = LogOfSumOverLargest(mantissa.hi, mantissa.lo, pow2, expm1, exact_lo);
+  const double exact_hi = LogOfOnePlus(others, exact_lo);
   const DoubleDouble<T> log = ToDoubleDouble<T>(exact_hi, exact_lo);
-  return {row_sum.maximum, log.hi, log.lo};
+  return {maximum, log.hi, log.lo};
 }
 
 // Adds the terms up. As in jax.nn's logsumexp, an infinite maximum is the lse, unless the row has a NaN,
@@ -60,7 +82,7 @@ class SmallRowsLse {
     } else {
       kernels.Of<T>().small_lse(z, count, n, maximum, log, rest);
     }
-    // NaN is also the kernel's sign that a row needs the guard's third pass.
+    // NaN is also the kernel's sign that a row needs the guard's third pass or is nearly certain.
     InlineExecutor this_thread;
     for (std::int64_t i = 0; i < count; ++i) {
       if (!std::isnan(log[i])) continue;

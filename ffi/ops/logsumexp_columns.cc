@@ -35,21 +35,37 @@ class LogSumExpPanel {
     sum_.Compute(panel, logits_, nullptr, PanelMaximum::kInPass1);
     kernels_.panel_lse(sum_.Sums(), sum_.maximum(), sum_.subtract(), panel.width(), lse_.hi + row,
                        lse_.lo + row, log_.data());
-    WriteNonFinite(row);
+    for (int c = 0; c < panel.width(); ++c) {
+      if (std::isnan(log_[static_cast<std::size_t>(c)])) WriteWithoutKernel(c, row + c);
+    }
     if (y_ != nullptr) WriteLogSoftmax();
   }
 
  private:
-  // As in jax.nn's logsumexp, an infinite maximum is the lse, unless the column has a NaN, which the maximum
-  // passes over.
-  void WriteNonFinite(std::int64_t row) const {
-    for (int c = 0; c < logits_.panel().width(); ++c) {
-      T& hi = lse_.hi[row + c];
-      if (std::isfinite(hi)) continue;
-      lse_.lo[row + c] = 0;
-      const T maximum = sum_.maximum()[c];
-      if (std::isnan(hi) && std::isinf(maximum) && !logits_.HasNan(c)) hi = maximum;
+  // The lse of column c where the kernel has none. As in jax.nn's logsumexp, an infinite maximum is the lse,
+  // unless the column has a NaN, which the maximum passes over. Otherwise the column is nearly certain: the
+  // logarithm is that of 1 + the others over the largest.
+  void WriteWithoutKernel(int c, std::int64_t row) {
+    T &hi = lse_.hi[row], &lo = lse_.lo[row];
+    const T maximum = sum_.maximum()[c];
+    lo = 0;
+    if (logits_.HasNan(c)) return;
+    hi = maximum;
+    if (std::isinf(maximum)) return;
+    double others = 0;
+    bool met_largest = false;
+    for (std::int64_t i = 0; i < logits_.panel().layout().n; ++i) {
+      const T z = logits_.At(c, i);
+      if (z == maximum && !met_largest) {
+        met_largest = true;
+      } else {
+        others += std::exp(static_cast<double>(z) - static_cast<double>(maximum));
+      }
     }
+    const double log = std::log1p(others), sum = static_cast<double>(maximum) + log;
+    log_[static_cast<std::size_t>(c)] = static_cast<T>(log);
+    hi = static_cast<T>(sum);
+    lo = static_cast<T>((static_cast<double>(maximum) - static_cast<double>(hi)) + log);
   }
 
   // (z - maximum) - log, which is exact where z - lse would round twice.

@@ -12,16 +12,18 @@
 namespace jax_softmax2p {
 namespace {
 
-// factor·e^-lse, by which the kernels multiply e^z. That avoids rounding z - hi, which would cost about
-// |z - hi| ULP. Beyond the kernels' exact range, and where the lse or the factor is not finite, hi is
-// subtracted from z: there z - hi is exact wherever e^(z - hi) does not vanish.
-template <typename T>
-RowScale<T> ScaleFromLse(T hi, T lo, double factor, int max_exponent) {
+// factor·e^-lse, by which the kernels multiply e^z, which they have KernelTable::factor times as large. That
+// avoids rounding z - hi, which would cost about |z - hi| ULP. Beyond the kernels' exact range, and where the
+// lse or the factor is not finite, hi is subtracted from z: there z - hi is exact wherever e^(z - hi) does
+// not vanish.
+template <typename E, typename T = ComputeOf<E>>
+RowScale<T> ScaleFromLse(const KernelTable<E>& kernels, T hi, T lo, double factor) {
   constexpr double kLog2E = 0x1.71547652b82fep0;
   constexpr double kLn2Hi = 0x1.62e42fefa39efp-1, kLn2Lo = 0x1.abc9e3b39803fp-56;
   RowScale<T> scale{};
+  factor /= kernels.factor;
   const double exponent = 2 * std::floor(static_cast<double>(hi) * (kLog2E / 2));
-  if (std::abs(exponent) < max_exponent - 2 && std::isfinite(factor)) {
+  if (std::abs(exponent) < kernels.max_exponent - 2 && std::isfinite(factor)) {
     const double rest = std::fma(-exponent, kLn2Hi, static_cast<double>(hi));
     const double value = factor * std::exp(-rest);
     const double missing = value * (exponent * kLn2Lo - static_cast<double>(lo));
@@ -96,7 +98,7 @@ void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, 
   const CompensatedSum sum = segments.Reduce<CompensatedSum>(
       [&](std::int64_t at, std::int64_t size) { return kernels.sum(t + at, size); },
       [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
-  const RowScale<T> scale = ScaleFromLse(lse.hi[r], lse.lo[r], sum.hi + sum.lo, kernels.max_exponent);
+  const RowScale<T> scale = ScaleFromLse(kernels, lse.hi[r], lse.lo[r], sum.hi + sum.lo);
   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
     row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
       kernels.subtract(t + at + i, p, out + at + i, count);
@@ -128,7 +130,7 @@ void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
   }
   ForLogitsRows(kernels, executor, logits,
                 [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-                  const RowScale<T> scale = ScaleFromLse(lse.hi[r], lse.lo[r], 1, table.max_exponent);
+                  const RowScale<T> scale = ScaleFromLse(table, lse.hi[r], lse.lo[r], 1);
                   const E* const row_t = t + r * n;
                   const CompensatedSum dot = segments.Reduce<CompensatedSum>(
                       [&](std::int64_t at, std::int64_t size) {
@@ -153,15 +155,14 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
   if (logits.inner > 1) return LogSumExpVjpColumns(kernels, executor, logits, lse, factor, y);
   if (HasSmallRows(logits)) return SmallLogSumExpVjp(kernels, executor, logits, lse, factor, y);
   const bool non_temporal = IsNonTemporal(logits);
-  const int max_exponent = kernels.Of<E>().max_exponent;
   ForLogitsRows(kernels, executor, logits,
                 [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
                   const T hi = lse.hi[r], lo = lse.lo[r];
-                  const RowScale<T> scale = ScaleFromLse(hi, lo, factor[r], max_exponent);
+                  const RowScale<T> scale = ScaleFromLse(kernels.Of<E>(), hi, lo, factor[r]);
                   E* const row_y = y + r * logits.n;
                   const Label<E> label(row, logits.n, LabelOf(lse, r));
                   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
-                    row.Write(at, size, nullptr, row_y + row.begin() + at, scale, non_temporal);
+                    row.Write(at, size, {}, row_y + row.begin() + at, scale, non_temporal);
                     if (non_temporal && row.size() > kSegment) FenceNonTemporalStores();
                   });
                   if (logits.HasMask()) {

@@ -15,7 +15,7 @@ namespace jax_softmax2p {
 // 16-bit elements, and y in place of x. The kernels for small rows, matrices and columns ignore it.
 struct SoftmaxPlan {
   bool maximum_first;  // three passes
-  bool reload;         // pass 1 keeps the mantissas of the exponentials, and pass 2 loads them
+  bool reload;         // pass 1 keeps the exponentials, and pass 2 loads them
   bool non_temporal;   // y is written past the caches
 };
 

@@ -6,6 +6,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "ffi/kernels/log.h"
 #include "ffi/ops/guarded_sum.h"
 #include "ffi/ops/logits_row.h"
 #include "ffi/ops/parallel_rows.h"
@@ -20,22 +21,6 @@ namespace {
 // of operations on single numbers, takes some 40 ns that the CPU fills with pass 2 of the other. Two rows and
 // what is kept of them stay in the first-level cache.
 constexpr std::int64_t kMaxInterleavedRow = 1 << 11;
-
-// 1/sum as a T and what that T leaves out.
-template <typename T>
-RowScale<T> ScaleFromSum(const GuardedRowSum<T>& row_sum) {
-  const CompensatedSum& mantissa = row_sum.sum.mantissa;
-  const double inverse = 1 / mantissa.hi;
-  const double error = (std::fma(-inverse, mantissa.hi, 1.0) - inverse * mantissa.lo) * inverse;
-  const DoubleDouble<T> rounded = ToDoubleDouble<T>(inverse, error);
-  RowScale<T> scale{};
-  scale.hi = rounded.hi;
-  scale.lo = rounded.lo;
-  scale.exponent = row_sum.sum.exponent;
-  scale.subtract_shift = row_sum.subtract;
-  if (row_sum.subtract) scale.shift_hi = row_sum.maximum;
-  return scale;
-}
 
 // Both passes over rows of one array. Rows that are interleaved have two slots of scratch, which they take
 // in turn.
@@ -58,44 +43,65 @@ class RowsSoftmax {
     const std::int64_t size = slots_ * ((reload_ && !kept_in_y_ ? logits.n : 0) + buffer_size_);
     // Without memory for scratch the rows are recomputed instead.
     if (size != 0) scratch_.reset(new (std::nothrow) T[size]);
+    const std::int64_t blocks = CeilDiv(logits.n, kRowBlock<T>);
+    if (!reload_ || blocks <= kMaxFewBlocks) return;
+    many_references_.reset(new (std::nothrow) T[blocks]);
+    reload_ = many_references_ != nullptr;
   }
 
   void Compute(std::int64_t first, std::int64_t end) {
     if (slots_ == 1) {
-      for (std::int64_t r = first; r < end; ++r) Write(r, Sum(r));
-    } else if (first < end) {
-      RowScale<T> next = Sum(first);
       for (std::int64_t r = first; r < end; ++r) {
-        const RowScale<T> scale = next;
-        if (r + 1 < end) next = Sum(r + 1);
-        Write(r, scale);
+        Sum(r);
+        Write(r);
+      }
+    } else if (first < end) {
+      Sum(first);
+      for (std::int64_t r = first; r < end; ++r) {
+        if (r + 1 < end) Sum(r + 1);
+        Write(r);
       }
     }
     if (plan_.non_temporal) FenceNonTemporalStores();
   }
 
  private:
+  // A row of two slots has no more.
+  static constexpr std::int64_t kMaxFewBlocks = kMaxInterleavedRow / kRowBlock<double>;
+
   // Where what pass 1 keeps of a row goes: y will do, unless x is still needed there, or y has no room for a
   // T, or must not come into the caches.
-  T* Kept(std::int64_t r, const LogitsRow<E>& row) const {
-    if (!reload_) return nullptr;
+  KeptRow<T> Kept(std::int64_t r, const LogitsRow<E>& row) {
+    if (!reload_) return {};
+    T* const references = many_references_ != nullptr ? many_references_.get() : few_references_[r % slots_];
     if constexpr (std::is_same_v<E, T>) {
-      if (kept_in_y_) return y_ + r * logits_.n + row.begin();
+      if (kept_in_y_) return {y_ + r * logits_.n + row.begin(), references};
     }
-    return scratch_ == nullptr ? nullptr : scratch_.get() + slots_ * buffer_size_ + r % slots_ * logits_.n;
+    if (scratch_ == nullptr) return {};
+    return {scratch_.get() + slots_ * buffer_size_ + r % slots_ * logits_.n, references};
   }
 
   // Pass 1.
-  RowScale<T> Sum(std::int64_t r) {
+  void Sum(std::int64_t r) {
     T* const buffer =
         buffer_size_ == 0 || scratch_ == nullptr ? nullptr : scratch_.get() + r % slots_ * buffer_size_;
     const LogitsRow<E>& row = rows_[r % slots_].emplace(kernels_, logits_, r, buffer);
-    return ScaleFromSum(GuardedSum(row, Segments(executor_, row.size()), kernels_.Of<E>().max_exponent,
-                                   Kept(r, row), plan_.maximum_first));
+    const GuardedRowSum<T> sum = GuardedSum(row, Segments(executor_, row.size()),
+                                            kernels_.Of<E>().max_exponent, Kept(r, row), plan_.maximum_first);
+    ScaleFromSum(sum.of.sum, sum.subtract, sum.of.maximum, scales_[r % slots_]);
+    const KernelTable<E>& table = kernels_.Of<E>();
+    if (table.factor == 1) return;
+    const T largest = sum.subtract ? 0 : sum.of.maximum;
+    const ExtendedSum& total = sum.of.sum;
+    T expm1, pow2;
+    table.exponentials(&largest, 1, total.exponent, &expm1, &pow2);
+    scales_[r % slots_].dominated =
+        OthersOverLargest(total.mantissa.hi, total.mantissa.lo, pow2, expm1) < kDominated;
   }
 
   // Pass 2.
-  void Write(std::int64_t r, const RowScale<T>& scale) const {
+  void Write(std::int64_t r) {
+    const RowScale<T>& scale = scales_[r % slots_];
     const LogitsRow<E>& row = *rows_[r % slots_];
     E* const y = y_ + r * logits_.n;
     WriteRow(row, Segments(executor_, row.size()), Kept(r, row), y + row.begin(), scale, plan_.non_temporal);
@@ -117,6 +123,9 @@ class RowsSoftmax {
   bool kept_in_y_;
   std::int64_t buffer_size_;  // of one slot
   std::unique_ptr<T[]> scratch_;
+  T few_references_[2][kMaxFewBlocks];
+  std::unique_ptr<T[]> many_references_;  // of rows of more blocks, which are not interleaved
+  RowScale<T> scales_[2];
   std::optional<LogitsRow<E>> rows_[2];
 };
 
@@ -125,6 +134,13 @@ class RowsSoftmax {
 template <typename E>
 void SoftmaxRows(const Kernels& kernels, Executor& executor, const SoftmaxPlan& plan, const Logits<E>& logits,
                  E* y) {
+  if (plan.reload && !plan.maximum_first && !logits.HasOperands() && logits.n <= kRowBlock<ComputeOf<E>>) {
+    return ParallelForWholeRows(executor, logits.rows, logits.n, [&](std::int64_t first, std::int64_t end) {
+      const std::int64_t at = first * logits.n;
+      kernels.Of<E>().block_rows(logits.x + at, y + at, end - first, logits.n, plan.non_temporal);
+      if (plan.non_temporal) FenceNonTemporalStores();
+    });
+  }
   ParallelForRows(executor, logits.rows, logits.n,
                   [&](std::int64_t first, std::int64_t end, Executor& segments_executor) {
                     RowsSoftmax<E>(kernels, segments_executor, plan, logits, y).Compute(first, end);

@@ -19,7 +19,7 @@ struct F32 {
   using Scalar = float;
   static constexpr int kLanes = 8;
   static constexpr int kTransposeRows = 4;
-  static constexpr int kTableBits = 0;
+  static constexpr int kTableBits = 2;
   static constexpr bool kHasFma = true;
   static constexpr int kRegisters = 16;
 
@@ -122,14 +122,23 @@ struct F32 {
     const __m128 of2 = _mm_max_ps(of4, _mm_movehl_ps(of4, of4));
     return _mm_cvtss_f32(_mm_max_ss(of2, _mm_movehdup_ps(of2)));
   }
-  SOFTMAX2P_INLINE double ReduceSum() const {
-    const __m256d of4 = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)),
-                                      _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+  friend SOFTMAX2P_INLINE double ReduceSum(F32 hi, F32 lo) {
+    const auto halves = [](F32 a) {
+      return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)),
+                           _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+    };
+    const __m256d of4 = _mm256_add_pd(halves(hi), halves(lo));
     const __m128d of2 = _mm_add_pd(_mm256_castpd256_pd128(of4), _mm256_extractf128_pd(of4, 1));
     return _mm_cvtsd_f64(_mm_add_sd(of2, _mm_unpackhi_pd(of2, of2)));
   }
   friend SOFTMAX2P_INLINE F32 ExponentFromLowBits(F32 a) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
+  }
+  SOFTMAX2P_INLINE F32 PowerFromTable(const std::uint32_t* table) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256 entries = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(table));
+    const __m256i chosen = _mm256_castps_si256(_mm256_permutevar_ps(entries, bits));
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(bits, 23 - kTableBits), chosen))};
   }
 
  private:

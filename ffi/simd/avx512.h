@@ -14,7 +14,7 @@ struct F32 {
   using Scalar = float;
   static constexpr int kLanes = 16;
   static constexpr int kTransposeRows = 4;
-  static constexpr int kTableBits = 4;
+  static constexpr int kTableBits = 2;
   static constexpr bool kHasFma = true;
   static constexpr int kRegisters = 32;
 
@@ -95,18 +95,21 @@ struct F32 {
     return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0;
   }
   SOFTMAX2P_INLINE float ReduceMax() const { return _mm512_reduce_max_ps(v); }
-  SOFTMAX2P_INLINE double ReduceSum() const {
-    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
-                                              _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+  friend SOFTMAX2P_INLINE double ReduceSum(F32 hi, F32 lo) {
+    const auto halves = [](F32 a) {
+      return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)),
+                           _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+    };
+    return _mm512_reduce_add_pd(_mm512_add_pd(halves(hi), halves(lo)));
   }
   friend SOFTMAX2P_INLINE F32 ExponentFromLowBits(F32 a) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
   }
-  SOFTMAX2P_INLINE F32 Lookup(const float* table) const {
-    return {_mm512_permutexvar_ps(_mm512_castps_si512(v), _mm512_load_ps(table))};
-  }
-  SOFTMAX2P_INLINE F32 AboveLookup() const {
-    return {_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(v), kTableBits))};
+  SOFTMAX2P_INLINE F32 PowerFromTable(const std::uint32_t* table) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512 entries = _mm512_broadcast_f32x4(_mm_load_ps(reinterpret_cast<const float*>(table)));
+    const __m512i chosen = _mm512_castps_si512(_mm512_permutevar_ps(entries, bits));
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(bits, 23 - kTableBits), chosen))};
   }
 
  private:

@@ -93,8 +93,11 @@ struct F32 {
   friend SOFTMAX2P_INLINE F32 Floor(F32 a) { return {vrndmq_f32(a.v)}; }
   friend SOFTMAX2P_INLINE bool AnyGreater(F32 a, F32 b) { return vmaxvq_u32(vcgtq_f32(a.v, b.v)) != 0; }
   SOFTMAX2P_INLINE float ReduceMax() const { return vmaxvq_f32(v); }
-  SOFTMAX2P_INLINE double ReduceSum() const {
-    return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(v)), vcvt_high_f64_f32(v)));
+  friend SOFTMAX2P_INLINE double ReduceSum(F32 hi, F32 lo) {
+    const auto halves = [](F32 a) {
+      return vaddq_f64(vcvt_f64_f32(vget_low_f32(a.v)), vcvt_high_f64_f32(a.v));
+    };
+    return vaddvq_f64(vaddq_f64(halves(hi), halves(lo)));
   }
   friend SOFTMAX2P_INLINE F32 ExponentFromLowBits(F32 a) {
     return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a.v), 23))};

@@ -26,11 +26,11 @@
 //   Floor(a)             For |a| < 2^22 in F32, 2^51 in F64.
 //   AnyGreater(a, b)     Whether a > b in any lane.
 //   ReduceMax            The largest lane. None may be NaN.
-//   ReduceSum            Only in F32: the sum of the lanes in double, halves of the vector pairwise.
+//   ReduceSum(hi, lo)    Only in F32: the sum of the lanes of both in double, halves of the vectors pairwise.
 //   ExponentFromLowBits  Moves the low integer bits of a lane into the exponent field: 2^(low bits - bias).
-//   kTableBits           0, or b where there are Lookup and AboveLookup.
-//   Lookup(table)        The entry of an aligned table of 2^b that the lowest b bits of a lane choose.
-//   AboveLookup()        The integer bits above those b.
+//   kTableBits           0, or b where there is PowerFromTable.
+//   PowerFromTable(t)    The float t[i] of an aligned table of 2^b, i the lowest b bits of a lane, times 2^m,
+//                        m the integer above those bits; a table holds the floats' bits less i in bit 23 - b.
 //   kRegisters           How many vectors the CPU has registers for.
 //   kHasFma              Whether Fma rounds once. ReductionFor<V> in kernels/exp.h depends on it.
 #pragma once
@@ -141,9 +141,10 @@ struct Vector {
     for (int i = 1; i < kLanes; ++i) max = v[i] > max ? v[i] : max;
     return max;
   }
-  SOFTMAX2P_INLINE double ReduceSum() const {
+  friend SOFTMAX2P_INLINE double ReduceSum(Vector hi, Vector lo) {
     static_assert(kLanes == 4);
-    return (double{v[0]} + double{v[2]}) + (double{v[1]} + double{v[3]});
+    const auto halves = [](Vector a, int i) { return double{a.v[i]} + double{a.v[i + 2]}; };
+    return (halves(hi, 0) + halves(lo, 0)) + (halves(hi, 1) + halves(lo, 1));
   }
 
   friend SOFTMAX2P_INLINE Vector ExponentFromLowBits(Vector a) {

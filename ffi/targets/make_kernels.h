@@ -26,13 +26,15 @@ constexpr KernelTable<E> MakeKernelTable() {
   using SmallLse = SmallLogSumExpKernels<V>;
   using Jacobian = JacobianKernels<V, E>;
   KernelTable<E> table{};
+  table.factor = kFactor<V>;
   table.max_exponent = ReductionFor<V>::kMaxExponent;
   table.lanes = V::kLanes;
-  table.exponential = Rows::Exponential;
+  table.exponentials = Rows::Exponentials;
   table.row_max = Rows::Maximum;
   table.row_sum = Rows::Sum;
   table.row_write = Rows::template Write<E>;
   table.row_write_log = Rows::template WriteLog<E>;
+  table.block_rows = Rows::BlockRows;
   table.apply_scale_bias_mask = ScaleBiasMaskKernel<V, E>::Apply;
   table.logits_row_write = Rows::template Write<T>;
   table.logits_row_write_log = Rows::template WriteLog<T>;

@@ -238,6 +238,22 @@ constexpr DataClass kOrdinary[] = {
        return i >= n - n / 3 ? kFarBelow : r.Normal();
      }},
 };
+// Classes whose rounding errors repeat themselves or add up, and so come nearest to the contract's bound.
+constexpr double kPeriod[] = {0.84, 0.11, 0.47, 0.93, 0.29, 0.66, 0.05, 0.71, 0.38, 0.52, 0.17, 0.99,
+                              0.25, 0.60, 0.78, 0.02, 0.91, 0.34, 0.57, 0.13, 0.82, 0.45, 0.69, 0.21};
+constexpr DataClass kRepeating[] = {
+    {"dominated", [](Random& r, std::int64_t i,
+                     std::int64_t) { return i == 0 ? 35 + 5 * r.Uniform() : 5 + 5 * r.Uniform(); }},
+    {"one far above", [](Random& r, std::int64_t i,
+                         std::int64_t n) { return i == n / 7 ? 22 + 10 * r.Uniform() : r.Normal(); }},
+    {"two values",
+     [](Random&, std::int64_t i, std::int64_t n) {
+       const double of_row = static_cast<double>(n % 97) / 31;
+       return i / 8 % 2 == 0 ? of_row : 3.7 - of_row * of_row / 3;
+     }},
+    {"periodic", [](Random&, std::int64_t i,
+                    std::int64_t n) { return kPeriod[(i + n) % 16] + kPeriod[i % (8 << n % 2)]; }},
+};
 // Some of these trigger the third pass, also for rows in the same vector.
 constexpr DataClass kExtreme[] = {
     {"±1000", [](Random& r, std::int64_t, std::int64_t) { return 1000 * r.Uniform(); }},
@@ -259,11 +275,12 @@ constexpr DataClass kExtreme[] = {
 // The classes that are given to the columns of an array, one after the other.
 inline std::vector<DataClass> ClassesOf(bool extreme) {
   std::vector<DataClass> classes(std::begin(kOrdinary), std::end(kOrdinary));
+  classes.insert(classes.end(), std::begin(kRepeating), std::end(kRepeating));
   if (extreme) classes.insert(classes.end(), std::begin(kExtreme), std::end(kExtreme));
   return classes;
 }
 constexpr std::int64_t kClasses =
-    static_cast<std::int64_t>((sizeof kOrdinary + sizeof kExtreme) / sizeof(DataClass));
+    static_cast<std::int64_t>((sizeof kOrdinary + sizeof kRepeating + sizeof kExtreme) / sizeof(DataClass));
 
 template <typename E>
 void Fill(const DataClass& data, Random& random, E* x, std::int64_t n, std::int64_t stride) {
