@@ -180,8 +180,7 @@ class PanelKernels {
     access.Store(total.exponent, sums.exponent + at);
   }
 
-  // `In` is E or T. Power and mantissa are scaled, not values: that takes an operation less where they are
-  // recomputed. The reference takes kUnit off.
+  // `In` is E or T.
   template <typename Sources, typename In, typename Kept>
   static SOFTMAX2P_INLINE void WriteScaled(const Sources& sources, const In* x, Kept kept, E* y,
                                            const Panel& panel, std::int64_t y_stride,
@@ -189,10 +188,9 @@ class PanelKernels {
     ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const LaneSums<V> scale = Load(access, scales, at);
       const std::int64_t i = row * panel.stride + at;
-      const V reference = scale.exponent + V::Broadcast(kUnitExponent<V>);
-      WriteColumn<V>(access, access, sources.Source(access, at, reference), x + i, kept + i,
+      WriteColumn<V>(access, access, sources.Source(access, at, scale.exponent), x + i, kept + i,
                      y + row * y_stride + at, panel.stride, y_stride, panel.block, rows,
-                     Scaler<V>{scale.hi, scale.lo});
+                     MantissaScaler<V>{scale.hi, scale.lo});
     });
   }
 };

@@ -84,8 +84,25 @@ struct Scaler {
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = (hi + y[k]) * e.pow2[k];
   }
 };
-// The same of their values. lo·value would underflow beside the least results: hence kUnit, which `power`
-// takes off.
+// The same where powers are no powers of two, so that a product with one is rounded: the sum comes last, and
+// equal elements have the rounding of 1/n. Its smaller term would underflow beside the least results: hence
+// kUnit, which is taken off at the end.
+template <typename V>
+struct TableScaler {
+  V hi, lo;
+
+  template <int K>
+  SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
+    const V unit = V::Broadcast(1 / kUnit<V>);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = Fma(hi, e.expm1[k], lo);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = Fma(hi, e.pow2[k], y[k] * e.pow2[k]) * unit;
+  }
+};
+// What softmax takes where pass 1 keeps mantissas.
+template <typename V>
+using MantissaScaler = std::conditional_t<kTakesValues<V>, TableScaler<V>, Scaler<V>>;
+
+// The same of values, with kUnit likewise, which `power` takes off.
 template <typename V>
 struct ValueScaler {
   V hi, lo, power = V::Broadcast(1 / kUnit<V>);
@@ -101,7 +118,7 @@ struct ValueScaler {
     (*this)(values, y);
   }
 };
-// What softmax takes: from LaneSums::Invert, or from RowScale.
+// What softmax takes of rows, whose pass 1 keeps what there is to keep.
 template <typename V>
 using SoftmaxScaler = std::conditional_t<kTakesValues<V>, ValueScaler<V>, Scaler<V>>;
 

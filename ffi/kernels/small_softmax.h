@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ffi/base/inline.h"
 #include "ffi/base/layout.h"
@@ -64,10 +65,17 @@ class SmallSoftmaxKernels {
   static SOFTMAX2P_INLINE int TilesOf(int m) { return kMaxSmall / m < kMaxTiles ? kMaxSmall / m : kMaxTiles; }
 
   // What pass 1 finds of a column of vectors. `exact` is false where the guard wants the maximum subtracted.
+  // Lanes with `dominance` above 0 have an element that carries the whole sum: its result is 1, whatever the
+  // rounding of its value.
   struct ColumnScale {
     LaneSums<V> scale;
     bool exact;
+    V dominance;
   };
+
+  // Whether results come of values. In shorter columns it takes longer to find the dominance than to compute
+  // powers again.
+  static SOFTMAX2P_INLINE bool TakesValues(int n) { return kTakesValues<V> && n >= 8; }
 
   // In place, `count` tiles one after the other, each kLanes matrices [n, inner].
   static SOFTMAX2P_INLINE void SoftmaxTiles(T* tiles, T* kept, int count, int n, int inner) {
@@ -87,24 +95,65 @@ class SmallSoftmaxKernels {
     }
   }
 
-  // Of pass 2: it takes kUnit off.
-  static SOFTMAX2P_INLINE V ReferenceOf(const LaneSums<V>& scale) {
-    return scale.exponent + V::Broadcast(kUnitExponent<V>);
+  static SOFTMAX2P_INLINE ColumnScale Sum(const T* x, T* kept, int n, int stride) {
+    const V maximum = MaxColumn<V>(FullVector<V>{}, x, stride, n);
+    LaneAccumulator<V> sum(maximum);
+    if (TakesValues(n)) {
+      AddColumn(FullVector<V>{}, x, kept, stride, Ahead<0>{}, n, Identity{}, sum);
+    } else {
+      AddColumn(FullVector<V>{}, x, Mantissas<T>{kept}, stride, Ahead<0>{}, n, Identity{}, sum);
+    }
+    const V limit = V::Broadcast(ReductionFor<V>::kMaxExponent - 1), reference = sum.reference();
+    const bool exact = !AnyGreater(reference, limit) && !AnyGreater(V::Broadcast(0) - limit, reference);
+    return ScaleFrom(sum.Sums(), maximum, n, exact);
   }
 
-  static SOFTMAX2P_INLINE ColumnScale Sum(const T* x, T* kept, int n, int stride) {
-    LaneAccumulator<V> sum(MaxColumn<V>(FullVector<V>{}, x, stride, n));
-    AddColumn(FullVector<V>{}, x, Mantissas<T>{kept}, stride, Ahead<0>{}, n, Identity{}, sum);
-    const V limit = V::Broadcast(ReductionFor<V>::kMaxExponent - 1), reference = sum.reference();
-    LaneSums<V> scale = sum.Sums();
-    scale.Invert();
-    return {scale, !AnyGreater(reference, limit) && !AnyGreater(V::Broadcast(0) - limit, reference)};
+  static SOFTMAX2P_INLINE ColumnScale ScaleFrom(LaneSums<V> sum, V maximum, int n, bool exact) {
+    const V dominance = TakesValues(n) ? Dominance(maximum, sum) : V::Broadcast(0);
+    sum.Invert();
+    return {sum, exact, dominance};
+  }
+
+  // By how much the others of a sum stay below kDominated of the largest term, in that term's unit.
+  static SOFTMAX2P_INLINE V Dominance(V maximum, const LaneSums<V>& sum) {
+    const V x[1] = {maximum};
+    const ExtExp<V, 1> e = ExtExpKernel<V>(sum.exponent)(x);
+    const V others = Fnma(e.expm1[0], e.pow2[0], sum.hi - e.pow2[0]) + sum.lo;
+    return V::Broadcast(static_cast<T>(kDominated)) * e.pow2[0] - others;
   }
 
   static SOFTMAX2P_INLINE void Write(const ColumnScale& sum, T* x, const T* kept, int n, int stride) {
     if (!sum.exact) return GuardedColumn(x, n, stride);
-    WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, Reload<V>(ReferenceOf(sum.scale)), x, kept, x, stride,
-                   stride, Ahead<0>{}, n, Scaler<V>{sum.scale.hi, sum.scale.lo});
+    if (TakesValues(n)) {
+      WriteScaled(KeptValues<V>{}, kept, Discard{}, x, n, stride, sum, ScalerOf<ValueScaler<V>>(sum));
+    } else {
+      WriteScaled(Reload<V>(sum.scale.exponent), x, kept, x, n, stride, sum,
+                  ScalerOf<MantissaScaler<V>>(sum));
+    }
+  }
+
+  template <typename Scaling>
+  static SOFTMAX2P_INLINE Scaling ScalerOf(const ColumnScale& sum) {
+    return {sum.scale.hi, sum.scale.lo};
+  }
+
+  template <typename Source, typename Kept, typename Scaling>
+  static SOFTMAX2P_INLINE void WriteScaled(const Source& source, const T* x, Kept kept, T* y, int n,
+                                           int stride, const ColumnScale& sum, const Scaling& scaler) {
+    WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, source, x, kept, y, stride, stride, Ahead<0>{}, n,
+                   scaler);
+    if (AnyGreater(sum.dominance, V::Broadcast(0))) WriteOnes(sum.dominance, y, n, stride);
+  }
+
+  static __attribute__((noinline)) void WriteOnes(V dominance, T* x, int n, int stride) {
+    T lanes[V::kLanes];
+    dominance.Store(lanes);
+    for (int l = 0; l < V::kLanes; ++l) {
+      for (int i = 0; i < n && lanes[l] > 0; ++i) {
+        T& y = x[i * stride + l];
+        y = y > T{0.5} ? T{1} : y;
+      }
+    }
   }
 
   // The guard's third pass (see ops/guarded_sum.h), for the lanes that need it: the others have a maximum of
@@ -124,15 +173,19 @@ class SmallSoftmaxKernels {
     const SubtractMax<V> minus{V::Load(lanes)};
     LaneAccumulator<V> sum(minus(maximum));
     AddColumn(FullVector<V>{}, x, Discard{}, stride, Ahead<0>{}, n, minus, sum);
-    LaneSums<V> scale = sum.Sums();
-    scale.Invert();
+    ColumnScale scale = ScaleFrom(sum.Sums(), minus(maximum), n, true);
     T hi[V::kLanes];
-    scale.hi.Store(hi);
+    scale.scale.hi.Store(hi);
     for (int l = 0; l < V::kLanes; ++l) {
       if (infinite[l]) hi[l] = kMinusInfinity<V> - kMinusInfinity<V>;
     }
-    WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, Recompute<V, SubtractMax<V>>(ReferenceOf(scale), minus),
-                   x, Discard{}, x, stride, stride, Ahead<0>{}, n, Scaler<V>{V::Load(hi), scale.lo});
+    scale.scale.hi = V::Load(hi);
+    const Recompute<V, SubtractMax<V>> source(scale.scale.exponent, minus);
+    if (TakesValues(n)) {
+      WriteScaled(source, x, Discard{}, x, n, stride, scale, ScalerOf<SoftmaxScaler<V>>(scale));
+    } else {
+      WriteScaled(source, x, Discard{}, x, n, stride, scale, ScalerOf<MantissaScaler<V>>(scale));
+    }
   }
 };
 

@@ -105,6 +105,16 @@ def test_dominating_element_is_exactly_one(dtype, isa):
         x[:, -1] = rng.uniform(60, 3000, 2000)
         y = softmax_into(x, isa=isa)
         assert (y[:, -1] == 1).all(), n
+        y = softmax_into(np.ascontiguousarray(x.T), axis=0, isa=isa)
+        assert (y[-1] == 1).all(), n
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_zeros_give_the_rounding_of_one_over_n(dtype, isa, algorithm):
+    for n in (*range(1, 140), 1000, 2048, 4096, 5000):
+        for shape, axis in (((n,), -1), ((17, n), -1), ((n, 3), 0), ((n, 40), 0)):
+            y = softmax_into(np.zeros(shape, dtype), axis=axis, isa=isa, algorithm=algorithm)
+            np.testing.assert_array_equal(y, dtype(1) / dtype(n))
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
