@@ -17,10 +17,10 @@ import numpy as np
 Array = jax.Array
 T = TypeVar("T")
 
-MAX_PLAIN_LENGTH = 32
-"""Rows of up to this length are summed plainly in derivatives, within 4 ULP of the largest entry.
+MAX_PLAIN_LENGTH = 4
+"""So many exponentials are summed plainly in derivatives, within 4 ULP of the largest entry.
 
-In longer ones, small exponentials beside a large one may cost half an ULP each.
+Of longer rows, each small exponential beside a large one may cost an ULP: of 31, up to 13 were lost.
 """
 
 MAX_EXACT_LENGTH = 2**12
@@ -157,7 +157,7 @@ def logsumexp_vjp(
     if shares_forward:
         _, p, total = _exp_and_sum(_logits(x, operands, axis, fully_masked=-jnp.inf), axis)
         is_long = not isinstance(x.shape[axis], int) or x.shape[axis] > MAX_PLAIN_LENGTH
-        y = p / (_exact_sum(p, axis)[0] if is_long else jnp.expand_dims(total, axis))
+        y = p / (_sum_of_blocks(p, axis) if is_long else jnp.expand_dims(total, axis))
     else:
         y = _probabilities(x, Lse(hi, lo), operands, axis)
     factor = jnp.expand_dims(factor, axis)
@@ -345,6 +345,27 @@ def _exact_sum(p: Array, axis: int) -> tuple[Array, Array]:
     rests = jnp.sum(p - multiple, axis, keepdims=True)
     total = multiples + rests
     return total, rests - (total - multiples)
+
+
+def _sum_of_blocks(p: Array, axis: int) -> Array:
+    """As :func:`_exact_sum`, but blocks of up to MAX_PLAIN_LENGTH are summed plainly before.
+
+    So there is one addition of each p, not two. The elements of a block are far apart, so that XLA adds
+    vectors. The gradient of a hidden Markov model of 128 states takes 0.93 of the time that it takes with the
+    exact sum (Zen 4, AVX-512).
+    """
+    n = p.shape[axis]
+    size = _block_size(n) if isinstance(n, int) else 1
+    if size == 1:
+        return _exact_sum(p, axis)[0]
+    axis %= p.ndim
+    blocks = p.reshape(*p.shape[:axis], size, n // size, *p.shape[axis + 1 :])
+    return _exact_sum(jnp.sum(blocks, axis) * (1 / MAX_PLAIN_LENGTH), axis)[0] * MAX_PLAIN_LENGTH
+
+
+def _block_size(n: int) -> int:
+    """Into blocks of what size rows of n elements are divided: many blocks, of few elements each."""
+    return max(size for size in range(1, MAX_PLAIN_LENGTH + 1) if n % size == 0 and size**2 <= 2 * n)
 
 
 def _log_of_sum(p: Array, axis: int) -> Array:

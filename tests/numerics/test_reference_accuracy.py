@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_softmax2p import log_softmax, logsumexp, softmax
+from jax_softmax2p import log_softmax, logsumexp, reference, softmax
+from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
 
 LENGTHS = (1, 2, 3, 5, 8, 10, 16, 31, 64, 100, 128, 257, 512, 777, 1000, 1024)
 
@@ -46,6 +47,14 @@ reference_log_softmax = jax.jit(lambda x: log_softmax(x, implementation="referen
 reference_logsumexp = jax.jit(lambda x: logsumexp(x, -1, implementation="reference"))
 
 
+@jax.jit
+def reference_derivative(x):
+    """From exponentials that the logsumexp has computed, as in the loops of hidden Markov models."""
+    of_rows = jnp.ones(x.shape[0], x.dtype)
+    arguments = x, of_rows, of_rows, no_labels(), of_rows, reference.ScaleBiasMask()
+    return reference.logsumexp_vjp(*arguments, axis=1, shares_forward=True)
+
+
 def rows_of(name, n, dtype):
     make = CLASSES[name]
     if make is None:
@@ -77,6 +86,16 @@ def test_logarithms_keep_the_contract(name, dtype):
             np.asarray(reference_log_softmax(x)), cases.exact_log_softmax(x), largest[:, None]
         )
         assert error <= 2, n
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", CLASSES)
+def test_derivative_of_logsumexp_is_within_4_ulp_of_the_largest_entry(name, dtype):
+    for n in LENGTHS:
+        x = rows_of(name, n, dtype)
+        exact = cases.exact_softmax(x)
+        unit = np.spacing(exact.max(-1, keepdims=True).astype(dtype)).astype(np.longdouble)
+        assert (np.abs(np.asarray(reference_derivative(x)) - exact) <= 4 * unit).all(), n
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 100, 1000])
