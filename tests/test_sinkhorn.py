@@ -1,6 +1,6 @@
-"""The code of docs/sinkhorn.md, run as it stands there and compared with Sinkhorn's iterations in NumPy."""
+"""The code of docs/examples/sinkhorn.py, compared with Sinkhorn's iterations in NumPy."""
 
-import re
+import runpy
 import types
 
 import jax
@@ -16,11 +16,7 @@ SHAPE = (40, 30)
 
 @pytest.fixture(scope="module")
 def recipe():
-    text = (ROOT / "docs" / "sinkhorn.md").read_text(encoding="utf-8")
-    module = types.ModuleType("sinkhorn_recipe")
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(block, module.__dict__)
-    return module
+    return types.SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "examples" / "sinkhorn.py")))
 
 
 def problem(shape=SHAPE, dtype=np.float64):
