@@ -308,10 +308,10 @@ def logsumexp(
       implementation: as in :func:`softmax`.
 
     Returns:
-      Array of a's shape without the axes, of its (promoted) dtype: the logarithm of the sum, NaN of a
-      negative one. With return_sign, that of the sum's absolute value, and an array of the signs. Results are
-      within 2 ULP of the exact value or 1 ULP of the row's largest logit, whichever is more, where a native
-      kernel runs. With b the sum besides is off by up to 4 ULP of the sum of all |b·exp(a)|.
+      Array of a's shape without the axes, of its (promoted) dtype, of the logarithms of the sums, NaN of
+      a negative one. With return_sign, that of the sum's absolute value, and an array of the signs. Results
+      are within 2 ULP of the exact value or 1 ULP of the row's largest logit, whichever is more, where a
+      native kernel runs. With b the sum besides is off by up to 4 ULP of the sum of all ``|b·exp(a)|``.
 
     Raises:
       TypeError, ValueError: as :func:`softmax`.

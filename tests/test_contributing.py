@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md names files that exist, and its walks functions that stand in them."""
+"""CONTRIBUTING.md and docs/how_it_works.md name files that exist, and the walks functions in them."""
 
 import re
 import subprocess
@@ -6,7 +6,9 @@ import subprocess
 import pytest
 from processes import ROOT
 
-TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = "".join(
+    (ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "docs/how_it_works.md")
+)
 
 PATHS = sorted(set(re.findall(r"`([\w./*]+\.(?:py|cc|h|toml|md|txt))`", TEXT)))
 
@@ -36,7 +38,7 @@ def test_checklist_of_instruction_sets_is_complete():
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if found.returncode:
         pytest.skip("needs a git checkout")
-    checklist = TEXT.split("**An instruction set**")[1].split("**A primitive**")[0]
+    checklist = TEXT.split("### An instruction set")[1].split("### A primitive")[0]
     # The target_clones of the oracle, and results made up for the tests of the benchmarks.
     others = {"tests/selftest/selftest.cc", "tests/test_benchmarks.py", "tests/test_contributing.py"}
     named = {re.sub(r"(avx512|avx2|neon)\.", "NAME.", path) for path in found.stdout.split()} - others

@@ -61,7 +61,8 @@ def patch_jax_nn(*modules: types.ModuleType | str, loaded_modules: bool = False)
       loaded_modules: whether the functions are replaced in all modules that are loaded.
 
     Yields:
-      The :class:`PatchedCalls` of this context, which keep counting until it is left.
+      The :class:`~jax_softmax2p.integrations.PatchedCalls` of this context, which keep counting until it is
+      left.
 
     Raises:
       TypeError: one of modules is neither a module nor a string.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @dataclasses.dataclass(frozen=True)
 class HeldFunction:
-    """A place that holds one of the functions that :func:`patch_jax_nn` replaces.
+    """A place that holds one of the functions that :func:`jax_softmax2p.patch_jax_nn` replaces.
 
     Attributes:
       module: the name of the module in which the place was found.
@@ -31,7 +31,7 @@ class HeldFunction:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PatchedCalls:
-    """What a :func:`patch_jax_nn` context replaced, and what happened to the calls while it was open.
+    """What a :func:`jax_softmax2p.patch_jax_nn` context replaced, and what happened to calls meanwhile.
 
     Functions are named by where users find them, such as ``"jax.nn.softmax"``. A call inside a jitted
     function counts when it is traced. Calls of all threads count. A call that JAX's own function refuses as
