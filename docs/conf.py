@@ -27,7 +27,10 @@ nitpick_ignore_regex = [("py:.*", r"(jax|jnp|flax|optax|equinox|numpy|collection
 # Types are said in the text of each argument.
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_custom_sections = [
     "Gradients",
     "Several biases",
@@ -39,6 +42,8 @@ napoleon_custom_sections = [
 html_theme = "sphinx_book_theme"
 html_title = "jax_softmax2p"
 html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_download_button": False}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = False
 copybutton_prompt_text = ">>> |\\.\\.\\. "
 copybutton_prompt_is_regexp = True
