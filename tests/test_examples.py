@@ -6,10 +6,12 @@ import runpy
 import subprocess
 import sys
 
+import flax
 import jax
 import numpy as np
 import pytest
 from processes import ROOT
+from versions import since
 
 FOLDER = ROOT / "docs" / "examples"
 
@@ -27,9 +29,10 @@ def needs(library):
     )
 
 
+@since(flax, "0.12.2", "is_causal of nnx's layers")
 def test_attention_flax():
-    losses = run_example("attention_flax", 60)
-    assert losses[-1] < np.log(17) - 0.1 < 3 < losses[0]
+    losses = run_example("attention_flax", 100)
+    assert losses[-1] < np.log(17) - 0.3 < 3 < losses[0]
 
 
 def test_language_model(capsys):
@@ -41,7 +44,7 @@ def test_language_model(capsys):
 
 @needs("numpyro")
 def test_mixture_numpyro():
-    centres, calls = run_example("mixture_numpyro", 600)
+    centres, calls = run_example("mixture_numpyro", 400)
     np.testing.assert_allclose(centres, [-4, 0, 3], atol=0.1)
     assert calls.computed["jax.nn.logsumexp"]
     assert not calls.fallbacks

@@ -43,15 +43,13 @@ class Model(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.embedding = nnx.Embed(NUMBERS, WIDTH, rngs=rngs)
         self.position = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
-        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.block = Block(rngs)
         self.head = nnx.Linear(WIDTH, NUMBERS, rngs=rngs)
 
     def __call__(self, numbers: jax.Array) -> jax.Array:
         """Array of shape (batch, context, NUMBERS)."""
         x = self.embedding(numbers) + self.position(jnp.arange(numbers.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        return self.head(self.block(x))
 
 
 def mean_loss(model: Model, batch: jax.Array) -> jax.Array:

@@ -208,7 +208,7 @@ busy.join()
 def test_fork():
     """A child can call JAX if its parent has not, and the kernels on NumPy arrays in any case.
 
-    The README says so. XLA's threads do not exist in the child, so that whatever waits for them, jax.nn's
+    docs/limits.md says so. XLA's threads do not exist in the child, so that whatever waits for them, jax.nn's
     softmax included, waits forever. JAX warns of that.
     """
     command = [sys.executable, "-W", "error", "-c", FORK]
