@@ -141,13 +141,12 @@ def test_crossovers_are_where_auto_changes():
 
 
 def test_memory_traffic():
-    """The counts are those of arXiv 2001.04438, except that reloading reads x once more."""
+    """The counts are those of arXiv 2001.04438."""
     assert set(memory_traffic.TRAFFIC) == set(native.PASSES)
     assert set(memory_traffic.PASSES_OF) == set(native.ALGORITHMS) - {"auto"}
     paper = memory_traffic.PAPER_ELEMENTS_MOVED
-    moved = {name: memory_traffic.ELEMENTS_MOVED[name] for name in paper}
-    assert moved == {**paper, "three_pass_reload": paper["three_pass_reload"] + 1}
-    assert memory_traffic.ELEMENTS_MOVED["two_pass_reload"] == 5
+    assert paper == {name: memory_traffic.ELEMENTS_MOVED[name] for name in paper}
+    assert memory_traffic.ELEMENTS_MOVED["two_pass_reload"] == 4
     assert memory_traffic.gigabytes_per_second("two_pass", Case((1, 10**9)), seconds=2) == 6
     assert memory_traffic.gigabytes_per_second("memory: copy", Case((1, 10**9)), seconds=2) == 4
     assert memory_traffic.gigabytes_per_second("auto", Case((1, 10**9)), seconds=2) is None
@@ -209,7 +208,7 @@ def test_claims():
     ]
     text = markdown(results(*tables))
     assert "| avx512: in the first caches, they are not | 0.50× | yes |" in text
-    assert "| (1,67108864) float32 | 3.2, 0.27 | 3.2, 0.13 | 1.3, 0.08 |" in text
+    assert "| (1,67108864) float32 | 3.2, 0.27 | 2.7, 0.13 | 1.3, 0.08 |" in text
 
 
 def test_plots(stored, tmp_path):
