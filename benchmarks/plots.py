@@ -81,6 +81,28 @@ def draw_training(training: Mapping[str, Mapping[str, Any]], file: pathlib.Path)
         figure.suptitle("A language model trained with jax.nn and with ours: the same losses")
 
 
+def draw_grokking(records: Mapping[str, Sequence[Mapping[str, Any]]], file: pathlib.Path) -> None:
+    """Draws what ``benchmarks.grokking`` recorded, with a line for each seed.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    styles = dict(zip(records, ((RED, "--"), (BLUE, "-"), (BLACK, ":"), (ORANGE, "-.")), strict=True))
+    with _figure(file, 5.2, rows=2, sharex=True, height_ratios=(2, 1)) as (figure, panels):
+        for panel, quantity in zip(panels, ("test accuracy", "gradients of 0"), strict=True):
+            for name, of_seeds in records.items():
+                color, line = styles[name]
+                for seed, record in enumerate(of_seeds):
+                    label = name if seed == 0 else None
+                    panel.plot(record["step"], record[quantity], line, color=color, label=label)
+            panel.set_ylim(-0.03, 1.03)
+        panels[0].set_ylabel("accuracy on test data")
+        panels[0].legend()
+        panels[1].set_ylabel("gradients of 0\nat the label")
+        panels[1].set_xlabel("training step")
+        figure.suptitle("Addition modulo 113 without weight decay, in float32")
+
+
 def _bandwidth(results: Results, file: pathlib.Path) -> bool:
     title = "Bandwidth: the bytes that an algorithm must move, by its time"
     return _over_length(results, file, gigabytes_per_second, title, "GB/s")
