@@ -219,6 +219,34 @@ def test_plots(stored, tmp_path):
     assert plots.draw(results(), tmp_path) == []
 
 
+def test_grokking(tmp_path):
+    pytest.importorskip("tqdm")
+    from benchmarks import grokking
+
+    logits, labels = np.array([[-2.0, 0.0, 3.0], [1.0, 0.5, -0.5]]), np.array([2, 1])
+    s = np.where(logits >= 0, logits + 1, 1 / (1 - np.minimum(logits, 0)))
+    exact = -np.log(s[np.arange(2), labels] / s.sum(-1))
+    np.testing.assert_allclose(grokking.stablemax(logits, labels), exact, rtol=1e-6)
+
+    # One hidden unit, which is on, and whose weight raises the right class of two pairs by 25.
+    weights = {"a": np.ones((113, 1)), "b": np.zeros((113, 1)), "hidden": np.ones((1, 1))}
+    weights = {name: array.astype(np.float32) for name, array in weights.items()}
+    weights["out"] = np.eye(1, 113, 3, dtype=np.float32) * 25
+    pairs = np.array([[1, 2], [113 - 5, 8]], np.int32)
+    zeros = {
+        name: float(grokking.statistics(grokking.LOSSES[name], weights, pairs, pairs)["gradients of 0"])
+        for name in ("optax", "ours", "StableMax")
+    }
+    assert zeros == {"optax": 1, "ours": 0, "StableMax": 0}
+
+    setting = grokking.Setting(steps=4, interval=2, seeds=1, width=4, learning_rate=1e-3)
+    record = grokking.train(grokking.LOSSES["ours"], setting, 0, lambda: None)
+    assert record["step"] == [2, 4]
+    assert record["loss"][1] < record["loss"][0]
+    pytest.importorskip("matplotlib")
+    plots.draw_grokking({name: [record] for name in grokking.LOSSES}, tmp_path / "grokking.png")
+
+
 def test_bits_that_differ():
     old = {"avx2: softmax (3)": "1", "avx2: softmax (5)": "2", "avx2: logsumexp (3)": "3"}
     new = {"avx2: softmax (3)": "1", "avx2: softmax (5)": "4", "avx2: sum_exp (3)": "3"}
