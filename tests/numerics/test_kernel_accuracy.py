@@ -21,34 +21,39 @@ def softmax_into(x, **options):
     return y
 
 
+# The exact results take longer than the kernels: these tests compute them once for all instruction sets.
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("name", cases.ROW_CLASSES)
-def test_small_rows(name, dtype, isa, algorithm):
+def test_small_rows(name, dtype):
     for n in SMALL_LENGTHS:
         x = np.stack([cases.make(name, n, dtype, seed) for seed in range(8)])
-        error = cases.ulp_error(softmax_into(x, isa=isa, algorithm=algorithm), cases.exact_softmax(x))
-        assert error <= cases.CONTRACT_ULP[dtype], n
+        exact = cases.exact_softmax(x)
+        for isa in native.supported_isas():
+            for algorithm in native.ALGORITHMS:
+                error = cases.ulp_error(softmax_into(x, isa=isa, algorithm=algorithm), exact)
+                assert error <= cases.CONTRACT_ULP[dtype], (n, isa, algorithm)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("name", cases.ROW_CLASSES)
-def test_odd_lengths(name, dtype, isa):
+def test_odd_lengths(name, dtype):
     for n in ODD_LENGTHS:
         x = cases.make(name, n, dtype)
         exact = cases.exact_softmax(x)
-        for algorithm in ("auto", "three_pass_recompute"):  # The others give the same bits.
-            y = softmax_into(x, isa=isa, threads=2, algorithm=algorithm)
-            assert cases.ulp_error(y, exact) <= cases.CONTRACT_ULP[dtype], (n, algorithm)
+        for isa in native.supported_isas():
+            for algorithm in ("auto", "three_pass_recompute"):  # The others give the same bits.
+                y = softmax_into(x, isa=isa, threads=2, algorithm=algorithm)
+                assert cases.ulp_error(y, exact) <= cases.CONTRACT_ULP[dtype], (n, isa, algorithm)
 
 
 @pytest.mark.parametrize("name", cases.ROW_CLASSES)
-def test_error_does_not_grow_with_length(name, isa):
-    for n in (2**22, 2**24):
-        x = cases.make(name, n, np.float32)
-        exact = cases.exact_softmax(x)
+def test_error_does_not_grow_with_length(name):
+    x = cases.make(name, 2**24, np.float32)
+    exact = cases.exact_softmax(x)
+    for isa in native.supported_isas():
         for algorithm in ("auto", "three_pass_reload"):
             y = softmax_into(x, isa=isa, threads=2, algorithm=algorithm)
-            assert cases.ulp_error(y, exact) <= 2, (n, algorithm)
+            assert cases.ulp_error(y, exact) <= 2, (isa, algorithm)
 
 
 def test_the_longest_rows():
