@@ -7,6 +7,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jax_softmax2p.primitives import nested_computations, registration
+from jax_softmax2p.primitives.attention_note import attention_note_p
 
 
 class Explanation(NamedTuple):
@@ -31,6 +32,9 @@ class Explanation(NamedTuple):
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
     """Says which operations of this package in a function are native, which are the reference, and why.
+
+    Attention that no kernel takes whatever its sizes, as with dropout, is called the reference, and followed
+    by the softmaxes that it is composed of.
 
     With ``implementation=None`` small work in loops, and small derivatives, run as jax.numpy code that XLA
     fuses with its neighbours, and the rest in native kernels. The shape decides, the dtype, the operation and
@@ -66,8 +70,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Exp
 def _explain_jaxpr(jaxpr: Jaxpr) -> Iterator[Explanation]:
     for equation in jaxpr.eqns:
         lowering = registration.LOWERINGS.get(equation.primitive)
-        if isinstance(lowering, registration.NativeLowering):
+        if isinstance(lowering, registration.KernelLowering):
             yield _explain_equation(equation, lowering)
+        elif equation.primitive is attention_note_p:
+            x = equation.invars[0].aval
+            reason = f"attention is composed: {equation.params['reason']}"
+            yield Explanation("softmax2p_attention", x.shape, x.dtype.name, -1, "reference", reason)
         elif lowering is not None:
             rule = lambda *operands, rule=lowering, params=equation.params: rule(*operands, **params)
             yield from _explain_jaxpr(jax.make_jaxpr(rule)(*(v.aval for v in equation.invars)).jaxpr)
@@ -87,7 +95,7 @@ def _explain_param(param: Any) -> Iterator[Explanation]:
             yield from _explain_param(item)
 
 
-def _explain_equation(equation: Any, lowering: registration.NativeLowering) -> Explanation:
+def _explain_equation(equation: Any, lowering: registration.KernelLowering) -> Explanation:
     avals, params = [v.aval for v in equation.invars], equation.params
     choice = lowering.choose_on_device(avals, params, on_cpu=jax.default_backend() == "cpu")
     x = avals[0]

@@ -17,6 +17,7 @@ from jax_softmax2p.arguments import (
     canonical_axes,
 )
 from jax_softmax2p.eager import jit_when_eager
+from jax_softmax2p.logits import logit_at_label
 from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
@@ -256,8 +257,7 @@ def _subtract_label_logit(lse: Lse, x: Array, labels: Array, axis: int) -> Array
     if spec[axis] is None and not (rows_are_shared and any(labels_spec)):
         logit = jnp.take_along_axis(x, jnp.expand_dims(labels, axis), axis).squeeze(axis)
     else:  # JAX gathers neither along an explicitly sharded axis nor from a row that sharded labels share.
-        logit = jnp.where(reference.one_hot(labels, x.shape, axis), x, 0).sum(axis)
-        logit = jnp.where(labels < x.shape[axis], logit, jnp.nan)
+        logit = logit_at_label(x, labels, axis)
     return (lse.hi - logit.astype(lse.hi.dtype)) + lse.lo
 
 

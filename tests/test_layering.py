@@ -19,7 +19,7 @@ PYTHON_LAYERS = (
     ("attention", "linear"),
     ("losses", "sum_exp"),
     ("ops",),
-    ("factors", "sharding"),
+    ("factors", "logits", "sharding"),
     ("arguments", "explain"),
     ("primitives",),
     ("eager",),

@@ -10,7 +10,7 @@
 namespace jax_softmax2p {
 
 struct AttentionAttributes {
-  static constexpr std::int64_t kBias = 1, kMask = 2, kQueryLengths = 4, kKeyLengths = 8;
+  static constexpr std::int64_t kBias = 1, kMask = 2, kQueryLengths = 4, kKeyLengths = 8, kSinks = 16;
   std::int64_t operands;
   std::int64_t before;
   std::int64_t after;
@@ -21,10 +21,16 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr const char* kName = "jax_softmax2p_attention_v1";
+constexpr const char* kVjpName = "jax_softmax2p_attention_vjp_v1";
 
 constexpr std::int64_t kMaxHead = std::int64_t{1} << 20;
 
-ffi::Error Invalid(const char* what) { return ffi::Error::InvalidArgument(std::string(kName) + ": " + what); }
+ffi::Error Invalid(const char* what) { return ffi::Error::InvalidArgument(what); }
+
+// The error with the name of the target in front.
+ffi::Error Named(const char* name, const ffi::Error& error) {
+  return ffi::Error(*error.errc(), std::string(name) + ": " + error.message());
+}
 
 bool HasShape(const ffi::AnyBuffer& x, std::initializer_list<std::int64_t> shape) {
   const auto dims = x.dimensions();
@@ -84,17 +90,31 @@ ffi::Error ReadOperand(const ffi::AnyBuffer& operand, ffi::DataType type, const 
   return ffi::Error::Success();
 }
 
-// The operands that the attributes say there are.
+// The sinks (B, 1, N, 1), whose B may be 1.
+template <typename T>
+ffi::Error ReadSinks(const ffi::AnyBuffer& sinks, ffi::DataType type, const AttentionSizes& sizes,
+                     const T*& to, UnitStrides& strides) {
+  if (sinks.element_type() != type ||
+      (!HasShape(sinks, {1, 1, sizes.heads, 1}) && !HasShape(sinks, {sizes.batch, 1, sizes.heads, 1}))) {
+    return Invalid("sinks must have shape (B, 1, N, 1), of the type that arrays are computed in");
+  }
+  to = Data<const T>(sinks);
+  strides = {sinks.dimensions()[0] == 1 ? 0 : sizes.heads, sizes.heads / sizes.key_heads};
+  return ffi::Error::Success();
+}
+
+// The operands that the attributes say there are. The gradient takes no sinks: the lse has them already.
 template <typename E>
 ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& attributes,
-                        const AttentionSizes& sizes, Attention<E>& attention) {
+                        const AttentionSizes& sizes, bool takes_sinks, Attention<E>& attention) {
   using A = AttentionAttributes;
-  constexpr std::int64_t kAll = A::kBias | A::kMask | A::kQueryLengths | A::kKeyLengths;
+  constexpr std::int64_t kAll = A::kBias | A::kMask | A::kQueryLengths | A::kKeyLengths | A::kSinks;
+  const std::int64_t allowed = takes_sinks ? kAll : kAll & ~A::kSinks;
   const auto expected = static_cast<std::size_t>(__builtin_popcountll(attributes.operands & kAll));
-  if ((attributes.operands & ~kAll) != 0 || operands.size() != expected) {
+  if ((attributes.operands & ~allowed) != 0 || operands.size() != expected) {
     return Invalid(
-        "attribute operands must add up 1 (bias), 2 (mask), 4 (query lengths) and 8 (key lengths) for those "
-        "that are given");
+        "attribute operands must add up 1 (bias), 2 (mask), 4 (query lengths), 8 (key lengths) and, but for "
+        "the gradient, 16 (sinks) for those that are given");
   }
   std::size_t next = 0;
   const auto read = [&](std::int64_t flag, const auto& body) -> ffi::Error {
@@ -114,17 +134,19 @@ ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& 
   const ffi::DataType compute =
       sizeof(ComputeOf<E>) == sizeof(double) ? ffi::DataType::F64 : ffi::DataType::F32;
   AttentionArgs<E>& first = attention.first;
-  for (const ffi::Error& error : {read(A::kBias,
-                                       [&](const ffi::AnyBuffer& x) {
-                                         return ReadOperand<E>(x, compute, sizes, first.bias, attention.bias);
-                                       }),
-                                  read(A::kMask,
-                                       [&](const ffi::AnyBuffer& x) {
-                                         return ReadOperand<E>(x, ffi::DataType::PRED, sizes, first.mask,
-                                                               attention.mask);
-                                       }),
-                                  read(A::kQueryLengths, lengths(attention.query_lengths)),
-                                  read(A::kKeyLengths, lengths(attention.key_lengths))}) {
+  for (const ffi::Error& error :
+       {read(A::kBias,
+             [&](const ffi::AnyBuffer& x) {
+               return ReadOperand<E>(x, compute, sizes, first.bias, attention.bias);
+             }),
+        read(A::kMask,
+             [&](const ffi::AnyBuffer& x) {
+               return ReadOperand<E>(x, ffi::DataType::PRED, sizes, first.mask, attention.mask);
+             }),
+        read(A::kQueryLengths, lengths(attention.query_lengths)),
+        read(A::kKeyLengths, lengths(attention.key_lengths)), read(A::kSinks, [&](const ffi::AnyBuffer& x) {
+          return ReadSinks(x, compute, sizes, first.sinks, attention.sinks);
+        })}) {
     if (error.failure()) return error;
   }
   first.masked = first.masked || first.mask.data != nullptr || attention.key_lengths != nullptr;
@@ -151,15 +173,15 @@ ffi::Error HandleAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyB
                            AttentionAttributes attributes) {
   AttentionSizes sizes;
   const ffi::Error error = ReadSizes(query, key, value, scale, *output, *lse, sizes);
-  if (error.failure()) return error;
+  if (error.failure()) return Named(kName, error);
   const KernelChoice& choice = ActiveKernels();
   if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
   XlaExecutor executor(pool);
   return DispatchType(kName, query.element_type(), [&](auto zero) {
     using E = decltype(zero);
     Attention<E> attention = AttentionOf<E>(query, key, value, scale, *output, *lse, attributes, sizes);
-    const ffi::Error refused = ReadOperands<E>(operands, attributes, sizes, attention);
-    if (refused.failure()) return refused;
+    const ffi::Error refused = ReadOperands<E>(operands, attributes, sizes, true, attention);
+    if (refused.failure()) return Named(kName, refused);
     Attend(choice.kernels->Of<E>(), executor, attention);
     return ffi::Error::Success();
   });
@@ -175,25 +197,25 @@ ffi::Error HandleAttentionVjp(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::A
                               ffi::Result<ffi::AnyBuffer> value_gradient, AttentionAttributes attributes) {
   AttentionSizes sizes;
   const ffi::Error error = ReadSizes(query, key, value, scale, output, lse, sizes);
-  if (error.failure()) return error;
+  if (error.failure()) return Named(kVjpName, error);
   for (const auto& [x, like] : {std::pair{cotangent, output}, std::pair{*query_gradient, query},
                                 std::pair{*key_gradient, key}, std::pair{*value_gradient, value}}) {
     const auto dims = like.dimensions();
     if (!HasShape(x, {dims[0], dims[1], dims[2], dims[3]}) || x.element_type() != query.element_type() ||
         dims[0] != sizes.batch) {
-      return Invalid("cotangent and gradients must be like their arrays, with one batch");
+      return Named(kVjpName, Invalid("cotangent and gradients must be like their arrays, with one batch"));
     }
   }
   const KernelChoice& choice = ActiveKernels();
   if (choice.kernels == nullptr) return ffi::Error::InvalidArgument(choice.error);
   XlaExecutor executor(pool);
-  return DispatchType(kName, query.element_type(), [&](auto zero) {
+  return DispatchType(kVjpName, query.element_type(), [&](auto zero) {
     using E = decltype(zero);
     AttentionGradient<E> gradient{AttentionOf<E>(query, key, value, scale, output, lse, attributes, sizes),
                                   Data<const E>(cotangent), Data<E>(*query_gradient), Data<E>(*key_gradient),
                                   Data<E>(*value_gradient)};
-    const ffi::Error refused = ReadOperands<E>(operands, attributes, sizes, gradient.attention);
-    if (refused.failure()) return refused;
+    const ffi::Error refused = ReadOperands<E>(operands, attributes, sizes, false, gradient.attention);
+    if (refused.failure()) return Named(kVjpName, refused);
     AttendGradient(choice.kernels->Of<E>(), executor, gradient);
     return ffi::Error::Success();
   });

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p {
 
@@ -52,6 +53,8 @@ struct AttentionArgs {
   T scale;
   LogitsOperand<T> bias;
   LogitsOperand<std::uint8_t> mask;
+  // Of every head, a logit that takes part in the sum of exponentials alone, or null.
+  const T* sinks;
   // Whether there is a mask of any kind, a band and lengths of keys included.
   bool masked;
 
@@ -68,5 +71,24 @@ struct AttentionGradientArgs : AttentionArgs<E> {
   E* key_gradient;
   E* value_gradient;
 };
+
+// Fetches rows that are too far apart for the CPU to foresee them: `locality` is that of __builtin_prefetch.
+template <bool for_write, int locality, typename E>
+SOFTMAX2P_INLINE void PrefetchRows(const E* x, std::int64_t stride, std::int64_t size, std::int64_t count) {
+  constexpr std::int64_t kLine = 64 / sizeof(E);
+  for (std::int64_t j = 0; j < count; ++j) {
+    for (std::int64_t h = 0; h < size; h += kLine) {
+      __builtin_prefetch(x + j * stride + h, for_write ? 1 : 0, locality);
+    }
+  }
+}
+
+// Fetches `count` keys and values from s on.
+template <int locality, typename E>
+SOFTMAX2P_INLINE void PrefetchKeys(const AttentionArgs<E>& args, std::int64_t s, std::int64_t count) {
+  PrefetchRows<false, locality>(args.key + s * args.key_stride, args.key_stride, args.size, count);
+  PrefetchRows<false, locality>(args.value + s * args.value_stride, args.value_stride, args.value_size,
+                                count);
+}
 
 }  // namespace jax_softmax2p

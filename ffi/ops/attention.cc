@@ -39,6 +39,7 @@ AttentionArgs<E> ArgsOf(const Attention<E>& attention, std::int64_t unit) {
   args.lse += at(attention.lse);
   if (args.bias.data != nullptr) args.bias.data += at(attention.bias);
   if (args.mask.data != nullptr) args.mask.data += at(attention.mask);
+  if (args.sinks != nullptr) args.sinks += at(attention.sinks);
   const auto length = [&](const std::int32_t* lengths, std::int64_t size) {
     return lengths == nullptr ? size : std::clamp<std::int64_t>(lengths[b], 0, size);
   };
@@ -71,20 +72,6 @@ std::int64_t RowsOfBlock(const KernelTable<E>& kernels, const Executor& executor
   return CeilDiv(CeilDiv(rows, CeilDiv(rows, panels * panel)), panel) * panel;
 }
 
-// Fetches the keys and values of a tile, whose rows are too far apart for the CPU to foresee them.
-template <typename E>
-void PrefetchKeys(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end) {
-  const auto fetch = [&](const E* x, std::int64_t stride, std::int64_t size) {
-    for (std::int64_t s = begin; s < end; ++s) {
-      for (std::int64_t h = 0; h < size; h += 64 / static_cast<std::int64_t>(sizeof(E))) {
-        __builtin_prefetch(x + s * stride + h);
-      }
-    }
-  };
-  fetch(args.key, args.key_stride, args.size);
-  fetch(args.value, args.value_stride, args.value_size);
-}
-
 // The keys of a chunk for adjacent heads of one example: all heads of a tile before the next tile, since the
 // heads of one key lie side by side. Head by head every key would be on a page that has been forgotten again.
 template <typename E>
@@ -107,9 +94,9 @@ class FewQueriesTask {
       const std::int64_t tile_end = std::min(end, s + kTile);
       for (std::int64_t k = 0; k < heads; ++k) {
         if (k + 1 < heads) {
-          PrefetchKeys(args_[k + 1], s, tile_end);
+          PrefetchKeys<3>(args_[k + 1], s, tile_end - s);
         } else {
-          PrefetchKeys(args_[0], tile_end, std::min(end, tile_end + kTile));
+          PrefetchKeys<3>(args_[0], tile_end, std::min(end - tile_end, kTile));
         }
         kernels_.attention_few(args_[k], s, tile_end, s != begin, partial + k * stride,
                                scratch_.get() + k * scratch_size_);

@@ -22,7 +22,7 @@ struct Attention {
   AttentionArgs<E> first;
   std::int64_t batch;
   std::int64_t key_heads;
-  UnitStrides query, key, value, output, lse, bias, mask;
+  UnitStrides query, key, value, output, lse, bias, mask, sinks;
   const std::int32_t* query_lengths = nullptr;
   const std::int32_t* key_lengths = nullptr;
 };
@@ -84,7 +84,8 @@ struct AttentionGradient {
 };
 
 // Output and lse of all queries. A query that attends to no key attends to all keys alike, and one beyond its
-// length gives 0; their lse is kMaskedLogit. The bits of a query do not depend on the number of threads.
+// length gives 0; their lse is kMaskedLogit. Sinks come after that. The bits of a query do not depend on the
+// number of threads.
 template <typename E>
 void Attend(const KernelTable<E>& kernels, Executor& executor, const Attention<E>& attention);
 

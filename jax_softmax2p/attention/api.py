@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_softmax2p.arguments import as_array, as_numeric_array
+from jax_softmax2p.arguments import as_array, as_floating_array, as_numeric_array
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
 from jax_softmax2p.eager import jit_when_eager
+from jax_softmax2p.logits import as_soft_cap
 from jax_softmax2p.primitives.dispatch import Implementation, as_implementation
 from jax_softmax2p.primitives.operands import Band
 
@@ -31,6 +32,8 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
     implementation: Implementation | Literal["xla"] | None = None,
     return_residual: Literal[False] = False,
     query_block_size: int | None = None,
@@ -50,6 +53,8 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
     implementation: Implementation | Literal["xla"] | None = None,
     return_residual: Literal[True],
     query_block_size: int | None = None,
@@ -69,6 +74,8 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
     implementation: Implementation | Literal["xla"] | None = None,
     return_residual: bool = False,
     query_block_size: int | None = None,
@@ -76,7 +83,7 @@ def dot_product_attention(
 
 
 @jit_when_eager(
-    "query", "key", "value", "bias", "mask", "scale", "query_seq_lengths", "key_value_seq_lengths"
+    "query", "key", "value", "bias", "mask", "scale", "query_seq_lengths", "key_value_seq_lengths", "sinks"
 )
 def dot_product_attention(
     query: ArrayLike,
@@ -90,6 +97,8 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
     implementation: Implementation | Literal["xla"] | None = None,
     return_residual: bool = False,
     query_block_size: int | None = None,
@@ -123,8 +132,15 @@ def dot_product_attention(
       key_value_seq_lengths: int32 array of shape (B,): how many keys each example has.
       local_window_size: (left, right): query i attends only to the keys from i - left to i + right. One
         integer stands for both.
+      logits_soft_cap: a positive number c: scaled logits z become c·tanh(z / c), as in Gemma 2, before the
+        bias is added and before masks, as in flash-attention and in ONNX. No kernel takes it: attention is
+        composed.
+      sinks: floating-point array of shape (N,): of each head of query, a logit that takes part in the sum of
+        exponentials alone, as in gpt-oss. Weights are exp(logit) / (sum of exp(logits) + exp(sink)) then, and
+        a query that may attend to no key gives 0. It is neither scaled nor masked, and -inf is no sink.
       implementation: as in :func:`softmax`. "xla", which is one of jax.nn's, means None.
-      return_residual: whether to return the logsumexp of each query's logits too. It has no gradient.
+      return_residual: whether to return the logsumexp of each query's logits, its sink among them, too. It
+        has no gradient.
       query_block_size: how many queries of a head to process at a time. By default all queries if there are
         at most 2^20 logits, else as many as make 2^20 logits, and at least 128.
 
@@ -133,9 +149,10 @@ def dot_product_attention(
       or (T, N). Both are computed in float32, or in float64 for float64, and rounded once.
 
     Raises:
-      TypeError: query, key or value is not floating-point, or bias or scale not real.
+      TypeError: query, key, value or sinks are not floating-point, or bias or scale not real.
       ValueError: an argument's shape or dtype is not as described; query_block_size is not a positive
-        integer; implementation is unknown, "cudnn", or "native" where no native kernel can run.
+        integer, or logits_soft_cap not a positive finite number; implementation is unknown, "cudnn", or
+        "native" where no native kernel can run.
 
     Example:
       >>> import jax.numpy as jnp
@@ -144,9 +161,14 @@ def dot_product_attention(
       >>> v = jnp.arange(3.0)[:, None, None] * jnp.ones(8)
       >>> jax_softmax2p.dot_product_attention(q, k, v, is_causal=True)[:, 0, 0].tolist()
       [0.0, 0.5, 1.0]
+      >>> sinks = jnp.zeros(1)  # As likely as one of the keys.
+      >>> jax_softmax2p.dot_product_attention(q, k, v, sinks=sinks)[:, 0, 0].tolist()
+      [0.75, 0.75, 0.75]
 
     Sources: A. Vaswani et al., "Attention Is All You Need", arXiv 1706.03762; for the blocks, M. N. Rabe and
-    C. Staats, "Self-attention Does Not Need O(n^2) Memory", arXiv 2112.05682; jax.nn's documentation.
+    C. Staats, "Self-attention Does Not Need O(n^2) Memory", arXiv 2112.05682; for the soft cap, Gemma Team,
+    "Gemma 2", arXiv 2408.00118; for the sinks, OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", arXiv
+    2508.10925; jax.nn's documentation.
     """
     batched = np.ndim(query) != 3
     query, key, value = _as_heads("query", query), _as_heads("key", key), _as_heads("value", value)
@@ -161,11 +183,13 @@ def dot_product_attention(
         mask=None if mask is None else _as_mask(mask, logits_shape),
         query_lengths=_as_lengths("query_seq_lengths", query_seq_lengths, b),
         key_lengths=_as_lengths("key_value_seq_lengths", key_value_seq_lengths, b),
+        sinks=None if sinks is None else as_sinks(sinks, n),
         scale=None if scale is None else _as_scale(scale),
         band=_as_band(is_causal, local_window_size),
         options=Options(
             implementation=_as_implementation(implementation),
             return_lse=bool(return_residual),
+            logits_soft_cap=as_soft_cap(logits_soft_cap, "logits_soft_cap"),
             query_block_size=_as_block_size(query_block_size),
         ),
     )
@@ -241,6 +265,16 @@ def _as_scale(scale: ArrayLike) -> Array:
     if array.size != 1:
         raise ValueError(f"scale must be one number, got shape {array.shape}")
     return array
+
+
+def as_sinks(sinks: ArrayLike, heads: int) -> Array:
+    """Floating-point numbers, one for each head of queries, as an array of shape (1, 1, N, 1)."""
+    array = as_floating_array(sinks, "sinks")
+    if array.shape != (heads,):
+        raise ValueError(
+            f"sinks must have shape ({heads},), one for each head of query, got shape {array.shape}"
+        )
+    return array[None, None, :, None]
 
 
 def _as_band(is_causal: bool, window: int | tuple[int, int] | None) -> Band | None:

@@ -1,4 +1,6 @@
-"""Attention composed of matrix products and softmax: the layout by heads, and queries without keys."""
+"""Attention composed of matrix products and softmax: the layout by heads, queries without keys, and sinks."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 from jax_softmax2p.attention.blocks import blockwise_attention
 from jax_softmax2p.attention.core import all_of, fills_weights
 from jax_softmax2p.attention.operands import Operands, Options, Result, are_known
+from jax_softmax2p.primitives.attention_sinks import apply_sinks
 from jax_softmax2p.primitives.operands import Band, band_columns, operand_mask
 from jax_softmax2p.reference import compute_dtype
 
@@ -18,13 +21,19 @@ DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 
 def composed_attention(arrays: dict[str, Array], band: Band | None, options: Options) -> Result:
     """Attention of arguments that are given by name, and returned as in ``multi_head_attention``."""
-    query = arrays["query"]
+    query, sinks, returns_lse = arrays["query"], arrays.get("sinks"), options.return_lse
+    if sinks is not None:
+        options = dataclasses.replace(options, return_lse=True, lse_has_gradient=True)
     operands = _as_operands(arrays)
     operands = operands._replace(fully_masked=_fully_masked_queries(operands, band))
     result = blockwise_attention(operands, band, options)
-    output, lse = _fill_masked_queries(operands, result, band)
-    heads_last = lambda x: jnp.moveaxis(x, 3, 1).reshape(*query.shape[:-1], x.shape[-1]).astype(query.dtype)
-    return Result(heads_last(output), None if lse is None else heads_last(jax.lax.stop_gradient(lse)))
+    result = _fill_masked_queries(operands, result, band)
+    heads_last = lambda x: jnp.moveaxis(x, 3, 1).reshape(*query.shape[:-1], x.shape[-1])
+    output, lse = jax.tree.map(heads_last, result)
+    if sinks is not None:
+        output, lse = apply_sinks(output, lse, sinks.astype(lse.dtype))
+    rounded_lse = jax.lax.stop_gradient(lse).astype(query.dtype) if returns_lse else None
+    return Result(output.astype(query.dtype), rounded_lse)
 
 
 def _as_operands(arrays: dict[str, Array]) -> Operands:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jax_softmax2p.arguments import as_logits
 from jax_softmax2p.attention.operands import Operands, Options, Result, are_known
+from jax_softmax2p.logits import apply_soft_cap
 from jax_softmax2p.ops import logsumexp, softmax_of_logits
 from jax_softmax2p.primitives.operands import Band, operand_mask
 
@@ -38,6 +39,9 @@ def attention_core(
         qk_einsum, wv_einsum = "...gth,...sh->...gts", "...gts,...sh->...gth"
         key, value = key[..., 0, :, :], value[..., 0, :, :]
     logits = jnp.einsum(qk_einsum, o.query, key, precision=options.precision)
+    if options.logits_soft_cap is not None:
+        logits = apply_soft_cap(o.scale * logits, options.logits_soft_cap)
+        o = o._replace(scale=jnp.ones_like(o.scale))
     weights, lse = _softmax(logits, o, options, band, band_mask)
     if o.fully_masked is not None and fills_weights(operands, band):
         weights = jnp.where(o.fully_masked, 1 / sizes[-1], weights)
@@ -84,7 +88,7 @@ def _softmax(
     lse = None
     if options.return_lse:
         lse = logsumexp(
-            jax.lax.stop_gradient(logits),
+            logits if options.lse_has_gradient else jax.lax.stop_gradient(logits),
             -1,
             where=where if band is None else operand_mask(logits.shape, where, band),
             keepdims=True,

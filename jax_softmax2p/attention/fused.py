@@ -16,7 +16,7 @@ from jax_softmax2p.attention import blocks
 from jax_softmax2p.attention.composed import composed_attention
 from jax_softmax2p.attention.operands import Options, Result, are_known
 from jax_softmax2p.primitives.attention import define_attention
-from jax_softmax2p.primitives.attention_lowering import OPERAND_NAMES
+from jax_softmax2p.primitives.attention_lowering import OPERAND_NAMES, batch_of, roles_of
 from jax_softmax2p.primitives.dispatch import choose_path
 from jax_softmax2p.primitives.operands import Band
 from jax_softmax2p.primitives.registration import bind
@@ -47,6 +47,8 @@ def unfused_reason(arrays: dict[str, Array], options: Options) -> str | None:
         return "there is dropout"
     if options.query_block_size is not None:
         return "query_block_size is given"
+    if options.logits_soft_cap is not None:
+        return "there is a soft cap"
     if options.precision is not None:
         return "a precision is given"
     return None
@@ -57,8 +59,9 @@ def fused_attention(arrays: dict[str, Array], band: Band | None, options: Option
     query = arrays["query"]
     dtype = compute_dtype(query.dtype)
     arrays = arrays | {"scale": arrays["scale"].astype(dtype).reshape(1)}
-    if "bias" in arrays:
-        arrays["bias"] = arrays["bias"].astype(dtype)
+    for name in ("bias", "sinks"):
+        if name in arrays:
+            arrays[name] = arrays[name].astype(dtype)
     names = tuple(name for name in OPERAND_NAMES if name in arrays)
     output, lse = bind(
         attention_p,
@@ -77,7 +80,7 @@ def _composed(
     """The primitive's results, composed."""
     arrays = dict(zip(("query", "key", "value", "scale", *names), operands, strict=True))
     query = arrays["query"]
-    batch = max(arrays[name].shape[0] for name in ("query", "key", "value"))
+    batch = batch_of(operands, roles_of(names, 3, 0))
     for name in ("query", "key", "value"):
         arrays[name] = jnp.broadcast_to(arrays[name], (batch, *arrays[name].shape[1:]))
     arrays["scale"] = arrays["scale"].reshape((1,) * 5)
@@ -92,14 +95,20 @@ def _composed(
 
 
 def _stores_weights(
-    query: Array, key: Array, value: Array, *_: Array, implementation: Any, **__: Any
+    query: Array,
+    key: Array,
+    value: Array,
+    *others: Array,
+    names: tuple[str, ...],
+    implementation: Any,
+    **_: Any,
 ) -> bool:
     """Whether to differentiate the composed attention: in one block, whose weights the gradient reads.
 
     Kernels compute the weights again, and are faster all the same where heads are not large: with 16 to 64
     features the composed gradient takes 1.4 to 1.9 times as long, with 128 it takes 0.8 (Zen 4).
     """
-    batch = max(x.shape[0] for x in (query, key, value))
+    batch = batch_of((query, key, value, *others), roles_of(names, 3, 0))
     logits = math.prod((batch, *query.shape[1:3], key.shape[1]))
     if implementation == "native" or logits > blocks.MAX_BLOCK_LOGITS:
         return False

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec
 from jax_softmax2p.attention.composed import composed_attention
 from jax_softmax2p.attention.fused import fused_attention, unfused_reason
 from jax_softmax2p.attention.operands import Options, Result
+from jax_softmax2p.primitives.attention_note import note_composed_attention
+from jax_softmax2p.primitives.dispatch import choose_path
 from jax_softmax2p.primitives.operands import Band
 from jax_softmax2p.primitives.partitioning import num_shards
 
@@ -26,6 +28,7 @@ def multi_head_attention(
     query_lengths: Array | None = None,
     key_lengths: Array | None = None,
     dropout_mask: Array | None = None,
+    sinks: Array | None = None,
     scale: Array | None = None,
     band: Band | None = None,
     options: Options,
@@ -43,6 +46,7 @@ def multi_head_attention(
       query_lengths: (B,) of int32: how many queries an example has. The output of the others is 0.
       key_lengths: (B,) of int32: how many keys an example has.
       dropout_mask: boolean, in bias's layout: True for the weights that dropout keeps.
+      sinks: (1, 1, N, 1), floating-point: the logits of keys whose values are 0.
       scale: the factor of the logits: one element. None: 1/sqrt(H).
       band: which keys the i-th query attends to; None: all.
       options: what is fixed when this is traced.
@@ -52,16 +56,24 @@ def multi_head_attention(
     """
     if scale is None:
         scale = jnp.asarray(1 / np.sqrt(max(1, query.shape[-1])))
+    if sinks is not None and bias is not None and mask is None:
+        # Where a mask is given, queries whose biases are all -inf are fully masked instead of NaN, and so
+        # attend to the sink alone.
+        mask = jnp.ones((1, 1, 1, 1), bool)
     optional = {
         "bias": bias,
         "mask": mask,
         "query_lengths": query_lengths,
         "key_lengths": key_lengths,
         "dropout_mask": dropout_mask,
+        "sinks": sinks,
     }
     arrays = {"query": query, "key": key, "value": value, "scale": scale.reshape((1,) * 5)}
     arrays |= {name: x for name, x in optional.items() if x is not None}
-    fused = unfused_reason(arrays, options) is None
+    reason = unfused_reason(arrays, options)
+    fused = reason is None
+    if reason is not None and choose_path(options.implementation, None) == "primitive":
+        arrays["query"] = note_composed_attention(query, reason)
     attend = functools.partial(fused_attention if fused else composed_attention, band=band, options=options)
     specs = _explicit_specs(arrays)
     if specs is None:
@@ -87,6 +99,8 @@ def _explicit_specs(arrays: dict[str, Array]) -> dict[str, PartitionSpec] | None
         heads = None
     by_heads = PartitionSpec(batch, None, heads, None)
     specs = {"query": by_heads, "key": by_heads, "value": by_heads, "scale": PartitionSpec()}
+    if "sinks" in arrays:
+        specs["sinks"] = PartitionSpec(None, None, heads, None)
     for name, x in arrays.items():
         if name not in specs:
             axes = zip(x.shape, (batch, heads, None, None), strict=False)

@@ -24,6 +24,8 @@ class Options:
     Attributes:
       implementation: as in :func:`jax_softmax2p.softmax`.
       return_lse: whether to compute the logsumexp of each query's logits.
+      lse_has_gradient: whether that is differentiated. It is not what users get.
+      logits_soft_cap: c, where the scaled logits z become c·tanh(z / c), before the bias; None: they stay.
       query_block_size: how many queries of a head a block has; None: as many as MAX_BLOCK_LOGITS allows.
       keep_prob: the probability with which dropout keeps a weight.
       precision: of the two matrix products, as in :func:`jax.numpy.einsum`.
@@ -31,6 +33,8 @@ class Options:
 
     implementation: Implementation | None = None
     return_lse: bool = False
+    lse_has_gradient: bool = False
+    logits_soft_cap: float | None = None
     query_block_size: int | None = None
     keep_prob: float = 1.0
     precision: jax.lax.PrecisionLike = None

@@ -20,6 +20,7 @@ from jax_softmax2p.jax_compat import as_varying
 from jax_softmax2p.linear import derivatives, formula
 from jax_softmax2p.linear.blocks import Wanted
 from jax_softmax2p.linear.formula import LossSpec
+from jax_softmax2p.logits import as_soft_cap
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, as_implementation, check_native_support
@@ -111,8 +112,7 @@ def linear_softmax_cross_entropy(
     inputs, weights = as_floating_array(inputs, "inputs"), as_floating_array(weights, "weights")
     labels = as_labels(labels)
     spec = _as_spec(inputs, weights, class_axis, axis_name, implementation, token_block_size, recompute)
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    soft_cap = as_soft_cap(soft_cap, "soft_cap")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     spec = spec._replace(soft_cap=soft_cap, label_smoothing=label_smoothing, z_loss=z_loss)
@@ -176,8 +176,7 @@ def logsumexp_of_products(
     """
     a, b = as_floating_array(a, "a"), as_floating_array(b, "b")
     spec = _as_spec(a, b, 0, axis_name, implementation, token_block_size, recompute, names=("a", "b"))
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    soft_cap = as_soft_cap(soft_cap, "soft_cap")
     no_labels = jnp.zeros((0,), jnp.int32)
     return _loss_of_tokens(spec._replace(soft_cap=soft_cap), a, b, bias, no_labels, where, scale, -jnp.inf)
 

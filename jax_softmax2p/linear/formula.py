@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_softmax2p import jax_compat, reference
 from jax_softmax2p.arguments import as_logits
+from jax_softmax2p.logits import apply_soft_cap, logit_at_label
 from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.dispatch import Implementation
@@ -74,7 +75,7 @@ def logits(spec: LossSpec, x: Array, weights: Array, bias: Array) -> Array:
     z = product(f"nd,{spec.weight_letters}->nv", x, weights)
     if bias.size:
         z = z + bias.astype(z.dtype)
-    return z if spec.soft_cap is None else spec.soft_cap * jnp.tanh(z / spec.soft_cap)
+    return z if spec.soft_cap is None else apply_soft_cap(z, spec.soft_cap)
 
 
 def loss(spec: LossSpec, z: Array, labels: Array) -> tuple[Array, Lse]:
@@ -149,8 +150,7 @@ def plain_loss(spec: LossSpec, x: Array, weights: Array, bias: Array, labels: Ar
     lse = logsumexp_of_logits(prepared)
     total = lse.hi
     if labels.ndim and labels.shape == total.shape:
-        logit = jnp.sum(jnp.where(reference.one_hot(labels, z.shape, -1), z, 0), 1)
-        logit = jnp.where(labels < z.shape[1], logit, jnp.nan)
+        logit = logit_at_label(z, labels, -1)
         total = (lse.hi - logit) + lse.lo
         if spec.label_smoothing:
             total = total + spec.label_smoothing * (logit - jnp.mean(z, 1))

@@ -1,7 +1,7 @@
 """Fused attention: the primitive of one native kernel that stores no logits.
 
-Its operands are those that ``attention_lowering`` describes; the batch of any of them may be 1. Its results
-are the output and the lse, which, like scale and bias, is of the dtype that attention is computed in.
+Its operands are those that ``attention_lowering`` describes. Its results are the output and the lse, which,
+like scale and bias, is of the dtype that attention is computed in.
 
 The same function of other primitives, the composed one, belongs to a layer above. ``define_attention`` takes
 it: it is what the primitive is lowered to where it is not native, and what is differentiated but for the
@@ -23,7 +23,13 @@ from jax_softmax2p.primitives.attention_gradient import (
     attention_jvp,
     define_attention_derivatives,
 )
-from jax_softmax2p.primitives.attention_lowering import PARAMS, AttentionLowering, fold_batch, roles_of
+from jax_softmax2p.primitives.attention_lowering import (
+    PARAMS,
+    AttentionLowering,
+    batch_of,
+    fold_batch,
+    roles_of,
+)
 from jax_softmax2p.primitives.operands import Tangent
 from jax_softmax2p.primitives.registration import define_primitive
 from jax_softmax2p.reference import compute_dtype
@@ -33,10 +39,15 @@ Rule = Callable[..., Any]
 
 
 def attention_abstract_eval(
-    query: ShapedArray, key: ShapedArray, value: ShapedArray, *_: ShapedArray, **__: Any
+    query: ShapedArray,
+    key: ShapedArray,
+    value: ShapedArray,
+    *others: ShapedArray,
+    names: tuple[str, ...],
+    **_: Any,
 ) -> tuple[ShapedArray, ShapedArray]:
     """The output (B, T, N, H') and the lse (B, T, N, 1)."""
-    batch = max(query.shape[0], key.shape[0], value.shape[0])
+    batch = batch_of((query, key, value, *others), roles_of(names, 3, 0))
     shape = batch, *query.shape[1:3]
     output = query.update(shape=(*shape, value.shape[3]), weak_type=False)
     return output, output.update(shape=(*shape, 1), dtype=compute_dtype(query.dtype))
@@ -68,7 +79,8 @@ def attention_jvp_rule(
     tangents: Sequence[Tangent],
     **params: Any,
 ) -> tuple[Any, Any]:
-    """The result is fused, and the tangent linear in those of query, key and value, with a native transpose.
+    """The result is fused, and the tangent linear in those of query, key, value and sinks, with a native
+    transpose.
 
     All is composed where that stores the weights for the gradient, and the tangent in scale and bias always.
     """
@@ -86,12 +98,14 @@ def attention_jvp_rule(
         return composed_jvp(range(len(primals)))
     output, lse = primitive.bind(*primals, **params)
     terms = []
-    if not all(isinstance(t, ad.Zero) for t in tangents[:3]):
-        arrays = [ad.instantiate_zeros(t) for t in tangents[:3]]
+    linear = (0, 1, 2, len(primals) - 1) if "sinks" in params["names"] else (0, 1, 2)
+    if not all(isinstance(tangents[i], ad.Zero) for i in linear):
+        arrays = [ad.instantiate_zeros(tangents[i]) for i in linear]
         operands = *primals[:4], output, lse, *arrays, *primals[4:]
         terms.append(attention_jvp(derivatives.jvp, *operands, **params))
-    if not all(isinstance(t, ad.Zero) for t in tangents[3:]):
-        terms.append(composed_jvp(range(3, len(primals)))[1][0])
+    others = [i for i in range(len(primals)) if i not in linear]
+    if not all(isinstance(tangents[i], ad.Zero) for i in others):
+        terms.append(composed_jvp(others)[1][0])
     return (output, lse), (sum(terms[1:], terms[0]), ad.Zero(jax.typeof(lse)))
 
 
@@ -113,12 +127,7 @@ def define_attention(name: str, composed: Rule, stores_weights: Callable[..., bo
             primitive, derivatives, composed, stores_weights, primals, tangents, **params
         ),
         batch_rule=lambda operands, dims, **params: attention_batch_rule(primitive, operands, dims, **params),
-        lowering=AttentionLowering(
-            operation="softmax",
-            target=native.ATTENTION_TARGET,
-            reference=composed,
-            sharded_rule=composed,
-        ),
+        lowering=AttentionLowering(target=native.ATTENTION_TARGET, reference=composed),
         multiple_results=True,
     )
     return primitive

@@ -1,25 +1,34 @@
-"""The derivatives of fused attention in query, key and value, as two primitives.
+"""The derivatives of fused attention in query, key, value and sinks, as two primitives.
 
-softmax2p_attention_jvp is linear in the tangents of query, key and value, and is always composed. Its
-transpose, softmax2p_attention_vjp, has a native kernel: it computes the weights again from the lse of their
-rows. Their operands are those of attention up to scale, its output and lse, then the three tangents, or the
-cotangent of the output, and then the operands that the parameter ``names`` tells.
+softmax2p_attention_jvp is linear in the tangents of query, key, value and, where there are any, sinks, and is
+always composed. Its transpose, softmax2p_attention_vjp, has a native kernel: it computes the weights again
+from the lse of their rows. Their operands are those of attention up to scale, its output and lse, then the
+tangents, or the cotangent of the output, and then the operands that the parameter ``names`` tells, the last
+of which are the sinks.
 
 Their own derivatives are those of the composed function, of which output and lse are no operands.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import ad
+from jax.interpreters import ad, mlir
 
 from jax_softmax2p import native
-from jax_softmax2p.primitives.attention_lowering import ARRAY, PARAMS, AttentionLowering, fold_batch, roles_of
+from jax_softmax2p.primitives.attention_lowering import (
+    ARRAY,
+    PARAMS,
+    AttentionLowering,
+    Role,
+    fold_batch,
+    roles_of,
+)
+from jax_softmax2p.primitives.attention_sinks import sinks_cotangent
 from jax_softmax2p.primitives.operands import Tangent
 from jax_softmax2p.primitives.registration import bind, define_primitive
 
@@ -52,7 +61,8 @@ def define_attention_derivatives(name: str, composed: Rule) -> AttentionDerivati
         return _cotangents(composed, operands, params)
 
     def transpose_rule(cotangents: Sequence[Tangent], *operands: Any, **params: Any) -> list[Any]:
-        tangents = operands[_BEFORE : _BEFORE + 3]
+        count = _num_tangents(params)
+        tangents = operands[_BEFORE : _BEFORE + count]
         if isinstance(cotangents[0], ad.Zero):
             results: list[Any] = [ad.Zero(t.aval) if ad.is_undefined_primal(t) else None for t in tangents]
         else:
@@ -60,17 +70,22 @@ def define_attention_derivatives(name: str, composed: Rule) -> AttentionDerivati
             results = [
                 x if ad.is_undefined_primal(t) else None for x, t in zip(results, tangents, strict=True)
             ]
-        return [None] * _BEFORE + results + [None] * (len(operands) - _BEFORE - 3)
+        return [None] * _BEFORE + results + [None] * (len(operands) - _BEFORE - count)
 
     def vjp_batch_rule(operands: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
         roles = roles_of(params["names"], 3, 3)
         folded, split = fold_batch(operands, dims, roles, broadcast=True)
         results = derivatives.vjp.bind(*folded, **params)
-        return [split(x) for x in results], [0, 0, 0]
+        return [split(x) for x in results], [0] * len(results)
 
     def jvp_batch_rule(operands: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
         function = lambda *operands: jvp(*operands, **params)
         return jax.vmap(function, in_axes=tuple(dims))(*operands), [0]
+
+    def vjp_with_sinks(*operands: Array, names: tuple[str, ...], **params: Any) -> list[Array]:
+        output, lse, cotangent = operands[4 : _BEFORE + 1]
+        results = derivatives.vjp.bind(*operands[:-1], names=names[:-1], **params)
+        return [*results, sinks_cotangent(operands[-1], output, lse, cotangent)]
 
     derivatives = AttentionDerivatives(
         jvp=define_primitive(
@@ -89,9 +104,7 @@ def define_attention_derivatives(name: str, composed: Rule) -> AttentionDerivati
             abstract_eval=_vjp_abstract_eval,
             jvp_rule=_rule_of(vjp),
             batch_rule=vjp_batch_rule,
-            lowering=_VjpLowering(
-                operation="softmax", target=native.ATTENTION_VJP_TARGET, reference=vjp, sharded_rule=vjp
-            ),
+            lowering=_VjpLowering(target=native.ATTENTION_VJP_TARGET, reference=vjp, composed=vjp_with_sinks),
             multiple_results=True,
         ),
     )
@@ -105,46 +118,74 @@ def attention_jvp(primitive: Primitive, *operands: Array, **params: Any) -> Arra
 
 
 def attention_vjp(primitive: Primitive, cotangent: Array, *operands: Any, **params: Any) -> list[Array]:
-    """The cotangents of query, key and value; operands are those of the transposed primitive."""
-    query, key, value, scale, output, lse = operands[:_BEFORE]
-    arrays = query, key, value
+    """The cotangents of the arrays whose tangents the transposed primitive takes, of which operands are."""
+    scale, output, lse = operands[3:_BEFORE]
+    named = operands[_BEFORE + _num_tangents(params) :]
+    sinks = named[-1:] if "sinks" in params["names"] else ()
+    arrays = *operands[:3], *sinks
     batch = output.shape[0]
     whole = [jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in arrays]
-    named = operands[_BEFORE + 3 :]
-    results = bind(primitive, *whole, scale, output, lse, cotangent, *named, **params)
+    named = *named[: len(named) - len(sinks)], *whole[3:]
+    results = bind(primitive, *whole[:3], scale, output, lse, cotangent, *named, **params)
     summed = lambda x, like: x if x.shape == like.shape else jnp.sum(x, 0, keepdims=True).astype(x.dtype)
     return [summed(x, like) for x, like in zip(results, arrays, strict=True)]
 
 
-@dataclasses.dataclass(frozen=True)
+def _num_tangents(params: Mapping[str, Any]) -> int:
+    """How many arrays the primitives are linear in, or give the cotangents of."""
+    return 4 if "sinks" in params["names"] else 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _VjpLowering(AttentionLowering):
-    """Results are like query, key and value.
+    """Results are like query, key and value, and sinks.
 
     Of one query the composed gradient takes 0.4 to 0.5 times as long as the kernel, of four 1.8 (Zen 4).
     """
 
     num_leading: tuple[int, int] = (3, 3)
-    results: tuple[Any, ...] = (ARRAY, ARRAY, ARRAY)
     least_rows: int = 4
 
+    def is_composed(self, ctx: mlir.LoweringRuleContext, params: Mapping[str, Any]) -> bool:
+        """Where there are sinks. The kernel needs none, since the lse has them already."""
+        return "sinks" in params["names"]
 
-def _vjp_abstract_eval(*avals: ShapedArray, **_: Any) -> list[ShapedArray]:
-    return [aval.update(weak_type=False) for aval in avals[:3]]
+    def result_roles(self, params: Mapping[str, Any]) -> tuple[Role, ...]:
+        """As for the arrays."""
+        return (ARRAY,) * _num_tangents(params)
+
+
+def _vjp_abstract_eval(*avals: ShapedArray, **params: Any) -> list[ShapedArray]:
+    arrays = (*avals[:3], avals[-1])[: _num_tangents(params)]
+    return [aval.update(weak_type=False) for aval in arrays]
 
 
 def _tangent(composed: Rule, operands: Sequence[Array], params: dict[str, Any]) -> Array:
     """The primitive's result, composed."""
-    arrays, tangents, named = operands[:3], operands[_BEFORE : _BEFORE + 3], operands[_BEFORE + 3 :]
-    output = lambda *arrays: composed(*arrays, operands[3], *named, **params)[0]
-    tangent: Array = jax.jvp(output, tuple(arrays), tuple(tangents))[1]
+    count = _num_tangents(params)
+    tangents, named = operands[_BEFORE : _BEFORE + count], operands[_BEFORE + count :]
+    output, arrays = _output_of_arrays(composed, operands, named, params)
+    tangent: Array = jax.jvp(output, arrays, tuple(tangents))[1]
     return tangent
 
 
 def _cotangents(composed: Rule, operands: Sequence[Array], params: dict[str, Any]) -> list[Array]:
     """The primitive's results, composed."""
-    cotangent, named = operands[_BEFORE], operands[_BEFORE + 1 :]
-    output = lambda *arrays: composed(*arrays, operands[3], *named, **params)[0]
-    return list(jax.vjp(output, *operands[:3])[1](cotangent))
+    output, arrays = _output_of_arrays(composed, operands, operands[_BEFORE + 1 :], params)
+    return list(jax.vjp(output, *arrays)[1](operands[_BEFORE]))
+
+
+def _output_of_arrays(
+    composed: Rule, operands: Sequence[Array], named: Sequence[Array], params: dict[str, Any]
+) -> tuple[Rule, tuple[Array, ...]]:
+    """The output as a function of the arrays that are differentiated, and these."""
+    count = _num_tangents(params) - 3
+    fixed, sinks = named[: len(named) - count], named[len(named) - count :]
+
+    def output(query: Array, key: Array, value: Array, *sinks: Array) -> Array:
+        return composed(query, key, value, operands[3], *fixed, *sinks, **params)[0]
+
+    return output, (*operands[:3], *sinks)
 
 
 def _rule_of(function: Rule) -> Rule:

@@ -1,8 +1,9 @@
 """What the primitives of attention share: the roles of their operands, their batching and their lowering.
 
 Their operands are query (B, T, N, H), key (B, S, K, H), value (B, S, K, H') and scale, one element; perhaps
-others of four dimensions; then, as the parameter ``names`` tells, bias and mask, which broadcast to
-(B, N, T, S), and int32 lengths of queries and keys of shape (B,).
+others of four dimensions; then, as the parameter ``names`` tells, bias and mask, which broadcast to (B, N, T,
+S), int32 lengths of queries and keys of shape (B,), and sinks (B, 1, N, 1). The batch of all but the lengths
+may be 1.
 """
 
 import dataclasses
@@ -19,12 +20,12 @@ from jax.interpreters import mlir
 from jax_softmax2p.primitives import attention_partitioning
 from jax_softmax2p.primitives.dispatch import Choice, forced_choice
 from jax_softmax2p.primitives.operands import Band
-from jax_softmax2p.primitives.registration import NativeLowering
+from jax_softmax2p.primitives.registration import KernelLowering
 
 Array = jax.Array
 Role = attention_partitioning.Role
 
-OPERAND_NAMES = ("bias", "mask", "query_lengths", "key_lengths")
+OPERAND_NAMES = ("bias", "mask", "query_lengths", "key_lengths", "sinks")
 """The operands that come last, in their order; their places are the bits of the FFI attribute."""
 
 PARAMS = ("names", "band", "return_lse", "implementation")
@@ -42,7 +43,7 @@ Outside of loops (1, 8, 2, 16) 2.3 and 2.1, (1, 1, 2, 16) with 16 keys 1.8 and 4
 ARRAY: Role = ("batch", None, "heads", None)
 _LOGITS: Role = ("batch", "heads", None, None)
 _LENGTHS: Role = ("batch",)
-_ROLES = dict(zip(OPERAND_NAMES, (_LOGITS, _LOGITS, _LENGTHS, _LENGTHS), strict=True))
+_ROLES = dict(zip(OPERAND_NAMES, (_LOGITS, _LOGITS, _LENGTHS, _LENGTHS, ARRAY), strict=True))
 
 
 def roles_of(names: Sequence[str], *num_leading: int) -> tuple[Role, ...]:
@@ -55,6 +56,11 @@ def roles_of(names: Sequence[str], *num_leading: int) -> tuple[Role, ...]:
     """
     before, after = num_leading
     return (ARRAY,) * before + ((None,),) + (ARRAY,) * after + tuple(_ROLES[name] for name in names)
+
+
+def batch_of(operands: Sequence[Any], roles: Sequence[Role]) -> int:
+    """The size of the batch, which is that of the results: that of some operands may be 1."""
+    return max(x.shape[0] for x, role in zip(operands, roles, strict=True) if role[0] == "batch")
 
 
 def fold_batch(
@@ -86,18 +92,16 @@ def fold_batch(
     return folded, lambda x: x.reshape(size, batch, *x.shape[1:])
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionLowering(NativeLowering):
-    """How they are lowered: ``operation`` and ``sharded_rule`` are not asked for.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionLowering(KernelLowering):
+    """How they are lowered.
 
     Attributes:
       num_leading: as in :func:`roles_of`.
-      results: the roles of the results.
       least_rows: from how many queries that share a head of keys on the kernel is faster.
     """
 
     num_leading: tuple[int, int] = (3, 0)
-    results: tuple[Role, ...] = (ARRAY, ARRAY)
     least_rows: int = 0
 
     def choose_on_device(self, avals: Sequence[Any], params: Mapping[str, Any], *, on_cpu: bool) -> Choice:
@@ -111,17 +115,27 @@ class AttentionLowering(NativeLowering):
             return Choice("reference", f"{rows} queries: from {self.least_rows} on a kernel is faster")
         in_loop = params["implementation"] == "in_loop"
         least = LEAST_WORK_IN_LOOPS if in_loop else 0
-        batch = max(x.shape[0] for x in avals[:3])
+        batch = batch_of(avals, roles_of(params["names"], *self.num_leading))
         work = batch * rows * math.prod(key.shape[1:3]) * (query.shape[3] + value.shape[3])
         reason = f"{work} multiply-adds{' in a loop' * in_loop}: from {least} on a kernel is faster"
         return Choice("native" if work >= least else "reference", reason)
+
+    def is_composed(self, ctx: mlir.LoweringRuleContext, params: Mapping[str, Any]) -> bool:
+        """Never: kernels take all operands."""
+        return False
+
+    def result_roles(self, params: Mapping[str, Any]) -> tuple[Role, ...]:
+        """The roles of the results."""
+        return ARRAY, ARRAY
 
     def lower_sharded(
         self, primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
     ) -> Sequence[Any]:
         """By batch and heads."""
         roles = roles_of(params["names"], *self.num_leading)
-        return attention_partitioning.lower(primitive, roles, self.results, ctx, *operands, **params)
+        return attention_partitioning.lower(
+            primitive, roles, self.result_roles(params), ctx, *operands, **params
+        )
 
     def ffi_attributes(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Which operands there are, and the band; a limit of -1 is none."""

@@ -1,8 +1,8 @@
 """Defining a primitive: everything that JAX has to be told, in one call at the bottom of the primitive's
 module.
 
-Primitives work along one axis, their parameter ``axis``, which is negative. Their parameter
-``implementation`` says what :mod:`jax_softmax2p.primitives.dispatch` may choose.
+Their parameter ``implementation`` says what :mod:`jax_softmax2p.primitives.dispatch` may choose. All but
+those of attention work along one axis, their parameter ``axis``, which is negative.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jax_softmax2p.primitives.thresholds import Operation
 Rule = Callable[..., Any]
 
 
-LOWERINGS: dict[Primitive, "NativeLowering | Rule"] = {}
+LOWERINGS: dict[Primitive, "KernelLowering | Rule"] = {}
 """How each of this package's primitives is lowered, as it was defined."""
 
 
@@ -34,50 +34,83 @@ def _no_operand(**_: Any) -> None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class NativeLowering:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelLowering:
     """How a primitive is lowered that has a native kernel.
 
     Attributes:
-      operation: what it computes, by which dispatch chooses.
       target: the name of the FFI target.
       reference: the same in jax.numpy, as reference(*operands, **params).
-      sharded_rule: what each device does where XLA shards the axis itself, as sharded_rule(axis_names,
-        *operands, **params).
-      attributes: the target's attributes but the axis, as attributes(**params).
-      composed: what it becomes in place of its own kernel where its result fits into a cache, and so is to
-        fuse with its users: a function of other primitives and jax.numpy, as composed(*operands, **params).
+      composed: what it becomes in place of its own kernel where ``is_composed`` says so: a function of other
+        primitives and jax.numpy, as composed(*operands, **params).
       reused_operand: as reused_operand(**params), the operand whose memory the result takes, or None. XLA
         copies it first where it is needed afterwards.
     """
 
-    operation: Operation
     target: str
     reference: Rule
-    sharded_rule: partitioning.ShardedRule
-    attributes: Callable[..., dict[str, Any]] = _no_attributes
     composed: Rule | None = None
     reused_operand: Callable[..., int | None] = _no_operand
+
+    def choose_on_device(self, avals: Sequence[Any], params: Mapping[str, Any], *, on_cpu: bool) -> Choice:
+        """What the primitive becomes on one device, for operands of these avals."""
+        raise NotImplementedError
+
+    def is_composed(self, ctx: mlir.LoweringRuleContext, params: Mapping[str, Any]) -> bool:
+        """Whether what is native is ``composed``, where there is that."""
+        raise NotImplementedError
+
+    def lower_sharded(
+        self, primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
+    ) -> Sequence[Any]:
+        """Lowers the primitive to what XLA partitions among devices."""
+        raise NotImplementedError
+
+    def ffi_attributes(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """All attributes of the target."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NativeLowering(KernelLowering):
+    """How a primitive is lowered that works along an axis.
+
+    It is composed where its result fits into a cache, and so is to fuse with its users.
+
+    Attributes:
+      operation: what it computes, by which dispatch chooses.
+      sharded_rule: what each device does where XLA shards the axis itself, as sharded_rule(axis_names,
+        *operands, **params).
+      attributes: the target's attributes but the axis, as attributes(**params).
+    """
+
+    operation: Operation
+    sharded_rule: partitioning.ShardedRule
+    attributes: Callable[..., dict[str, Any]] = _no_attributes
 
     def operation_of(self, params: Mapping[str, Any]) -> Operation:
         """What the primitive computes with these parameters."""
         return "derivative of logsumexp" if params.get("for_derivative") else self.operation
 
     def choose_on_device(self, avals: Sequence[Any], params: Mapping[str, Any], *, on_cpu: bool) -> Choice:
-        """What the primitive becomes on one device, for operands of these avals."""
+        """By the operation and the size of the first operand."""
         operation = self.operation_of(params)
         return dispatch.choose_on_device(
             params["implementation"], operation, avals[0], params["axis"], on_cpu=on_cpu
         )
 
+    def is_composed(self, ctx: mlir.LoweringRuleContext, params: Mapping[str, Any]) -> bool:
+        """By the size of the first operand."""
+        return dispatch.is_composed(ctx, params["implementation"])
+
     def lower_sharded(
         self, primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
     ) -> Sequence[Any]:
-        """Lowers the primitive to what XLA partitions among devices."""
+        """By what lies along the axis, and beside it."""
         return partitioning.lower(primitive, self.sharded_rule, ctx, *operands, **params)
 
     def ffi_attributes(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """All attributes of the target."""
+        """The axis and the others."""
         return {"axis": np.int64(params["axis"]), **self.attributes(**params)}
 
 
@@ -88,7 +121,7 @@ def define_primitive(
     abstract_eval: Rule,
     jvp_rule: Rule,
     batch_rule: Rule,
-    lowering: NativeLowering | Rule,
+    lowering: KernelLowering | Rule,
     transpose_rule: Rule | None = None,
     multiple_results: bool = False,
     eager_params: Mapping[str, Any] | None = None,
@@ -121,7 +154,7 @@ def define_primitive(
         ad.primitive_transposes[primitive] = transpose_rule
     if "implementation" in params:
         nested_computations.add_primitive(primitive)
-    if isinstance(lowering, NativeLowering):
+    if isinstance(lowering, KernelLowering):
         interpreters.define_interpreter_rules(primitive, lowering.reference)
         _register_native_lowering(primitive, lowering)
     else:
@@ -155,7 +188,7 @@ def _eager_evaluation(primitive: Primitive, params: tuple[str, ...], eager_param
     return evaluate
 
 
-def _register_native_lowering(primitive: Primitive, lowering: NativeLowering) -> None:
+def _register_native_lowering(primitive: Primitive, lowering: KernelLowering) -> None:
     lower_to_reference = mlir.lower_fun(lowering.reference, multiple_results=primitive.multiple_results)
     lower_composed = lowering.composed and mlir.lower_fun(
         lowering.composed, multiple_results=primitive.multiple_results
@@ -173,7 +206,7 @@ def _register_native_lowering(primitive: Primitive, lowering: NativeLowering) ->
                 return lower_to_reference(ctx, *operands, **params)
             case "sharded":
                 return lowering.lower_sharded(primitive, ctx, *operands, **params)
-            case "native" if lower_composed and dispatch.is_composed(ctx, params["implementation"]):
+            case "native" if lower_composed and lowering.is_composed(ctx, params):
                 return lower_composed(ctx, *operands, **params | {"implementation": "native"})
             case "native":
                 reused = lowering.reused_operand(**params)
