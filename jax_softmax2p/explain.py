@@ -73,7 +73,7 @@ def _explain_jaxpr(jaxpr: Jaxpr) -> Iterator[Explanation]:
         if isinstance(lowering, registration.KernelLowering):
             yield _explain_equation(equation, lowering)
         elif equation.primitive is attention_note_p:
-            x = equation.invars[0].aval
+            x: Any = equation.invars[0].aval
             reason = f"attention is composed: {equation.params['reason']}"
             yield Explanation("softmax2p_attention", x.shape, x.dtype.name, -1, "reference", reason)
         elif lowering is not None:

@@ -15,8 +15,10 @@ def as_soft_cap(soft_cap: Any, name: str) -> float | None:
     """A positive finite number, or None; a ValueError names the argument."""
     if soft_cap is None:
         return None
+    # Arithmetic in float32 must neither divide by 0 nor multiply by infinity.
+    limits = np.finfo(np.float32)
     is_number = isinstance(soft_cap, int | float | np.integer | np.floating)
-    if not (is_number and 0 < soft_cap < float("inf")):
+    if not (is_number and limits.tiny <= soft_cap <= limits.max):
         raise ValueError(f"{name} must be a positive finite number or None, got {soft_cap!r}")
     return float(soft_cap)
 

@@ -67,6 +67,7 @@ ARGUMENTS = {
         "mask": None,
         "scale": None,
         "query_seq_lengths": None,
+        "sinks": None,
     },
 }
 

@@ -51,22 +51,32 @@ def formula(
     query_seq_lengths=None,
     key_value_seq_lengths=None,
     local_window_size=None,
+    logits_soft_cap=None,
+    sinks=None,
     return_residual=False,
 ):
-    """jax.nn's definition in jax.numpy, computed in the dtype of the operands, which is to be float64."""
+    """jax.nn's definition in jax.numpy, computed in the dtype of the operands, which is to be float64.
+
+    Sinks are one more key, as in gpt-oss.
+    """
     groups = query.shape[2] // key.shape[2]
     t, s = query.shape[1], key.shape[1]
     key, value = jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)
     z = jnp.einsum("btnh,bsnh->bnts", query, key)
     z = z * (1 / np.sqrt(query.shape[-1]) if scale is None else scale)
+    if logits_soft_cap is not None:
+        z = logits_soft_cap * jnp.tanh(z / logits_soft_cap)
     if bias is not None:
         z = z + bias
     lengths = query_seq_lengths, key_value_seq_lengths
     combined = combined_mask(t, s, mask, is_causal, *lengths, local_window_size)
     if combined is not None:
         z = jnp.where(combined, z, DEFAULT_MASK_VALUE)
+    if sinks is not None:
+        column = jnp.broadcast_to(jnp.asarray(sinks)[:, None, None], (*z.shape[:-1], 1))
+        z = jnp.concatenate([z, column.astype(z.dtype)], -1)
     e = jnp.exp(z - jax.lax.stop_gradient(z.max(-1, keepdims=True)))
-    result = jnp.einsum("bnts,bsnh->btnh", e / e.sum(-1, keepdims=True), value)
+    result = jnp.einsum("bnts,bsnh->btnh", (e / e.sum(-1, keepdims=True))[..., :s], value)
     if query_seq_lengths is not None:
         result = result * (np.arange(t) < query_seq_lengths[:, None])[..., None, None]
     return (result, jnp.moveaxis(jax.nn.logsumexp(z, -1), 1, 2)) if return_residual else result
@@ -400,6 +410,17 @@ ERRORS = [
     ({"key_value_seq_lengths": lengths(1)}, ValueError, "key_value_seq_lengths must be int32"),
     ({"local_window_size": (1, -1)}, ValueError, r"local_window_size must not be negative, got \(1, -1\)"),
     ({"local_window_size": 1.5}, ValueError, "local_window_size must be an integer or two, got 1.5"),
+    ({"sinks": normal(3)}, ValueError, r"sinks must have shape \(4,\), one for each head of query, got .*3"),
+    ({"sinks": normal(4, 1)}, ValueError, r"sinks must have shape \(4,\), .* got shape \(4, 1\)"),
+    ({"sinks": np.ones(4, int)}, TypeError, "sinks must be floating-point numbers, got dtype int64"),
+    *(
+        (
+            {"logits_soft_cap": cap},
+            ValueError,
+            "logits_soft_cap must be a positive finite number or None, got",
+        )
+        for cap in (0, -5.0, NAN, INF, 1e-60, "50", np.ones(1))
+    ),
     ({"query_block_size": 0}, ValueError, "query_block_size must be a positive integer or None, got 0"),
     ({"implementation": "cudnn"}, ValueError, "implementation='cudnn' is jax.nn's alone"),
     (

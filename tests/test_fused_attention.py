@@ -358,3 +358,14 @@ def test_choice():
     assert [choices(dot_product_attention, t) for t in (1, 9)] == [["native"], ["native"]]
     assert [choices(loop, t) for t in (1, 9)] == [["reference"], ["native"]]
     assert [choices(gradient, t) for t in (1, 9)] == [["native", "reference"], ["native", "native"]]
+
+
+def test_explain_says_why_attention_is_composed():
+    """In gradients and under vmap, too, before the softmaxes that it is composed of."""
+    attend = lambda x: dot_product_attention(x, x, x, query_block_size=2)
+    x = jax.ShapeDtypeStruct((5, 3, 7, 2, 4), "float32")
+    for function in (jax.vmap(attend), jax.grad(lambda x: jax.vmap(attend)(x).sum())):
+        first, *others = explain(function, x)
+        assert first[:3] == ("softmax2p_attention", (5, 3, 7, 2, 4), "float32")
+        assert first[4:] == ("reference", "attention is composed: query_block_size is given")
+        assert {choice.operation for choice in others} >= {"softmax2p_softmax"}

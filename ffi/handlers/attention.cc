@@ -1,6 +1,7 @@
 #include "ffi/ops/attention.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "ffi/handlers/common.h"
@@ -14,6 +15,7 @@ struct AttentionAttributes {
   std::int64_t operands;
   std::int64_t before;
   std::int64_t after;
+  double soft_cap;
 };
 
 namespace {
@@ -149,6 +151,10 @@ ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& 
         })}) {
     if (error.failure()) return error;
   }
+  if (!(attributes.soft_cap >= 0 && attributes.soft_cap <= std::numeric_limits<float>::max())) {
+    return Invalid("attribute soft_cap must be a positive number, or 0 for none");
+  }
+  first.soft_cap = static_cast<ComputeOf<E>>(attributes.soft_cap);
   first.masked = first.masked || first.mask.data != nullptr || attention.key_lengths != nullptr;
   return ffi::Error::Success();
 }
@@ -227,7 +233,7 @@ ffi::Error HandleAttentionVjp(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::A
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_softmax2p::AttentionAttributes,
                                       StructMember<std::int64_t>("operands"),
                                       StructMember<std::int64_t>("before"),
-                                      StructMember<std::int64_t>("after"));
+                                      StructMember<std::int64_t>("after"), StructMember<double>("soft_cap"));
 
 namespace jax_softmax2p {
 

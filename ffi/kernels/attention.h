@@ -195,6 +195,7 @@ class AttentionKernels {
     const State state(panel.state);
     V maxima[vectors];
     Logits<vectors>(panel.queries, range, maxima);
+    if (args_.soft_cap != 0) CapLogits<vectors>(range, maxima);
     if (!plain) {
       const LogitsTile<T> tile{logits(), bias(), mask(), vectors * V::kLanes};
       Tiles::template ApplyOperands<vectors>(args_, panel.row, panel.rows, s, range, cut, tile, state.best,
@@ -232,6 +233,21 @@ class AttentionKernels {
           logit.Store(to + i * kWidth + v * V::kLanes);
           maxima[v] = Max(logit, maxima[v]);
         }
+      }
+    }
+  }
+
+  // The same with the soft cap.
+  template <int vectors>
+  SOFTMAX2P_INLINE void CapLogits(KeyRange range, V (&maxima)[vectors]) {
+    constexpr std::int64_t kWidth = vectors * V::kLanes;
+    SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) maxima[v] = V::Broadcast(kMinusInfinity<V>);
+    for (std::int64_t j = range.begin; j < range.end; ++j) {
+      T* const at = logits() + j * kWidth;
+      const auto capped = Tiles::template CapLogits<vectors>(args_.soft_cap, at);
+      SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
+        capped.z[v].Store(at + v * V::kLanes);
+        maxima[v] = Max(capped.z[v], maxima[v]);
       }
     }
   }

@@ -51,6 +51,8 @@ struct AttentionArgs {
   std::int64_t before;
   std::int64_t after;
   T scale;
+  // Scaled logits z become soft_cap·tanh(z / soft_cap), before the bias; 0: they stay.
+  T soft_cap;
   LogitsOperand<T> bias;
   LogitsOperand<std::uint8_t> mask;
   // Of every head, a logit that takes part in the sum of exponentials alone, or null.

@@ -100,6 +100,10 @@ class FewQueriesKernels {
       } else {
         LogitsOfCopy(j);
       }
+      for (std::int64_t r = 0; args_.soft_cap != 0 && r < rows_; ++r) {
+        T* const at = logits_ + r * kKeys + j;
+        Tiles::template CapLogits<1>(args_.soft_cap, at).z[0].Store(at);
+      }
     }
     const bool masked = ApplyOperands(s, range);
     bool any = false;

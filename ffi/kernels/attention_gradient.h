@@ -7,6 +7,8 @@
 //   logits[keys][rows] = K·Q^T      P = e^(logits - lse)      dP = V·dO^T      dS = P·(dP - delta)
 //   dQ^T += K^T·dS      dV += P·dO      dK += dS·Q
 //
+// With a soft cap, dS is multiplied by its derivative.
+//
 // where dO is the cotangent and delta = <dO, O> of every row. Queries are taken in blocks, whose dQ and
 // packed queries stay in a second-level cache, and all keys of a chunk of them for each, whose dK and dV are
 // kept.
@@ -48,7 +50,7 @@ class AttentionGradientKernels {
 
  private:
   // Where things lie in the scratch memory.
-  struct ScratchLayout : ScratchBuffers<T, 12> {
+  struct ScratchLayout : ScratchBuffers<T, 13> {
     ScratchLayout(const AttentionGradientArgs<E>& args, std::int64_t keys)
         : depth(RoundUp(args.size, kAlignRows)),
           value_depth(RoundUp(args.value_size, kAlignRows)),
@@ -69,6 +71,7 @@ class AttentionGradientKernels {
           RoundUp(keys, kKeys) * row,
           RoundUp(keys, kKeys) * value_row,
           value_row,
+          args.soft_cap != 0 ? kKeys * kColumns : 0,
       };
       this->Allot(sizes);
     }
@@ -111,6 +114,7 @@ class AttentionGradientKernels {
   T* key_gradient() const { return At(9); }
   T* value_gradient() const { return At(10); }
   T* mean_cotangent() const { return At(11); }
+  T* cap_derivatives() const { return At(12); }
 
   void Run() {
     Zero(key_gradient(), RoundUp(end_ - begin_, kKeys) * layout_.row);
@@ -252,6 +256,7 @@ class AttentionGradientKernels {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
     TileOfKeys<vectors>(keys(), panel.queries, layout_.depth, args_.scale, kMinusInfinity<V>, range,
                         weights());
+    if (args_.soft_cap != 0) CapLogits<vectors>(range);
     const bool cut = Tiles::BandCuts(args_, panel.row, panel.row + panel.rows, s, range);
     if (cut || args_.bias.data != nullptr || args_.mask.data != nullptr) {
       const LogitsTile<T> tile{weights(), At(6), reinterpret_cast<std::uint8_t*>(At(7)), kWidth};
@@ -262,6 +267,7 @@ class AttentionGradientKernels {
     TileOfKeys<vectors>(values(), panel.cotangents, layout_.value_depth, T{1}, T{0}, range, products());
     const std::int64_t end = RoundUp(range.end, Product::kRows);
     Weights<vectors>(panel, range.begin, end);
+    if (args_.soft_cap != 0) ApplyCapDerivatives<vectors>(range);
     const std::int64_t stride = Tiles::ValueStride(args_.size), at = range.begin * kWidth;
     Product::template Accumulate<vectors>(key_rows() + range.begin * stride, Product::kRows, stride,
                                           products() + at, RoundUp(args_.size, Product::kRows),
@@ -290,6 +296,28 @@ class AttentionGradientKernels {
     }
     for (std::int64_t i = range.end * kWidth; i < RoundUp(range.end, Product::kRows) * kWidth; ++i) {
       to[i] = fill;
+    }
+  }
+
+  // Replaces the logits by those with the soft cap, and keeps the derivatives.
+  template <int vectors>
+  SOFTMAX2P_INLINE void CapLogits(KeyRange range) {
+    constexpr std::int64_t kWidth = vectors * V::kLanes;
+    for (std::int64_t at = range.begin * kWidth; at < range.end * kWidth; at += kWidth) {
+      const auto capped = Tiles::template CapLogits<vectors>(args_.soft_cap, weights() + at);
+      SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
+        capped.z[v].Store(weights() + at + v * V::kLanes);
+        capped.derivative[v].Store(cap_derivatives() + at + v * V::kLanes);
+      }
+    }
+  }
+
+  // Multiplies dS by these.
+  template <int vectors>
+  SOFTMAX2P_INLINE void ApplyCapDerivatives(KeyRange range) {
+    constexpr std::int64_t kWidth = vectors * V::kLanes;
+    for (std::int64_t at = range.begin * kWidth; at < range.end * kWidth; at += V::kLanes) {
+      (V::Load(products() + at) * V::Load(cap_derivatives() + at)).Store(products() + at);
     }
   }
 

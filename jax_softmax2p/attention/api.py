@@ -133,8 +133,7 @@ def dot_product_attention(
       local_window_size: (left, right): query i attends only to the keys from i - left to i + right. One
         integer stands for both.
       logits_soft_cap: a positive number c: scaled logits z become c·tanh(z / c), as in Gemma 2, before the
-        bias is added and before masks, as in flash-attention and in ONNX. No kernel takes it: attention is
-        composed.
+        bias is added and before masks, as in flash-attention and in ONNX.
       sinks: floating-point array of shape (N,): of each head of query, a logit that takes part in the sum of
         exponentials alone, as in gpt-oss. Weights are exp(logit) / (sum of exp(logits) + exp(sink)) then, and
         a query that may attend to no key gives 0. It is neither scaled nor masked, and -inf is no sink.

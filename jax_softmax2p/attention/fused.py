@@ -47,8 +47,6 @@ def unfused_reason(arrays: dict[str, Array], options: Options) -> str | None:
         return "there is dropout"
     if options.query_block_size is not None:
         return "query_block_size is given"
-    if options.logits_soft_cap is not None:
-        return "there is a soft cap"
     if options.precision is not None:
         return "a precision is given"
     return None
@@ -68,6 +66,7 @@ def fused_attention(arrays: dict[str, Array], band: Band | None, options: Option
         *(arrays[name] for name in ("query", "key", "value", "scale", *names)),
         names=names,
         band=band,
+        soft_cap=options.logits_soft_cap,
         return_lse=options.return_lse,
         implementation=options.implementation,
     )
@@ -75,7 +74,12 @@ def fused_attention(arrays: dict[str, Array], band: Band | None, options: Option
 
 
 def _composed(
-    *operands: Array, names: tuple[str, ...], band: Band | None, return_lse: bool, implementation: Any
+    *operands: Array,
+    names: tuple[str, ...],
+    band: Band | None,
+    soft_cap: float | None,
+    return_lse: bool,
+    implementation: Any,
 ) -> tuple[Array, Array]:
     """The primitive's results, composed."""
     arrays = dict(zip(("query", "key", "value", "scale", *names), operands, strict=True))
@@ -85,7 +89,9 @@ def _composed(
         arrays[name] = jnp.broadcast_to(arrays[name], (batch, *arrays[name].shape[1:]))
     arrays["scale"] = arrays["scale"].reshape((1,) * 5)
     options = Options(
-        implementation=None if implementation == "in_loop" else implementation, return_lse=return_lse
+        implementation=None if implementation == "in_loop" else implementation,
+        return_lse=return_lse,
+        logits_soft_cap=soft_cap,
     )
     dtype = compute_dtype(query.dtype)
     output, lse = composed_attention(arrays, band, options)

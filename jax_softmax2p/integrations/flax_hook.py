@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_softmax2p.arguments import as_array, check_broadcasts
+from jax_softmax2p.attention.api import as_sinks
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
-from jax_softmax2p.ops import softmax
+from jax_softmax2p.logits import apply_soft_cap, as_soft_cap
+from jax_softmax2p.ops import logsumexp, softmax
+from jax_softmax2p.primitives.attention_sinks import apply_sinks
 from jax_softmax2p.primitives.operands import Band
+from jax_softmax2p.reference import compute_dtype
 
 if TYPE_CHECKING:
     from flax import linen, nnx
@@ -40,6 +44,9 @@ def flax_attention(
     attn_weights_value_einsum: Einsum | None = None,
     promote_dtype: Callable[..., Any] | None = None,
     is_causal: bool = False,
+    *,
+    logits_soft_cap: float | None = None,
+    sinks: jax.typing.ArrayLike | None = None,
 ) -> Array:
     """Attention for the argument ``attention_fn`` of flax's layers, in ``nnx`` and in ``linen``.
 
@@ -68,13 +75,16 @@ def flax_attention(
       attn_weights_value_einsum: what computes the result instead of ``jnp.einsum``.
       promote_dtype: promote_dtype((query, key, value), dtype=dtype) replaces the usual promotion.
       is_causal: as in :func:`jax_softmax2p.dot_product_attention`.
+      logits_soft_cap: as there. Layers do not pass it: give them ``functools.partial`` of this function.
+      sinks: as there, of shape (N,); as logits_soft_cap.
 
     Returns:
       Array of shape (batch..., T, N, H').
 
     Raises:
       TypeError: an argument is not an array.
-      ValueError: the shapes do not fit together; dropout has no key; or only one einsum is given, or both
+      ValueError: the shapes do not fit together; logits_soft_cap is not a positive finite number; dropout
+        has no key; or only one einsum is given, or both
         together with precision or einsum_dot_general.
 
     Example:
@@ -97,12 +107,16 @@ def flax_attention(
         mask = as_array(mask, "mask").astype(bool)
     keep_prob = 1 - dropout_rate if not deterministic and dropout_rate > 0 else 1.0
     dropout_mask = _dropout_mask(dropout_rng, keep_prob, shape, broadcast_dropout)
+    soft_cap = as_soft_cap(logits_soft_cap, "logits_soft_cap")
+    sinks = None if sinks is None else as_sinks(sinks, heads)
     einsums_given = _check_einsums(
         qk_attn_weights_einsum, attn_weights_value_einsum, precision, einsum_dot_general
     )
     if module is not None or einsum_dot_general or einsums_given or jnp.iscomplexobj(query):
         einsum = _product(precision, einsum_dot_general)
-        weights = _attention_weights(query, key, bias, mask, is_causal, qk_attn_weights_einsum or einsum)
+        weights = _attention_weights(
+            query, key, bias, mask, is_causal, qk_attn_weights_einsum or einsum, soft_cap, sinks
+        )
         if module is not None:
             _sow(module, weights)
         weights = _drop(weights, dropout_mask, keep_prob, weights.dtype)
@@ -117,8 +131,9 @@ def flax_attention(
         bias=flatten_operand("bias", bias),
         mask=flatten_operand("mask", mask),
         dropout_mask=flatten_operand("the dropout mask", dropout_mask),
+        sinks=sinks,
         band=Band() if is_causal else None,
-        options=Options(keep_prob=keep_prob, precision=precision),
+        options=Options(logits_soft_cap=soft_cap, keep_prob=keep_prob, precision=precision),
     )
     return output.reshape(*query.shape[:-1], value.shape[-1])
 
@@ -265,11 +280,20 @@ def _repeat_heads(x: Array, heads: int) -> Array:
 
 
 def _attention_weights(
-    query: Array, key: Array, bias: Array | None, mask: Array | None, is_causal: bool, einsum: Einsum
+    query: Array,
+    key: Array,
+    bias: Array | None,
+    mask: Array | None,
+    is_causal: bool,
+    einsum: Einsum,
+    soft_cap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """All weights of attention, (batch..., N, T, S), with the masks added as flax adds them."""
     scaled = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
     logits = einsum("...qhd,...khd->...hqk", scaled, _repeat_heads(key, query.shape[-2]))
+    if soft_cap is not None:
+        logits = apply_soft_cap(logits, soft_cap)
     if bias is not None:
         logits = logits + bias
     if is_causal:
@@ -277,7 +301,12 @@ def _attention_weights(
         mask = causal if mask is None else mask & causal
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    return softmax(logits).astype(query.dtype)
+    weights = softmax(logits)
+    if sinks is not None:
+        wide = logits.astype(compute_dtype(logits.dtype))
+        lse = logsumexp(wide, -1, keepdims=True)
+        weights, _ = apply_sinks(weights, lse, sinks[0, 0, :, :, None].astype(lse.dtype))
+    return weights.astype(query.dtype)
 
 
 def _sow(module: "linen.Module | nnx.Module", weights: Array) -> None:

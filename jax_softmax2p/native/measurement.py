@@ -95,6 +95,8 @@ def attention(
     *,
     before: int | None = None,
     after: int | None = None,
+    soft_cap: float | None = None,
+    sinks: np.ndarray | None = None,
     isa: str | None = None,
     threads: int = 1,
 ) -> tuple[np.ndarray, ...]:
@@ -107,6 +109,8 @@ def attention(
       cotangent: array (B, T, N, H'), or None.
       before: how many keys before the i-th query i attends to; None for all.
       after: how many after it; None for all.
+      soft_cap: as logits_soft_cap in :func:`jax_softmax2p.dot_product_attention`.
+      sinks: C-contiguous array (N,) of float32, or of float64 for float64, or None.
       isa: as in :func:`softmax_into`.
       threads: as in :func:`softmax_into`.
 
@@ -131,6 +135,8 @@ def attention(
     if n % k:
         raise ValueError(f"query must have a multiple of key's {k} heads, got {n}")
     wide = np.float64 if query.dtype == np.float64 else np.float32
+    if sinks is not None and (sinks.dtype != wide or sinks.shape != (n,) or not sinks.flags.c_contiguous):
+        raise ValueError(f"sinks must be C-contiguous {np.dtype(wide)} of shape ({n},)")
     results = [np.empty((b, t, n, w), query.dtype), np.empty((b, t, n), wide)]
     if cotangent is not None:
         results += [np.empty_like(x) for x in (query, key, value)]
@@ -143,6 +149,8 @@ def attention(
         [b, t, s, n, k, h, w],
         1 / np.sqrt(h),
         *limits,
+        soft_cap or 0.0,
+        sinks,
         checked_isa(isa),
         checked_threads(threads),
     )

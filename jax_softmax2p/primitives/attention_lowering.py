@@ -28,7 +28,7 @@ Role = attention_partitioning.Role
 OPERAND_NAMES = ("bias", "mask", "query_lengths", "key_lengths", "sinks")
 """The operands that come last, in their order; their places are the bits of the FFI attribute."""
 
-PARAMS = ("names", "band", "return_lse", "implementation")
+PARAMS = ("names", "band", "soft_cap", "return_lse", "implementation")
 """The primitives' parameters. Without return_lse, the lse means nothing to users."""
 
 LEAST_WORK_IN_LOOPS = 256
@@ -138,8 +138,13 @@ class AttentionLowering(KernelLowering):
         )
 
     def ffi_attributes(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Which operands there are, and the band; a limit of -1 is none."""
+        """Which operands there are, the band, and the soft cap; a limit of -1 is none, as is a cap of 0."""
         band: Band = params["band"] or Band(None, None)
         limit = lambda x: np.int64(-1 if x is None else x)
         operands = sum(1 << OPERAND_NAMES.index(name) for name in params["names"])
-        return {"operands": np.int64(operands), "before": limit(band.before), "after": limit(band.after)}
+        return {
+            "operands": np.int64(operands),
+            "before": limit(band.before),
+            "after": limit(band.after),
+            "soft_cap": np.float64(params["soft_cap"] or 0),
+        }

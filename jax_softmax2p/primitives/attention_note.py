@@ -1,5 +1,6 @@
 """A note in programs that attention is composed whatever its sizes, and why. ``explain`` reads it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,9 +37,14 @@ def _batch_rule(operands: Any, dims: Any, *, reason: str) -> Any:
     return attention_note_p.bind(*operands, reason=reason), dims[0]
 
 
+def _taylor_rule(primals: Any, series: Any, *, reason: str) -> Any:
+    return primals[0], series[0]
+
+
 attention_note_p.def_impl(_identity)
 attention_note_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[attention_note_p] = _jvp_rule
 batching.primitive_batchers[attention_note_p] = _batch_rule
 mlir.register_lowering(attention_note_p, lambda ctx, x, *, reason: [x])
-jet.jet_rules[attention_note_p] = lambda primals, series, *, reason: (primals[0], series[0])
+_JET_RULES: dict[Primitive, Callable[..., Any]] = jet.jet_rules
+_JET_RULES[attention_note_p] = _taylor_rule

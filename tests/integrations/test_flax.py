@@ -73,6 +73,24 @@ class TestFlaxAttention:
         theirs = nnx.dot_product_attention(*operands, mask=MASK & np.tri(5, dtype=bool), **options)
         assert_close(ours, theirs)
 
+    @pytest.mark.parametrize("rate", [0.0, 0.4])
+    @pytest.mark.parametrize("weights_exist", [False, True])
+    def test_sinks_and_soft_cap(self, weights_exist, rate):
+        """Which flax lacks, against float64; dropout takes no part in the sum."""
+        q, k, v = (np.asarray(normal(3, 5, 4, 8, seed=i)) for i in range(3))
+        sinks, rng = np.array([-1.0, 0.0, 1.0, 2.0], np.float32), jax.random.key(1)
+        einsums = ("qk_attn_weights_einsum", "attn_weights_value_einsum") if weights_exist else ()
+        options = dict.fromkeys(einsums, jnp.einsum)
+        if rate:
+            options |= {"dropout_rng": rng, "dropout_rate": rate}
+        y = flax_attention(q, k, v, mask=MASK, logits_soft_cap=1.5, sinks=sinks, **options)
+        z = 1.5 * np.tanh(np.einsum("bqhd,bkhd->bhqk", *(x.astype(float) for x in (q, k))) / 8**0.5 / 1.5)
+        e = np.where(MASK, np.exp(z), 0)
+        weights = e / (e.sum(-1, keepdims=True) + np.exp(sinks.astype(float))[:, None, None])
+        if rate:
+            weights = weights * jax.random.bernoulli(rng, 1 - rate, (1, 1, 5, 5)) / (1 - rate)
+        assert_close(y, np.einsum("bhqk,bkhd->bqhd", weights, v))
+
     @pytest.mark.parametrize("batch", [(), (2, 3)])
     @pytest.mark.parametrize("rate", [0.0, 0.3])
     def test_any_number_of_batch_dimensions(self, batch, rate):

@@ -15,7 +15,12 @@ def zeros(*shape, dtype=np.float32):
 
 QUERY, KEY, VALUE = zeros(B, T, N, H), zeros(B, S, K, H), zeros(B, S, K, W)
 OUTPUT, LSE, SCALE = zeros(B, T, N, W), zeros(B, T, N, 1), zeros(1)
-PLAIN = {"operands": np.int64(0), "before": np.int64(-1), "after": np.int64(-1)}
+PLAIN = {
+    "operands": np.int64(0),
+    "before": np.int64(-1),
+    "after": np.int64(-1),
+    "soft_cap": np.float64(0),
+}
 CALLS = [
     Call(native.ATTENTION_TARGET, (QUERY, KEY, VALUE, SCALE), (OUTPUT, LSE), PLAIN),
     Call(
@@ -38,7 +43,7 @@ WORDS = "must (be|have|broadcast)|have rank 4|wrong type|batches must"
 class TestAttention:
     def test_valid_calls(self, call):
         call()
-        call.with_operands(15, *OPERANDS, before=np.int64(2**62), after=np.int64(0))()
+        call.with_operands(15, *OPERANDS, before=np.int64(2**62), after=np.int64(0), soft_cap=np.float64(3))()
         outside = [np.array([-1, 99], np.int32)] * 2
         call.with_operands(12, *outside)()
 
@@ -65,13 +70,27 @@ class TestAttention:
             (8, zeros(B, 1, dtype=np.int32)),
         ):
             assert_refused(call.with_operands(flags, operand), "jax_softmax2p_attention")
-        for flags, *operands in ((1,), (0, bias), (16, bias), (-1, bias), (3, bias)):
+        for flags, *operands in ((1,), (0, bias), (32, bias), (-1, bias), (3, bias)):
             assert_refused(call.with_operands(flags, *operands), "operands must add up")
 
     def test_attributes(self, call):
         assert_refused(call.with_attributes(more=np.int64(0)), "Wrong number of attributes")
+        for cap in (-1.0, np.inf, np.nan):
+            assert_refused(
+                call.with_attributes(soft_cap=np.float64(cap)), f"{call.target}: attribute soft_cap"
+            )
         for name in call.attributes:
             assert_refused(call.without_attribute(name), "Wrong number of attributes")
+
+
+def test_sinks():
+    """Of attention alone; and errors name the target."""
+    forward, backward = CALLS
+    for batch in (1, B):
+        forward.with_operands(16, zeros(batch, 1, N, 1))()
+    for wrong in (zeros(3, 1, N, 1), zeros(1, 1, K, 1), zeros(N), zeros(1, 1, N, 1, dtype=np.float64)):
+        assert_refused(forward.with_operands(16, wrong), f"{forward.target}: sinks must have shape")
+    assert_refused(backward.with_operands(16, zeros(1, 1, N, 1)), f"{backward.target}: attribute operands")
 
 
 def test_batches_of_1():

@@ -236,6 +236,7 @@ inline FakeCall MakeAttention(bool gradient, const ElementType& type, std::int64
   call.attributes["operands"] = std::int64_t{1 | 2};
   call.attributes["before"] = std::int64_t{-1};
   call.attributes["after"] = std::int64_t{0};
+  call.attributes["soft_cap"] = 5.0;
   return call;
 }
 

@@ -169,6 +169,31 @@ def test_attention_inside_shard_map(name):
     jax.tree.map(close, gradients[:3], expected_gradients[:3])
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_attention_with_sinks(implementation, axis_type):
+    """Sinks are sharded by heads; only the sum of their gradient over the batch communicates."""
+    q, k, v = normal(8, 32, 4, 8), normal(8, 32, 2, 8, seed=1), normal(8, 32, 2, 8, seed=2)
+    sinks, cotangent = normal(4, seed=4), normal(*q.shape, seed=3)
+    attend = lambda q, k, v, sinks: s2p.dot_product_attention(
+        q, k, v, sinks=sinks, is_causal=True, logits_soft_cap=2.0, implementation=implementation
+    )
+    expected = jax.jit(value_and_vjp(attend))(
+        *(jnp.asarray(x, jnp.float64) for x in (q, k, v, sinks, cotangent))
+    )
+    mesh = devices.make_mesh(axis_type)
+    with jax.set_mesh(mesh):
+        placed = [place(x, mesh, "data", None, "model") for x in (q, k, v, cotangent)]
+        placed.insert(3, place(sinks, mesh, "model"))
+        actual, found = run(value_and_vjp(attend), *placed)
+        y, found_in_value = run(attend, *placed[:4])
+    assert kinds(found) == ["all-reduce"]
+    assert not found_in_value
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, actual, expected)
+    close(y, expected[0])
+
+
 LOGITS = np.where(normal(8, 640, seed=6) < 1.5, 3 * normal(8, 640, seed=7), -np.inf)
 ROW_LABELS = np.array([0, 639, -1, -640, 640, 5, 319, 320], np.int32)
 
