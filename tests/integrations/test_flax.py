@@ -89,7 +89,7 @@ class TestFlaxAttention:
         weights = e / (e.sum(-1, keepdims=True) + np.exp(sinks.astype(float))[:, None, None])
         if rate:
             weights = weights * jax.random.bernoulli(rng, 1 - rate, (1, 1, 5, 5)) / (1 - rate)
-        assert_close(y, np.einsum("bhqk,bkhd->bqhd", weights, v))
+        assert_close(y, np.einsum("bhqk,bkhd->bqhd", weights, v).astype(y.dtype))
 
     @pytest.mark.parametrize("batch", [(), (2, 3)])
     @pytest.mark.parametrize("rate", [0.0, 0.3])
