@@ -28,6 +28,7 @@
 #include "ffi/kernels/attention_tiles.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/gemm.h"
+#include "ffi/kernels/soft_cap.h"
 
 namespace jax_softmax2p {
 
@@ -244,7 +245,7 @@ class AttentionKernels {
     SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) maxima[v] = V::Broadcast(kMinusInfinity<V>);
     for (std::int64_t j = range.begin; j < range.end; ++j) {
       T* const at = logits() + j * kWidth;
-      const auto capped = Tiles::template CapLogits<vectors>(args_.soft_cap, at);
+      const auto capped = jax_softmax2p::CapLogits<V, vectors>(args_.soft_cap, at);
       SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
         capped.z[v].Store(at + v * V::kLanes);
         maxima[v] = Max(capped.z[v], maxima[v]);

@@ -15,6 +15,7 @@
 #include "ffi/kernels/attention_args.h"
 #include "ffi/kernels/attention_tiles.h"
 #include "ffi/kernels/exp.h"
+#include "ffi/kernels/soft_cap.h"
 
 namespace jax_softmax2p {
 
@@ -102,7 +103,7 @@ class FewQueriesKernels {
       }
       for (std::int64_t r = 0; args_.soft_cap != 0 && r < rows_; ++r) {
         T* const at = logits_ + r * kKeys + j;
-        Tiles::template CapLogits<1>(args_.soft_cap, at).z[0].Store(at);
+        jax_softmax2p::CapLogits<V, 1>(args_.soft_cap, at).z[0].Store(at);
       }
     }
     const bool masked = ApplyOperands(s, range);

@@ -25,6 +25,7 @@
 #include "ffi/kernels/attention_tiles.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/gemm.h"
+#include "ffi/kernels/soft_cap.h"
 
 namespace jax_softmax2p {
 
@@ -304,7 +305,7 @@ class AttentionGradientKernels {
   SOFTMAX2P_INLINE void CapLogits(KeyRange range) {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
     for (std::int64_t at = range.begin * kWidth; at < range.end * kWidth; at += kWidth) {
-      const auto capped = Tiles::template CapLogits<vectors>(args_.soft_cap, weights() + at);
+      const auto capped = jax_softmax2p::CapLogits<V, vectors>(args_.soft_cap, weights() + at);
       SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
         capped.z[v].Store(weights() + at + v * V::kLanes);
         capped.derivative[v].Store(cap_derivatives() + at + v * V::kLanes);

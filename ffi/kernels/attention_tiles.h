@@ -154,36 +154,6 @@ class AttentionTiles {
     return finite;
   }
 
-  // The soft cap of logits, and its derivative.
-  template <int count>
-  struct CappedLogits {
-    V z[count];
-    V derivative[count];
-  };
-  // Of adjacent vectors of logits. tanh(x) is (e^2x - 1) / (e^2x + 1), whose numerator cancels nowhere, since
-  // the exponential comes as (1 + expm1)·pow2; the derivative is 4·e^2x / (e^2x + 1)^2.
-  template <int count>
-  static SOFTMAX2P_INLINE CappedLogits<count> CapLogits(T soft_cap, const T* logits) {
-    // Where tanh is 1, and the square of e^2x does not overflow.
-    constexpr T kLargest = 40;
-    const V twice = V::Broadcast(2 / soft_cap), cap = V::Broadcast(soft_cap);
-    const ExtExpKernel<V, 0> exp(V::Broadcast(0));
-    V x[count];
-    SOFTMAX2P_UNROLL for (int k = 0; k < count; ++k) {
-      const V negated = V::Broadcast(0) - V::Load(logits + k * V::kLanes) * twice;
-      x[k] = V::Broadcast(0) - Max(V::Broadcast(-kLargest), negated);
-    }
-    const ExtExp<V, count> e = exp(x);
-    CappedLogits<count> capped;
-    SOFTMAX2P_UNROLL for (int k = 0; k < count; ++k) {
-      const V minus_1 = Fma(e.expm1[k], e.pow2[k], e.pow2[k] - V::Broadcast(1));
-      const V inverse = V::Broadcast(1) / (minus_1 + V::Broadcast(2));
-      capped.z[k] = cap * (minus_1 * inverse);
-      capped.derivative[k] = (V::Broadcast(4) * e.Value(k)) * (inverse * inverse);
-    }
-    return capped;
-  }
-
   // Adds the bias to a tile of logits, and masks it with -inf. Finds the maxima of the rows, and of the
   // biases of the keys that they attend to.
   template <int vectors>
