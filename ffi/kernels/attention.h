@@ -119,18 +119,18 @@ class AttentionKernels {
     KeyRange all{args_.keys, 0};
     for (std::int64_t row = begin_, i = 0; row < end_; row += panel.rows, ++i) {
       panel = PanelAt(row, i);
-      Tiles::PrefetchPanel(args_, args_.query, args_.query_stride, args_.size, row + panel.rows, end_);
+      Tiles::PrefetchRows(args_, args_.query, args_.query_stride, args_.size, row + panel.rows, end_);
       Start(panel);
       if (panel.keys.begin < all.begin) all.begin = panel.keys.begin;
       if (panel.keys.end > all.end) all.end = panel.keys.end;
     }
-    Tiles::template PrefetchPanel<true>(args_, args_.output, args_.output_stride, args_.value_size, begin_,
-                                        end_);
+    Tiles::template PrefetchRows<true>(args_, args_.output, args_.output_stride, args_.value_size, begin_,
+                                       end_);
     for (std::int64_t s = all.begin / kKeys * kKeys; s < all.end; s += kKeys) AddTile(s, all.end);
     for (std::int64_t row = begin_, i = 0; row < end_; row += panel.rows, ++i) {
       panel = PanelAt(row, i);
-      Tiles::template PrefetchPanel<true>(args_, args_.output, args_.output_stride, args_.value_size,
-                                          row + panel.rows, end_);
+      Tiles::template PrefetchRows<true>(args_, args_.output, args_.output_stride, args_.value_size,
+                                         row + panel.rows, end_);
       Finish(panel);
     }
   }
@@ -168,7 +168,7 @@ class AttentionKernels {
     Tiles::Pack(args_.key + s * args_.key_stride, args_.key_stride, args_.size, count, layout_.depth, rows(),
                 keys());
     const bool finite = CopyValues(s, count);
-    Tiles::PrefetchTile(args_, s + kKeys, args_.key_length < end ? args_.key_length : end);
+    Tiles::PrefetchKeys(args_, s + kKeys, args_.key_length < end ? args_.key_length : end);
     Panel panel;
     for (std::int64_t row = begin_, i = 0; row < end_; row += panel.rows, ++i) {
       panel = PanelAt(row, i);

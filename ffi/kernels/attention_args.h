@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "ffi/base/half.h"
-#include "ffi/base/inline.h"
 
 namespace jax_softmax2p {
 
@@ -73,24 +72,5 @@ struct AttentionGradientArgs : AttentionArgs<E> {
   E* key_gradient;
   E* value_gradient;
 };
-
-// Fetches rows that are too far apart for the CPU to foresee them: `locality` is that of __builtin_prefetch.
-template <bool for_write, int locality, typename E>
-SOFTMAX2P_INLINE void PrefetchRows(const E* x, std::int64_t stride, std::int64_t size, std::int64_t count) {
-  constexpr std::int64_t kLine = 64 / sizeof(E);
-  for (std::int64_t j = 0; j < count; ++j) {
-    for (std::int64_t h = 0; h < size; h += kLine) {
-      __builtin_prefetch(x + j * stride + h, for_write ? 1 : 0, locality);
-    }
-  }
-}
-
-// Fetches `count` keys and values from s on.
-template <int locality, typename E>
-SOFTMAX2P_INLINE void PrefetchKeys(const AttentionArgs<E>& args, std::int64_t s, std::int64_t count) {
-  PrefetchRows<false, locality>(args.key + s * args.key_stride, args.key_stride, args.size, count);
-  PrefetchRows<false, locality>(args.value + s * args.value_stride, args.value_stride, args.value_size,
-                                count);
-}
 
 }  // namespace jax_softmax2p

@@ -173,10 +173,10 @@ class AttentionGradientKernels {
     panel.cotangent_rows = next(layout_.value_row);
     panel.lse = next(1);
     panel.delta = next(1);
-    Tiles::PrefetchPanel(args_, args_.query, args_.query_stride, args_.size, row + rows, row + left);
-    Tiles::PrefetchPanel(args_, args_.cotangent, args_.output_stride, args_.value_size, row + rows,
-                         row + left);
-    Tiles::PrefetchPanel(args_, args_.output, args_.output_stride, args_.value_size, row + rows, row + left);
+    Tiles::PrefetchRows(args_, args_.query, args_.query_stride, args_.size, row + rows, row + left);
+    Tiles::PrefetchRows(args_, args_.cotangent, args_.output_stride, args_.value_size, row + rows,
+                        row + left);
+    Tiles::PrefetchRows(args_, args_.output, args_.output_stride, args_.value_size, row + rows, row + left);
     Zero(panel.gradient, layout_.depth * columns);
     CopyPanel(args_.query, args_.query_stride, args_.size, panel, panel.query_rows, layout_.row,
               panel.queries, layout_.depth);
@@ -236,7 +236,7 @@ class AttentionGradientKernels {
       if (range.begin >= range.end) continue;
       if (!packed) {
         PackTile(s, keys_in_tile);
-        Tiles::PrefetchTile(args_, s + kKeys, end_);
+        Tiles::PrefetchKeys(args_, s + kKeys, end_);
       }
       packed = true;
       Product::WithVectors(panel.vectors,

@@ -93,11 +93,6 @@ class FewQueriesTask {
     for (std::int64_t s = begin; s < end; s += kTile) {
       const std::int64_t tile_end = std::min(end, s + kTile);
       for (std::int64_t k = 0; k < heads; ++k) {
-        if (k + 1 < heads) {
-          PrefetchKeys<3>(args_[k + 1], s, tile_end - s);
-        } else {
-          PrefetchKeys<3>(args_[0], tile_end, std::min(end - tile_end, kTile));
-        }
         kernels_.attention_few(args_[k], s, tile_end, s != begin, partial + k * stride,
                                scratch_.get() + k * scratch_size_);
       }

@@ -185,7 +185,8 @@ struct FakeBuffer {
   unsigned char* data;
 };
 
-using Attribute = std::variant<std::int64_t, std::int32_t, float, std::string, std::vector<std::int64_t>>;
+using Attribute =
+    std::variant<std::int64_t, std::int32_t, float, double, std::string, std::vector<std::int64_t>>;
 
 struct Outcome {
   XLA_FFI_Error_Code code = XLA_FFI_Error_Code_OK;
@@ -248,6 +249,7 @@ struct XlaAttribute {
   template <typename T>
   static XLA_FFI_Scalar Scalar(const T& scalar) {
     const XLA_FFI_DataType type = std::is_same_v<T, float>          ? XLA_FFI_DataType_F32
+                                  : std::is_same_v<T, double>       ? XLA_FFI_DataType_F64
                                   : std::is_same_v<T, std::int32_t> ? XLA_FFI_DataType_S32
                                                                     : XLA_FFI_DataType_S64;
     return {type, const_cast<T*>(&scalar)};
