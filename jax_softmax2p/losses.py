@@ -1,6 +1,7 @@
 """Cross-entropies of logits, with optax's signatures and results."""
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,9 +23,10 @@ from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, choose_path
-from jax_softmax2p.primitives.log_softmax import subtract_lse
-from jax_softmax2p.primitives.logsumexp import keeps_softmax, logsumexp
-from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_jvp
+from jax_softmax2p.primitives.log_softmax import log_softmax_jvp
+from jax_softmax2p.primitives.logsumexp import logsumexp
+from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_jvp, no_labels
+from jax_softmax2p.primitives.mask_to_zero import mask_to_zero
 from jax_softmax2p.reference import Lse, compute_dtype
 from jax_softmax2p.sharding import sharded_cross_entropy
 
@@ -109,9 +111,14 @@ def softmax_cross_entropy_with_integer_labels(
             x, *operands = prepared.operands
             params = tuple(prepared.params.items())
             loss = _lse_minus_label_logit(params, x, labels, *operands)
-        case _:
-            lse = logsumexp_of_logits(prepared)
-            loss = _subtract_label_logit(lse, prepared.operands[0], labels, prepared.axis)
+        case path:
+            x, *operands = prepared.operands
+            lse_of = prepared
+            if path == "reference" and not row_has_many_labels:
+                x_relative = reference.relative_to(x, labels, prepared.axis)
+                lse_of = dataclasses.replace(prepared, operands=(x_relative, *operands))
+                x = jax.lax.stop_gradient(x)
+            loss = _subtract_label_logit(logsumexp_of_logits(lse_of), x, labels, prepared.axis)
     loss = loss.astype(dtype)
     return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
 
@@ -167,10 +174,12 @@ def softmax_cross_entropy(
             logits = jnp.broadcast_to(logits, jnp.broadcast_shapes(logits.shape, mask.shape))
     prepared = as_logits(logits, axis, mask, implementation=implementation, name="logits")
     axes = prepared.axes
-    row_axes = tuple(a + logits.ndim for a in axes)
-    hi, lo = (jnp.expand_dims(array, row_axes) for array in logsumexp_of_logits(prepared))
-    wide = compute_dtype(logits.dtype)
-    log_p = (logits.astype(wide) - hi) - lo
+    if choose_path(prepared.implementation, None) == "reference":
+        operands = prepared.reference_operands()
+        merged, *_ = reference.log_softmax(*operands, axis=prepared.axis, differentiable=True)
+    else:
+        merged = _log_probabilities(tuple(prepared.params.items()), *prepared.operands)
+    log_p = dataclasses.replace(prepared, dtype=merged.dtype).restore(merged)
     if mask is not None:  # Of a row without a True the lse is -inf, and 0 times that NaN.
         log_p = jnp.where(mask, log_p, 0)
     dtype = jnp.result_type(logits, labels)
@@ -261,6 +270,31 @@ def _subtract_label_logit(lse: Lse, x: Array, labels: Array, axis: int) -> Array
     return (lse.hi - logit.astype(lse.hi.dtype)) + lse.lo
 
 
+# Its derivative is that of log_softmax, which is exact where a probability is nearly 1. The values are fused
+# with the labels' products, and nothing of x's size is written.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _log_probabilities(params: _Params, x: Array, *operands: Array) -> Array:
+    """The logits minus their lse, masked ones, too, in the dtype of the lse; params as below."""
+    named = dict(params)
+    hi, lo = (jnp.expand_dims(part, named["axis"]) for part in logsumexp(x, *operands, exact=True, **named))
+    return (x.astype(hi.dtype) - hi) - lo
+
+
+@_log_probabilities.defjvp
+def _log_probabilities_jvp(
+    params: _Params, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    x, *operands = primals
+    named = dict(params)
+    spec = named["spec"]
+    lse = logsumexp(x, *operands, exact=True, **named)
+    hi, lo = (jnp.expand_dims(part, named["axis"]) for part in lse)
+    where = spec.unpack(primals).where
+    t = mask_to_zero(tangents[0], where, spec.band)
+    y_dot = mask_to_zero(log_softmax_jvp(x, *lse, no_labels(), t, *operands, **named), where, spec.band)
+    return (x.astype(hi.dtype) - hi) - lo, y_dot.astype(hi.dtype)
+
+
 # Its derivative is one primitive, that of the lse with labels. JAX's own derivative would scatter the label's
 # cotangent into an array of zeros of x's size, and add that.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -279,13 +313,5 @@ def _lse_minus_label_logit_jvp(
     axis = named["axis"]
     lse = logsumexp(x, *operands, exact=True, **named)
     loss = _subtract_label_logit(lse, x, labels, axis)
-    if keeps_softmax("derivative of logsumexp", x, **named):
-        p = jnp.exp(subtract_lse(x, lse, *operands, **named))
-        at_label = reference.one_hot(labels, x.shape, axis)
-        # The label's probability minus 1, exact where that is nearly 0. The loss counts the logit of a label
-        # that is masked, whose probability is 0.
-        excess = jnp.where(p == 0, -1, jnp.expand_dims(jnp.expm1(-loss), axis))
-        loss_dot = jnp.sum(jnp.where(at_label, excess, p) * tangents[0], axis)
-    else:
-        loss_dot = logsumexp_jvp(x, *lse, labels, tangents[0], *operands, **named)
+    loss_dot = logsumexp_jvp(x, *lse, labels, tangents[0], *operands, **named)
     return loss, loss_dot

@@ -63,9 +63,22 @@ def softmax(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Array:
     return y if operands.where is None else select(operands.where, y, 0)
 
 
-def log_softmax(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> tuple[Array, Array, Array]:
-    """z - log(sum(exp(z))), of x's shape and dtype, -inf where masked; then hi and lo of the lse."""
-    terms = _exp_of_shifted(_logits(x, operands, axis), x.dtype, axis)
+def log_softmax(
+    x: Array, operands: ScaleBiasMask[Array], *, axis: int, differentiable: bool = False
+) -> tuple[Array, Array, Array]:
+    """z - log(sum(exp(z))), of x's shape and dtype, -inf where masked; then hi and lo of the lse.
+
+    Args:
+      x: the logits before scale, bias and mask.
+      operands: these.
+      axis: along which the rows lie.
+      differentiable: whether the derivatives that JAX makes of this are to be exact near certainty, for which
+        XLA computes a little more.
+    """
+    z = _logits(x, operands, axis)
+    if differentiable and x.shape[axis] != 0 and not jnp.iscomplexobj(z):
+        z = relative_to(z, _majority(jax.lax.stop_gradient(z), x.dtype, axis), axis)
+    terms = _exp_of_shifted(z, x.dtype, axis)
     y = terms.shifted - _log_of_sum(terms.p, axis)
     y = (y if terms.rounding is None else y + terms.rounding).astype(x.dtype)
     y = y if operands.where is None else select(operands.where, y, -jnp.inf)
@@ -124,9 +137,15 @@ def log_softmax_vjp(
       operands: of the log_softmax.
       axis: of the log_softmax.
     """
-    p = _probabilities(x, Lse(hi, lo), operands, axis)
-    total = jnp.sum(_mask_to_zero(_widen(t), operands.where), axis, keepdims=True)
-    y = (_widen(t) - p * total).astype(t.dtype)
+    p = _mask_to_zero(_probabilities(x, Lse(hi, lo), operands, axis), operands.where)
+    t_wide = _mask_to_zero(_widen(t), operands.where)
+    # Of the element that has more than half of a row, if there is one, t - p·sum(t) is made of the others.
+    # Two that are equal may both be above half by their roundings.
+    most = p > 0.6
+    total = jnp.sum(t_wide, axis, keepdims=True)
+    total = select(jnp.expand_dims(hi, axis) != jnp.inf, total, jnp.nan)
+    others_p, others_t = (jnp.sum(select(~most, a, 0), axis, keepdims=True) for a in (p, t_wide))
+    y = select(most, total * others_p - others_t, t_wide - p * total).astype(t.dtype)
     return y if operands.where is None else select(operands.where, y, 0)
 
 
@@ -166,7 +185,11 @@ def logsumexp_vjp(
         y = select(operands.where, y, 0)
     if labels.size:
         at_label = one_hot(labels, x.shape, axis)
-        y = y - at_label
+        log_p, _ = _log_probabilities(x, Lse(hi, lo), operands, axis)
+        if operands.where is not None:
+            log_p = select(operands.where, log_p, -jnp.inf)
+        log_p = jnp.sum(select(at_label, log_p, 0), axis, keepdims=True)
+        y = select(at_label, jnp.expm1(log_p), y)
         counts = None if operands.where is None else operands.where | at_label
     y = (factor * y).astype(x.dtype)
     return y if counts is None else select(counts, y, 0)
@@ -227,6 +250,26 @@ def one_hot(labels: Array, shape: tuple[int, ...], axis: int) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis % len(shape)) == jnp.expand_dims(labels, axis)
 
 
+def relative_to(x: Array, labels: Array, axis: int) -> Array:
+    """x, with the derivatives of x minus its elements at the labels, one in each row.
+
+    What shifts of rows do not change has the same derivatives in these differences. That in the element at a
+    label is then a sum over the others, and loses no digits where the label has nearly all of the
+    probability.
+
+    Args:
+      x: of any shape.
+      labels: int32, of x's shape without the axis. Rows whose label is out of range stay as they are.
+      axis: along which labels count.
+    """
+    # With the explicit sharding of x, if it has one, which a select wants of its mask.
+    is_label = one_hot(labels, x.shape, axis) & jax.lax.full_like(x, True, np.bool_)
+    at_label = jnp.sum(select(is_label, x, 0), axis, keepdims=True)
+    # 0 but for its derivative, and for what is not finite, which would make it NaN.
+    zero = select(jnp.isfinite(at_label), at_label - jax.lax.stop_gradient(at_label), 0)
+    return select(is_label, jax.lax.stop_gradient(x), x - zero)
+
+
 def select(mask: Array, x: Array, other: jax.typing.ArrayLike) -> Array:
     """x where the mask is True, and ``other``, in x's dtype, elsewhere; all broadcast.
 
@@ -280,6 +323,14 @@ def _exp_and_sum(z: Array, axis: int) -> tuple[Array, Array, Array]:
     shift = select(jnp.isfinite(z_max), z_max, 0)
     p = jnp.exp(z - jnp.expand_dims(shift, axis))
     return shift, p, jnp.sum(p, axis)
+
+
+def _majority(z: Array, dtype: np.dtype, axis: int) -> Array:
+    """The place in each row of the element that has more than half of its probability; the axis's size where
+    there is none. Of rows, int32."""
+    total = jnp.sum(_exp_of_shifted(z, dtype, axis).p, axis)
+    largest = jax.lax.argmax(z, axis % z.ndim, jnp.int32)
+    return select(total < 2, largest, z.shape[axis])
 
 
 class _Exponentials(NamedTuple):
@@ -383,14 +434,22 @@ def _mask_to_zero(x: Array, where: Array | None) -> Array:
 
 def _probabilities(x: Array, lse: Lse, operands: ScaleBiasMask[Array], axis: int) -> Array:
     """exp(z - lse), of x's shape, in the dtype that it is computed in."""
+    return _exp(*_log_probabilities(x, lse, operands, axis))
+
+
+def _log_probabilities(
+    x: Array, lse: Lse, operands: ScaleBiasMask[Array], axis: int
+) -> tuple[Array, Array | None]:
+    """z - lse, of x's shape, in the dtype that it is computed in, and the error of that, as _Exponentials has
+    them."""
     z = _logits(x, operands, axis)
     hi, lo = (jnp.expand_dims(part, axis) for part in lse)
     minus_hi = z - hi
     shifted = minus_hi - lo
     if x.dtype != z.dtype:
-        return jnp.exp(shifted)
+        return shifted, None
     rounding = _rounding(z, select(jnp.isfinite(hi), hi, 0), minus_hi) + _rounding(minus_hi, lo, shifted)
-    return _exp(shifted, rounding)
+    return shifted, rounding
 
 
 def _maximum(z: Array, axis: int) -> Array:

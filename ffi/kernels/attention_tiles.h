@@ -244,7 +244,7 @@ class AttentionTiles {
     for (std::int64_t i = 0; i < count; ++i) {
       const double total = sum[i], above = total > 1 ? total - 1 : 0;
       double lo;
-      const double log = LogOfOnePlus(above, lo) + reference[i] * Format<T>::kLn2;
+      const double log = LogOfSum<T>(above, 1, lo) + reference[i] * Format<T>::kLn2;
       // NaN where the sum is no number, but for a shift of +inf.
       const T finite = static_cast<T>(shift[i] + log) + (sum[i] - sum[i]);
       const T value = shift[i] == -kMinusInfinity<V> ? shift[i] : finite;

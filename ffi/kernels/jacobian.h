@@ -31,12 +31,13 @@ class JacobianKernels {
 
   static CompensatedSum Sum(const E* t, std::int64_t n) { return SumBlocks(Terms{t}, n); }
 
-  static void Subtract(const E* t, const T* p, E* out, std::int64_t n) {
+  static void Subtract(const E* t, const T* p, T factor, E* out, std::int64_t n) {
+    const V v = V::Broadcast(factor);
     std::int64_t i = 0;
-    for (; i + V::kLanes <= n; i += V::kLanes) (V::Load(t + i) - V::Load(p + i)).Store(out + i);
+    for (; i + V::kLanes <= n; i += V::kLanes) Fnma(v, V::Load(p + i), V::Load(t + i)).Store(out + i);
     if (i == n) return;
     const int rest = static_cast<int>(n - i);
-    (V::LoadPartial(t + i, rest, 0) - V::LoadPartial(p + i, rest, 0)).StorePartial(out + i, rest);
+    Fnma(v, V::LoadPartial(p + i, rest, 0), V::LoadPartial(t + i, rest, 0)).StorePartial(out + i, rest);
   }
 
   static void Write(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot,

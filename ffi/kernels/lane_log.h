@@ -10,7 +10,7 @@
 namespace jax_softmax2p {
 
 // Of every lane, log(sum) over its largest term as log + rest. The log is NaN where the sum is no number,
-// where its exponent is not to be trusted, and, of floats, where the lane is nearly certain (kNearCertainty).
+// where its exponent is not to be trusted, and where the lane is nearly certain (kNearCertainty).
 template <typename V>
 struct LaneLog {
   using T = typename V::Scalar;
@@ -22,19 +22,21 @@ struct LaneLog {
     const V x[1] = {largest};
     const ExtExp<V, 1> of_largest = ExtExpKernel<V>(sum.exponent)(x);
     T sums[V::kLanes], rests[V::kLanes], exponents[V::kLanes], powers[V::kLanes], mantissas[V::kLanes];
-    double others[V::kLanes], logs[V::kLanes], log_rests[V::kLanes];
+    double others[V::kLanes], largests[V::kLanes], logs[V::kLanes], log_rests[V::kLanes];
     sum.hi.Store(sums);
     sum.lo.Store(rests);
     sum.exponent.Store(exponents);
     of_largest.pow2[0].Store(powers);
     of_largest.expm1[0].Store(mantissas);
     for (int l = 0; l < V::kLanes; ++l) {
-      others[l] = OthersOverLargest(sums[l], rests[l], powers[l], mantissas[l]);
-      logs[l] = LogOfOnePlus(others[l], log_rests[l]);
+      const double power = powers[l], mantissa = mantissas[l];
+      others[l] = SumOfOthers(sums[l], rests[l], power, mantissa);
+      largests[l] = power + mantissa * power;
+      logs[l] = LogOfSum<T>(others[l], largests[l], log_rests[l]);
     }
     for (int l = 0; l < V::kLanes; ++l) {
       const T size = exponents[l] < 0 ? -exponents[l] : exponents[l];
-      const bool certain = sizeof(T) == sizeof(float) && others[l] < kNearCertainty;
+      const bool certain = others[l] < kNearCertainty<T> * largests[l];
       const bool exact = size < ReductionFor<V>::kMaxExponent - 1 && !certain;
       // sums - sums is NaN where the sum is no number.
       log[l] = exact ? static_cast<T>(logs[l]) + (sums[l] - sums[l]) : kMinusInfinity<V> - kMinusInfinity<V>;

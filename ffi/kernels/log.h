@@ -9,36 +9,64 @@
 
 namespace jax_softmax2p {
 
-// log(1 + t) = hi + lo for t >= 0; returns hi. The error is 2^-52 of the result or 2^-54, whichever is more.
-//
-// With 1 + t = 2^k·(1 + f), 1 + f >= sqrt(1/2), and s = f/(2 + f), the result is k·ln 2 + 2·artanh(s). Here
-// |s| < 0.172, and the series needs 11 terms. f is computed from t, and so keeps its digits where t is small.
-// kLn2Hi has 32 digits: its product with k is exact.
-SOFTMAX2P_INLINE double LogOfOnePlus(double t, double& lo) {
-  constexpr std::uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kMagic = 0x4330000000000000,
-                          kOne = 0x3ff0000000000000;
-  const std::uint64_t k = (BitCast<std::uint64_t>(1 + t) - kSqrtHalf) >> 52;
-  const double power = BitCast<double>(kOne + (k << 52)), inverse = BitCast<double>(kOne - (k << 52));
-  const double exponent = BitCast<double>(k + kMagic) - 0x1p52;
-  const double f = (t - (power - 1)) * inverse;
-  const double s = f / (2 + f), square = s * s;
-  constexpr double kTerms[] = {2. / 21, 2. / 19, 2. / 17, 2. / 15, 2. / 13,
-                               2. / 11, 2. / 9,  2. / 7,  2. / 5,  2. / 3};
-  double series = kTerms[0];
-  SOFTMAX2P_UNROLL for (int i = 1; i < 10; ++i) series = series * square + kTerms[i];
-  constexpr double kLn2Hi = 0x1.62e42feep-1, kLn2Lo = 0x1.a39ef35793c76p-33;
-  return FastTwoSum(exponent * kLn2Hi, s * square * series + (2 * s + exponent * kLn2Lo), lo);
+// a·b + c, rounded once where that is one instruction.
+SOFTMAX2P_INLINE double MultiplyAdd(double a, double b, double c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
 
-// The other terms of a sum over its largest. The sum is (hi + lo) of its reference, the largest term
-// (1 + expm1)·pow2 of it. Where the others are few, both differences are exact.
-SOFTMAX2P_INLINE double OthersOverLargest(double hi, double lo, double pow2, double expm1) {
-  const double others = (((hi - pow2) - expm1 * pow2) + lo) / (pow2 + expm1 * pow2);
+// log((largest + others)/largest) = hi + lo for others >= 0 and largest > 0; returns hi. T is the type that
+// the result is for: the error is 2^-52 of the result or 2^-54, whichever is more, for double, and 2^-44 of
+// the result for float.
+//
+// With the sum 2^k·(1 + f)·largest, |log2(1 + f)| < 0.59, and s = f/(2 + f), the result is k·ln 2 +
+// 2·artanh(s); k is the difference of the logarithms that the numbers' bits are, to 0.09. Here |s| < 0.201. f
+// is computed from the others, and so keeps its digits where they are few. kLn2Hi has 32 digits: its product
+// with k is exact.
+template <typename T>
+SOFTMAX2P_INLINE double LogOfSum(double others, double largest, double& lo) {
+  constexpr std::uint64_t kHalf = 1ull << 51, kMagic = 0x4330000000000000, kOne = 0x3ff0000000000000;
+  constexpr double kTerms[] = {2. / 3,  2. / 5,  2. / 7,  2. / 9,  2. / 11, 2. / 13,
+                               2. / 15, 2. / 17, 2. / 19, 2. / 21, 2. / 23};
+  constexpr int kLast = sizeof(T) == sizeof(float) ? 7 : 10;
+  const std::uint64_t k =
+      (BitCast<std::uint64_t>(largest + others) - BitCast<std::uint64_t>(largest) + kHalf) >> 52;
+  const double scaled = BitCast<double>(kOne + (k << 52)) * largest;
+  const double exponent = BitCast<double>(k + kMagic) - 0x1p52;
+  const double s = (others - (scaled - largest)) / (others + (scaled + largest)), square = s * s;
+  double series = kTerms[kLast];
+  SOFTMAX2P_UNROLL for (int i = 1; i <= kLast; ++i) series = MultiplyAdd(series, square, kTerms[kLast - i]);
+  constexpr double kLn2Hi = 0x1.62e42feep-1, kLn2Lo = 0x1.a39ef35793c76p-33;
+  return FastTwoSum(exponent * kLn2Hi, MultiplyAdd(s * square, series, 2 * s + exponent * kLn2Lo), lo);
+}
+
+// a - b·c, rounded once where that is one instruction, otherwise by Dekker's product (base/error_free.h).
+SOFTMAX2P_INLINE double SubtractProduct(double a, double b, double c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(-b, c, a);
+#else
+  constexpr double kSplit = (1 << 27) + 1;
+  const double product = b * c;
+  const double b_big = kSplit * b, b_hi = b_big - (b_big - b), b_lo = b - b_hi;
+  const double c_big = kSplit * c, c_hi = c_big - (c_big - c), c_lo = c - c_hi;
+  const double error = b_lo * c_lo - (((product - b_hi * c_hi) - b_lo * c_hi) - b_hi * c_lo);
+  return (a - product) - error;
+#endif
+}
+
+// The other terms of a sum than its largest. The sum is hi + lo, the largest term (1 + expm1)·pow2. Where the
+// others are few, both differences are exact.
+SOFTMAX2P_INLINE double SumOfOthers(double hi, double lo, double pow2, double expm1) {
+  const double others = SubtractProduct(hi - pow2, expm1, pow2) + lo;
   return others < 0 ? 0 : others;
 }
 
-// Where the others are less than this of the largest term, the rounding of a sum of floats, some 2^-46 of it,
-// would show in their logarithm: then they are to be summed without it.
-inline constexpr double kNearCertainty = 0x1p-20;
+// Where the others are less than this of the largest term, the rounding of the sum, up to 2^-46 of it in
+// float and 2^-81 in double, would show in their logarithm: then they are to be summed without it.
+template <typename T>
+inline constexpr double kNearCertainty = sizeof(T) == sizeof(float) ? 0x1p-20 : 0x1p-28;
 
 }  // namespace jax_softmax2p

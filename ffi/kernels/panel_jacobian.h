@@ -55,21 +55,20 @@ class PanelJacobianKernels {
   }
 
   static void SubtractMinusLse(const T* z, const E* t, E* out, const Panel& panel, std::int64_t t_stride,
-                               const T* hi, const T* lo, const PanelDots<T>& factors) {
+                               const T* hi, const T* lo, const PanelDots<T>& sums) {
     ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t first, std::int64_t rows) {
       const RecomputeMinusLse<V> source(access.Load(hi + at, 0), access.Load(lo + at, 0));
-      const Scaler<V> scaler{DivideByFactor(access.Load(factors.hi + at, 0)),
-                             DivideByFactor(access.Load(factors.lo + at, 0))};
+      const MinusProbability<V> minus(access.Load(sums.hi + at, 0), access.Load(sums.lo + at, 0));
       ForRows(rows, [&](auto count, std::int64_t i) {
         constexpr int K = decltype(count)::value;
         const T* const from = z + (first + i) * panel.stride + at;
         const std::int64_t to = (first + i) * t_stride + at;
         Prefetch<K>(from, panel.stride, panel.block);
         Prefetch<K>(t + to, t_stride, panel.block);
-        V p[K];
-        scaler(source.template At<K>(access, from, Discard{}, panel.stride), p);
+        const ExtExp<V, K> e = source.template At<K>(access, from, Discard{}, panel.stride);
         SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-          access.Store(access.Load(t + to + k * t_stride, 0) - p[k], out + to + k * t_stride);
+          const V t_k = access.Load(t + to + k * t_stride, 0);
+          access.Store(minus(t_k, e.expm1[k], e.pow2[k]), out + to + k * t_stride);
         }
       });
     });

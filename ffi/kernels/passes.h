@@ -102,7 +102,64 @@ struct TableScaler {
 template <typename V>
 using MantissaScaler = std::conditional_t<kTakesValues<V>, TableScaler<V>, Scaler<V>>;
 
-// The same of values, with kUnit likewise, which `power` takes off.
+// Scaler of a row in each lane, less `probability.hi`·kFactor in the element whose number is the label:
+// hi·kFactor·(p - 1), for p = e^x/kFactor. Near 1 the power is kFactor, and expm1 the difference. The
+// elements are to be taken in their order.
+template <typename V>
+struct LabelScaler {
+  Scaler<V> probability;
+  V label;
+  mutable V place = V::Broadcast(0);
+
+  template <int K>
+  SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
+    const V one = V::Broadcast(kFactor<V>);
+    V at_label[K];
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
+      at_label[k] = probability.hi * Fma(e.expm1[k], e.pow2[k], e.pow2[k] - one);
+    }
+    probability(e, y);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
+      y[k] = WhereEqual(place, label, at_label[k], y[k]);
+      place = place + V::Broadcast(1);
+    }
+  }
+};
+// t - p·sum for p = e^x/kFactor, where sum = hi + lo is the sum of all t. Where p is near 1 it is (t - sum) -
+// (p - 1)·sum, which loses no digits.
+template <typename V>
+class MinusProbability {
+  using T = typename V::Scalar;
+
+ public:
+  SOFTMAX2P_INLINE MinusProbability(V hi, V lo) : hi_(hi), lo_(lo), scale_(DivideByFactor(hi)) {}
+  SOFTMAX2P_INLINE V operator()(V t, V expm1, V pow2) const {
+    const V zero = V::Broadcast(0), one = V::Broadcast(kFactor<V>);
+    // 1 for powers from 2^(-3/4) to 1, which are near it, and 0 below.
+    const V near_one = Floor(pow2 * V::Broadcast(static_cast<T>(1.7) / kFactor<V>));
+    const V hi = WhereEqual(near_one, zero, zero, hi_), lo = WhereEqual(near_one, zero, zero, lo_);
+    return ((t - hi) - lo) - Fma(expm1, pow2, pow2 - near_one * one) * scale_;
+  }
+
+ private:
+  V hi_, lo_, scale_;
+};
+
+// The same of rows that have a lane each. One vector of t after the other is taken.
+template <typename V>
+struct SubtractScaler {
+  MinusProbability<V> minus;
+  mutable const typename V::Scalar* t;
+
+  template <int K>
+  SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
+      y[k] = minus(V::Load(t + k * V::kLanes), e.expm1[k], e.pow2[k]);
+    }
+    t += K * V::kLanes;
+  }
+};
+// TableScaler of exponentials' values: kUnit likewise, which `power` takes off.
 template <typename V>
 struct ValueScaler {
   V hi, lo, power = V::Broadcast(1 / kUnit<V>);

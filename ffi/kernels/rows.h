@@ -230,7 +230,8 @@ class RowKernels {
     T expm1[V::kLanes], pow2[V::kLanes];
     e.expm1[0].Store(expm1);
     e.pow2[0].Store(pow2);
-    return OthersOverLargest(total.mantissa.hi, total.mantissa.lo, pow2[0], expm1[0]) < kDominated;
+    const double power = pow2[0], largest = power + expm1[0] * power;
+    return SumOfOthers(total.mantissa.hi, total.mantissa.lo, power, expm1[0]) < kDominated * largest;
   }
 
   // Gives the element of y that dominates its row 1, in float: where results are rounded to 16 bits, it is

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "ffi/base/inline.h"
+#include "ffi/kernels/compensated_lanes.h"
 #include "ffi/kernels/lane_log.h"
 #include "ffi/kernels/passes.h"
 #include "ffi/kernels/small_tile.h"
@@ -20,43 +21,151 @@ class SmallLogSumExpKernels {
  public:
   template <typename In>
   static void Lse(const In* x, std::int64_t outer, int n, T* maximum, T* log, T* rest) {
-    T tile[kMaxSmall * V::kLanes];
-    for (std::int64_t first = 0; first < outer; first += V::kLanes) {
-      const int count = Tile::RowsOf(outer - first);
-      Tile::Load(x + first * n, count, n, tile);
-      const V largest = MaxColumn<V>(FullVector<V>{}, tile, kAdjacent<V>, n);
-      LaneAccumulator<V> sum(largest);
-      AddColumn(FullVector<V>{}, tile, Discard{}, kAdjacent<V>, Ahead<0>{}, n, Identity{}, sum);
-      const LaneLog<V> of_sum(sum.Sums(), largest);
-      const auto store = [&](V lanes, T* p) {
-        count == V::kLanes ? lanes.Store(p) : Tail<V>{count}.Store(lanes, p);
-      };
-      store(largest, maximum + first);
-      store(V::Load(of_sum.log), log + first);
-      store(V::Load(of_sum.rest), rest + first);
+    const std::int64_t most = Tile::Many(n) * V::kLanes;
+    for (std::int64_t first = 0; first < outer; first += most) {
+      const std::int64_t count = outer - first < most ? outer - first : most;
+      LseOfTiles(x + first * n, count, n, maximum + first, log + first, rest + first);
     }
   }
 
   template <typename In, typename E>
   static void MinusLse(const In* x, E* y, std::int64_t outer, int n, const T* hi, const T* lo,
-                       const T* factor) {
+                       const T* factor, const std::int32_t* labels) {
     T tile[kMaxSmall * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {
       const int count = Tile::RowsOf(outer - first);
-      const Tail<V> tail{count};
-      const auto load = [&](const T* p) { return count == V::kLanes ? V::Load(p) : tail.Load(p, 0); };
-      Tile::Load(x + first * n, count, n, tile);
-      const V lse_hi = load(hi + first), lse_lo = load(lo + first);
+      Tile::Load(x + first * n, outer - first, n, tile);
+      const V lse_hi = LoadRows(hi + first, count), lse_lo = LoadRows(lo + first, count);
+      const auto write = [&](const auto& source, const auto& scaler) {
+        WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, source, tile, Discard{}, tile, kAdjacent<V>,
+                       kAdjacent<V>, Ahead<0>{}, n, scaler);
+      };
       if (factor == nullptr) {
-        const SubtractLse<V> minus{lse_hi, lse_lo};
-        for (int i = 0; i < n; ++i) minus(V::Load(tile + i * V::kLanes)).Store(tile + i * V::kLanes);
+        write(NoExp<V, SubtractLse<V>>{{lse_hi, lse_lo}}, NoScaler<V>{});
       } else {
-        WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, RecomputeMinusLse<V>(lse_hi, lse_lo), tile,
-                       Discard{}, tile, kAdjacent<V>, kAdjacent<V>, Ahead<0>{}, n,
-                       Scaler<V>{DivideByFactor(load(factor + first)), V::Broadcast(0)});
+        const Scaler<V> scaler{DivideByFactor(LoadRows(factor + first, count)), V::Broadcast(0)};
+        const RecomputeMinusLse<V> source(lse_hi, lse_lo);
+        if (labels == nullptr) {
+          write(source, scaler);
+        } else {
+          write(source, LabelScaler<V>{scaler, LoadLabels(labels + first, count)});
+        }
       }
       Tile::Store(tile, count, n, y + first * n, false);
     }
+  }
+
+  // `In` is E or T.
+  template <typename In, typename E>
+  static void SubtractMinusLse(const In* x, const E* t, E* out, std::int64_t outer, int n, const T* hi,
+                               const T* lo) {
+    T tile[kMaxSmall * V::kLanes], cotangents[kMaxSmall * V::kLanes];
+    for (std::int64_t first = 0; first < outer; first += V::kLanes) {
+      const int count = Tile::RowsOf(outer - first);
+      Tile::Load(x + first * n, outer - first, n, tile);
+      Tile::Load(t + first * n, outer - first, n, cotangents);
+      CompensatedLanes<V> sum;
+      for (int i = 0; i < n; ++i) sum.Add(V::Load(cotangents + i * V::kLanes), V::Broadcast(0));
+      const RecomputeMinusLse<V> source(LoadRows(hi + first, count), LoadRows(lo + first, count));
+      V sum_lo;
+      const V sum_hi = FastTwoSum(sum.sum, sum.rest, sum_lo);
+      WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, source, tile, Discard{}, tile, kAdjacent<V>,
+                     kAdjacent<V>, Ahead<0>{}, n, SubtractScaler<V>{{sum_hi, sum_lo}, cotangents});
+      Tile::Store(tile, count, n, out + first * n, false);
+    }
+  }
+
+ private:
+  // The logarithms are left until the sums of all tiles are there: each is a long chain of operations.
+  template <typename In>
+  static SOFTMAX2P_INLINE void LseOfTiles(const In* x, std::int64_t rows, int n, T* maximum, T* log,
+                                          T* rest) {
+    T tile[kMaxSmall * V::kLanes];
+    LaneSums<V> sums[Tile::kMany];
+    V largest[Tile::kMany];
+    for (std::int64_t first = 0, i = 0; first < rows; first += V::kLanes, ++i) {
+      Tile::Load(x + first * n, rows - first, n, tile);
+      largest[i] = MaxColumn<V>(FullVector<V>{}, tile, kAdjacent<V>, n);
+      sums[i] = SumOf(tile, n, largest[i]);
+    }
+    for (std::int64_t first = 0, i = 0; first < rows; first += V::kLanes, ++i) {
+      const LaneLog<V> of_sum(sums[i], largest[i]);
+      const int count = Tile::RowsOf(rows - first);
+      StoreRows(largest[i], count, maximum + first);
+      StoreRows(V::Load(of_sum.log), count, log + first);
+      StoreRows(V::Load(of_sum.rest), count, rest + first);
+      if (HasNan(log + first, count))
+        LogOfCertain(x + first * n, rows - first, n, largest[i], log + first, rest + first);
+    }
+  }
+
+  static SOFTMAX2P_INLINE bool HasNan(const T* p, int count) {
+    bool found = false;
+    for (int l = 0; l < count; ++l) found |= p[l] != p[l];
+    return found;
+  }
+
+  // Fills in the logarithms that are NaN because a row is nearly certain: from sums without the largest
+  // elements. Out of line, since tiles need it rarely.
+  template <typename In>
+  static __attribute__((noinline)) void LogOfCertain(const In* x, std::int64_t rows, int n, V largest, T* log,
+                                                     T* rest) {
+    const V zero = V::Broadcast(0), one = V::Broadcast(1);
+    T tile[kMaxSmall * V::kLanes];
+    Tile::Load(x, rows, n, tile);
+    V taken = zero;
+    for (int i = 0; i < n; ++i) {
+      const V v = V::Load(tile + i * V::kLanes);
+      const V takes = WhereEqual(v, largest, one - taken, zero);
+      WhereEqual(takes, one, V::Broadcast(kMinusInfinity<V>), v).Store(tile + i * V::kLanes);
+      taken = taken + takes;
+    }
+    const LaneSums<V> sum = SumOf(tile, n, MaxColumn<V>(FullVector<V>{}, tile, kAdjacent<V>, n));
+    const V reference = LaneAccumulator<V>(largest).reference(), elements[1] = {largest};
+    const ExtExp<V, 1> e = ExtExpKernel<V>(reference)(elements);
+    T hi[V::kLanes], lo[V::kLanes], exponents[V::kLanes], references[V::kLanes], powers[V::kLanes],
+        mantissas[V::kLanes];
+    sum.hi.Store(hi);
+    sum.lo.Store(lo);
+    sum.exponent.Store(exponents);
+    reference.Store(references);
+    e.pow2[0].Store(powers);
+    e.expm1[0].Store(mantissas);
+    for (int l = 0; l < Tile::RowsOf(rows); ++l) {
+      const T size = references[l] < 0 ? -references[l] : references[l];
+      if (log[l] == log[l] || !(size < ReductionFor<V>::kMaxExponent - 1) || hi[l] - hi[l] != 0) continue;
+      const double others = (static_cast<double>(hi[l]) + static_cast<double>(lo[l])) *
+                            PowerOfTwo(static_cast<int>(exponents[l] - references[l]));
+      const double power = powers[l];
+      double exact_lo;
+      const double exact_hi = LogOfSum<T>(others, power + mantissas[l] * power, exact_lo);
+      const DoubleDouble<T> of_lane = ToDoubleDouble<T>(exact_hi, exact_lo);
+      log[l] = of_lane.hi;
+      rest[l] = of_lane.lo;
+    }
+  }
+
+  static SOFTMAX2P_INLINE LaneSums<V> SumOf(const T* tile, int n, V largest) {
+    LaneAccumulator<V> sum(largest);
+    AddColumn(FullVector<V>{}, tile, Discard{}, kAdjacent<V>, Ahead<0>{}, n, Identity{}, sum);
+    return sum.Sums();
+  }
+
+  // One number for each of `count` rows.
+  static SOFTMAX2P_INLINE V LoadRows(const T* p, int count) {
+    return count == V::kLanes ? V::Load(p) : Tail<V>{count}.Load(p, 0);
+  }
+  static SOFTMAX2P_INLINE void StoreRows(V lanes, int count, T* p) {
+    count == V::kLanes ? lanes.Store(p) : Tail<V>{count}.Store(lanes, p);
+  }
+  static SOFTMAX2P_INLINE V LoadLabels(const std::int32_t* p, int count) {
+    T labels[V::kLanes] = {};
+    if (count == V::kLanes) {
+      for (int l = 0; l < V::kLanes; ++l) labels[l] = static_cast<T>(p[l]);
+    } else {
+      for (int l = 0; l < count; ++l) labels[l] = static_cast<T>(p[l]);
+    }
+    return V::Load(labels);
   }
 };
 

@@ -18,23 +18,21 @@ template <typename V, typename E>
 class SmallSoftmaxKernels {
   using T = typename V::Scalar;
   using Tile = SmallTile<V>;
-  // A column of a tile is a chain of dependent operations from its first element to its last result. As many
-  // tiles as fit, up to these, are worked on together, so that the CPU has several chains to choose from.
-  static constexpr int kMaxTiles = 4;
+  static constexpr int kMaxTiles = Tile::kMany;
 
  public:
   // kLanes matrices at a time, one a lane: they are transposed into a tile, and back. `In` is E or T.
   template <typename In>
   static void Matrices(const In* x, E* y, std::int64_t outer, int n, int inner, bool non_temporal) {
     const int m = n * inner;
-    const int num_tiles = TilesOf(m);
+    const int num_tiles = Tile::Many(m);
     const bool aligned_non_temporal = non_temporal && ElementsToAlignment<V::kLanes>(y) == 0;
     T tiles[kMaxSmall * V::kLanes], kept[kMaxSmall * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += num_tiles * V::kLanes) {
       const std::int64_t rest = outer - first, most = num_tiles * V::kLanes;
       const int count = static_cast<int>(rest < most ? rest : most);
       for (int o = 0; o < count; o += V::kLanes) {
-        Tile::Load(x + (first + o) * m, Tile::RowsOf(count - o), m, tiles + o * m);
+        Tile::Load(x + (first + o) * m, outer - first - o, m, tiles + o * m);
       }
       SoftmaxTiles(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, inner);
       for (int o = 0; o < count; o += V::kLanes) {
@@ -44,7 +42,7 @@ class SmallSoftmaxKernels {
   }
 
   static void Columns(const E* x, E* y, std::int64_t stride, int n, int width) {
-    const int num_tiles = TilesOf(n);
+    const int num_tiles = Tile::Many(n);
     T tiles[kMaxSmall * V::kLanes], kept[kMaxSmall * V::kLanes];
     for (int first = 0; first < width; first += num_tiles * V::kLanes) {
       const int rest = width - first, most = num_tiles * V::kLanes;
@@ -62,8 +60,6 @@ class SmallSoftmaxKernels {
   }
 
  private:
-  static SOFTMAX2P_INLINE int TilesOf(int m) { return kMaxSmall / m < kMaxTiles ? kMaxSmall / m : kMaxTiles; }
-
   // What pass 1 finds of a column of vectors. `exact` is false where the guard wants the maximum subtracted.
   // Lanes with `dominance` above 0 have an element that carries the whole sum: its result is 1, whatever the
   // rounding of its value.

@@ -20,21 +20,31 @@ class SmallTile {
   using TileAhead = Ahead<256>;
 
  public:
+  // A column of a tile is a chain of dependent operations from its first element to its last result. As many
+  // tiles as fit, up to these, are worked on together, so that the CPU has several chains to choose from.
+  static constexpr int kMany = 4;
+  static SOFTMAX2P_INLINE int Many(int m) { return kMaxSmall / m < kMany ? kMaxSmall / m : kMany; }
+
   // How many of `rest` rows fit a tile.
   static SOFTMAX2P_INLINE int RowsOf(std::int64_t rest) {
     return static_cast<int>(rest < V::kLanes ? rest : V::kLanes);
   }
 
-  // Transposes `count` rows of m elements of type In, E or T, into a tile. Lanes from `count` on are 0.
+  // Transposes the first rows, as many as fit, of `rest` rows of m elements of type In, E or T, into a tile.
+  // Lanes without a row are 0.
   template <typename In>
-  static SOFTMAX2P_INLINE void Load(const In* x, int count, int m, T* tile) {
+  static SOFTMAX2P_INLINE void Load(const In* x, std::int64_t rest, int m, T* tile) {
+    const int count = RowsOf(rest);
     if constexpr (std::is_same_v<In, T>) {
-      if (count == V::kLanes) return Transpose(x, m, tile);
+      if ((rest - V::kLanes) * m >= (m < V::kTransposeRows ? V::kTransposeRows - m : 0)) {
+        return Transpose(x, m, tile);
+      }
     }
     T rows[kMaxSmall * V::kLanes];
     const int elements = count * m;
     ForVectors<V>(elements, [&](int, int at, const auto& access) { access.Load(x + at).Store(rows + at); });
-    for (int i = (elements + V::kLanes - 1) / V::kLanes * V::kLanes; i < m * V::kLanes; ++i) rows[i] = 0;
+    const int end = (m < V::kTransposeRows ? V::kTransposeRows : m) * V::kLanes;
+    for (int i = (elements + V::kLanes - 1) / V::kLanes * V::kLanes; i < end; ++i) rows[i] = 0;
     Transpose(rows, m, tile);
   }
 
@@ -56,10 +66,16 @@ class SmallTile {
   }
 
  private:
+  // Of rows of less than kTransposeRows elements, so many are read from the last, too.
   static SOFTMAX2P_INLINE void Transpose(const T* rows, int m, T* tile) {
+    if (m < V::kTransposeRows) {
+      V columns[V::kTransposeRows];
+      V::LoadTransposed(rows, m, columns);
+      for (int c = 0; c < m; ++c) columns[c].Store(tile + c * V::kLanes);
+      return;
+    }
     V columns[V::kTransposeRows];
-    int i = 0;
-    for (; i + V::kTransposeRows <= m; i += V::kTransposeRows) {
+    for (int i = 0; i < m; i = Next(i, m)) {
       // The CPU fetches tiles of shorter rows, a part of a page, by itself.
       if (m > kMaxFetched) Prefetch<V::kTransposeRows>(rows + i * V::kLanes, kAdjacent<V>, TileAhead{});
       V::LoadTransposed(rows + i, m, columns);
@@ -67,23 +83,29 @@ class SmallTile {
         columns[c].Store(tile + (i + c) * V::kLanes);
       }
     }
-    for (; i < m; ++i) {
-      for (int l = 0; l < V::kLanes; ++l) tile[i * V::kLanes + l] = rows[l * m + i];
-    }
   }
 
   static SOFTMAX2P_INLINE void TransposeBack(const T* tile, int m, T* rows) {
+    if (m < V::kTransposeRows) {
+      for (int i = 0; i < m; ++i) {
+        for (int l = 0; l < V::kLanes; ++l) rows[l * m + i] = tile[i * V::kLanes + l];
+      }
+      return;
+    }
     V columns[V::kTransposeRows];
-    int i = 0;
-    for (; i + V::kTransposeRows <= m; i += V::kTransposeRows) {
+    for (int i = 0; i < m; i = Next(i, m)) {
       SOFTMAX2P_UNROLL for (int c = 0; c < V::kTransposeRows; ++c) {
         columns[c] = V::Load(tile + (i + c) * V::kLanes);
       }
       V::StoreTransposed(columns, rows + i, m);
     }
-    for (; i < m; ++i) {
-      for (int l = 0; l < V::kLanes; ++l) rows[l * m + i] = tile[i * V::kLanes + l];
-    }
+  }
+
+  // Where the elements after those from i on begin: the last overlap those before, lest they be moved one by
+  // one. m where there are none.
+  static SOFTMAX2P_INLINE int Next(int i, int m) {
+    const int next = i + V::kTransposeRows;
+    return next + V::kTransposeRows <= m || next >= m ? next : m - V::kTransposeRows;
   }
 };
 

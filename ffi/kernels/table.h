@@ -264,9 +264,10 @@ struct KernelTable {
   // the hi of a sum infinite or NaN, and its lo 0. With `resume`, it is added to what is there.
   void (*panel_dot_minus_lse)(const T* z, const E* t, const Panel& panel, std::int64_t t_stride, bool resume,
                               const T* hi, const T* lo, const PanelDots<T>& dots);
-  // out = t - factor·e^(z - hi - lo), with one hi, lo and factor for each column. out may be t.
+  // out = t - e^(z - hi - lo)·sum, with one hi, lo and sum of all t for each column. Where the exponential is
+  // near 1, nothing cancels. out may be t.
   void (*panel_subtract_minus_lse)(const T* z, const E* t, E* out, const Panel& panel, std::int64_t t_stride,
-                                   const T* hi, const T* lo, const PanelDots<T>& factors);
+                                   const T* hi, const T* lo, const PanelDots<T>& sums);
   // <y, t> and <1, t> alike.
   void (*panel_dot)(const E* y, const E* t, const Panel& panel, bool resume, const PanelDots<T>& dots);
   void (*panel_sum_terms)(const E* t, const Panel& panel, bool resume, const PanelDots<T>& dots);
@@ -283,15 +284,23 @@ struct KernelTable {
   // y = softmax(x) of `width` columns of n <= kMaxSmall elements; element i of column c is x[c + i * stride].
   void (*small_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
   // Of x[rows, n], n <= kMaxSmall, the lse of every row as LseTerms. The log is also NaN where the row needs
-  // the guard's third pass or is nearly certain (kNearCertainty), which is then the caller's to do. The tests
-  // hold the lse to 2^-23 for T float and to 2^-49 for double, absolutely.
+  // the guard's third pass, which is then the caller's to do. The tests hold the lse to 2^-23 for T float and
+  // to 2^-49 for double, absolutely, and the log near 0 to 4 ULP of itself.
   void (*small_lse)(const E* x, std::int64_t rows, int n, T* maximum, T* log, T* rest);
-  // y = factor·e^((x - hi) - lo) of x[rows, n], n <= kMaxSmall, without the rounding of the differences, with
-  // one hi, lo and factor for each row. Where `factor` is null, y = (x - hi) - lo, with their rounding.
+  // y = factor·(e^((x - hi) - lo) - [the label's place]) of x[rows, n], n <= kMaxSmall, without the rounding
+  // of the differences, with one hi, lo, factor and label for each row. The label's element, too, is within 2
+  // ULP of its own size. A label is the number of an element, or below 0 for none; `labels` may be null.
+  // Where `factor` is null, y = (x - hi) - lo, with their rounding.
   void (*small_minus_lse)(const E* x, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
-                          const T* factor);
+                          const T* factor, const std::int32_t* labels);
   void (*logits_small_minus_lse)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
-                                 const T* factor);
+                                 const T* factor, const std::int32_t* labels);
+  // out = t - e^((x - hi) - lo)·<1, t> of rows likewise. Where the exponential is near 1, nothing cancels.
+  // out may be t.
+  void (*small_subtract_minus_lse)(const E* x, const E* t, E* out, std::int64_t rows, int n, const T* hi,
+                                   const T* lo);
+  void (*logits_small_subtract_minus_lse)(const T* z, const E* t, E* out, std::int64_t rows, int n,
+                                          const T* hi, const T* lo);
 
   // ---- Derivatives, over contiguous rows. Sums and dot products have twice the working precision.
 
@@ -299,8 +308,8 @@ struct KernelTable {
   CompensatedSum (*dot)(const E* y, const E* t, std::int64_t n);
   CompensatedSum (*logits_dot)(const T* y, const E* t, std::int64_t n);
   CompensatedSum (*sum)(const E* t, std::int64_t n);
-  // out = t - p, rounded once. out may be t.
-  void (*subtract)(const E* t, const T* p, E* out, std::int64_t n);
+  // out = t - factor·p, rounded as the vector type's Fnma. out may be t.
+  void (*subtract)(const E* t, const T* p, T factor, E* out, std::int64_t n);
   // The Jacobian of softmax: out = y·((t - dot.hi) - dot.lo). out may be y or t.
   void (*jacobian_write)(const E* y, const E* t, E* out, std::int64_t n, const DoubleDouble<T>& dot,
                          bool non_temporal);

@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "ffi/base/bit_cast.h"
 #include "ffi/kernels/log.h"
 #include "ffi/ops/guarded_sum.h"
 #include "ffi/ops/parallel_logits_rows.h"
@@ -15,8 +16,8 @@ namespace {
 
 // The sum of a row without its largest element.
 template <typename E>
-ExtendedSum SumOfOthers(const LogitsRow<E>& row, const Segments& segments,
-                        const GuardedRowSum<ComputeOf<E>>& row_sum) {
+ExtendedSum SumWithoutLargest(const LogitsRow<E>& row, const Segments& segments,
+                              const GuardedRowSum<ComputeOf<E>>& row_sum) {
   using T = ComputeOf<E>;
   const KnownMaximum<T> known{row_sum.subtract ? KnownMaximum<T>::kSubtract : KnownMaximum<T>::kUnknown,
                               row_sum.of.maximum};
@@ -39,14 +40,14 @@ LseTerms<ComputeOf<E>> LseOfRow(const KernelTable<E>& kernels, const LogitsRow<E
   const T largest_as_summed = row_sum.subtract ? 0 : maximum;
   T expm1, pow2;
   kernels.exponentials(&largest_as_summed, 1, sum.exponent, &expm1, &pow2);
-  double others = OthersOverLargest(sum.mantissa.hi, sum.mantissa.lo, pow2, expm1);
-  if (std::is_same_v<T, float> && others < kNearCertainty) {
-    const ExtendedSum rest = SumOfOthers(row, segments, row_sum);
-    const double largest = static_cast<double>(pow2) + static_cast<double>(expm1) * pow2;
-    others = rest.mantissa.hi * PowerOfTwo(rest.exponent - sum.exponent) / largest;
+  const double power = pow2, largest = power + expm1 * power;
+  double others = SumOfOthers(sum.mantissa.hi, sum.mantissa.lo, power, expm1);
+  if (others < kNearCertainty<T> * largest) {
+    const ExtendedSum rest = SumWithoutLargest(row, segments, row_sum);
+    others = rest.mantissa.hi * PowerOfTwo(rest.exponent - sum.exponent);
   }
   double exact_lo;
-  const double exact_hi = LogOfOnePlus(others, exact_lo);
+  const double exact_hi = LogOfSum<T>(others, largest, exact_lo);
   const DoubleDouble<T> log = ToDoubleDouble<T>(exact_hi, exact_lo);
   return {maximum, log.hi, log.lo};
 }
@@ -67,6 +68,16 @@ void WriteLse(const LseTerms<ComputeOf<E>>& terms, const LogitsRow<E>& row, Lse<
   if (std::isnan(hi) && std::isinf(terms.maximum) && !row.HasNan()) hi = terms.maximum;
 }
 
+// Whether any of p[n] is not finite. Without a branch, so that compilers vectorise it.
+template <typename T>
+bool HasNonFinite(const T* p, std::int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == sizeof(float), std::uint32_t, std::uint64_t>;
+  const Bits infinity = BitCast<Bits>(std::numeric_limits<T>::infinity());
+  Bits found = 0;
+  for (std::int64_t i = 0; i < n; ++i) found |= (BitCast<Bits>(p[i]) & infinity) == infinity ? 1 : 0;
+  return found != 0;
+}
+
 // The lses of a few small rows, as ForSmallRows hands them over.
 template <typename E>
 class SmallRowsLse {
@@ -82,7 +93,8 @@ class SmallRowsLse {
     } else {
       kernels.Of<T>().small_lse(z, count, n, maximum, log, rest);
     }
-    // NaN is also the kernel's sign that a row needs the guard's third pass or is nearly certain.
+    // NaN is also the kernel's sign that a row needs the guard's third pass.
+    if (!HasNonFinite(log, count)) return;
     InlineExecutor this_thread;
     for (std::int64_t i = 0; i < count; ++i) {
       if (!std::isnan(log[i])) continue;
@@ -97,15 +109,16 @@ class SmallRowsLse {
   LogitsRow<E> Row(std::int64_t i) const { return LogitsRow<E>(kernels_, logits_, first_ + i, nullptr); }
 
   void Write(Lse<T> lse) const {
+    T* const hi = lse.hi + first_;
+    T* const lo = lse.lo + first_;
     for (std::int64_t i = 0; i < count_; ++i) {
       T error;
-      const T sum = TwoSum(maximum[i], log[i], error);
-      if (std::isfinite(sum)) {
-        lse.hi[first_ + i] = sum;
-        lse.lo[first_ + i] = error + rest[i];
-      } else {
-        WriteLse<E>({maximum[i], log[i], rest[i]}, Row(i), lse, first_ + i);
-      }
+      hi[i] = TwoSum(maximum[i], log[i], error);
+      lo[i] = error + rest[i];
+    }
+    if (!HasNonFinite(hi, count_)) return;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      if (!std::isfinite(hi[i])) WriteLse<E>({maximum[i], log[i], rest[i]}, Row(i), lse, first_ + i);
     }
   }
 

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "ffi/base/error_free.h"
 #include "ffi/ops/column_panels.h"
 #include "ffi/ops/guarded_panel_sum.h"
 #include "ffi/ops/logits_panel.h"
@@ -52,17 +53,19 @@ class LogSumExpPanel {
     if (logits_.HasNan(c)) return;
     hi = maximum;
     if (std::isinf(maximum)) return;
-    double others = 0;
+    CompensatedSum others;
     bool met_largest = false;
     for (std::int64_t i = 0; i < logits_.panel().layout().n; ++i) {
       const T z = logits_.At(c, i);
       if (z == maximum && !met_largest) {
         met_largest = true;
       } else {
-        others += std::exp(static_cast<double>(z) - static_cast<double>(maximum));
+        double error;
+        const double difference = TwoDiff<double>(z, maximum, error), power = std::exp(difference);
+        others.Add(power > 0 ? power * (1 + error) : 0);
       }
     }
-    const double log = std::log1p(others), sum = static_cast<double>(maximum) + log;
+    const double log = std::log1p(others.hi + others.lo), sum = static_cast<double>(maximum) + log;
     log_[static_cast<std::size_t>(c)] = static_cast<T>(log);
     hi = static_cast<T>(sum);
     lo = static_cast<T>((static_cast<double>(maximum) - static_cast<double>(hi)) + log);

@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
-#include <vector>
 
 #include "ffi/ops/label.h"
 #include "ffi/ops/logsumexp.h"
@@ -45,20 +44,22 @@ void SmallLogSumExpVjp(const Kernels& kernels, Executor& executor, const Logits<
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
   ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
-    std::vector<Label<E>> labels;
-    if (lse.labels != nullptr) labels.reserve(static_cast<std::size_t>(count));
-    for (std::int64_t r = first; lse.labels != nullptr && r < first + count; ++r) {
-      labels.emplace_back(LogitsRow<E>(kernels, logits, r, nullptr), n, lse.labels + r);
+    std::int32_t labels[kLogitsBlock];
+    for (std::int64_t i = 0; lse.labels != nullptr && i < count; ++i) {
+      labels[i] = static_cast<std::int32_t>(LabelIndex(lse.labels[first + i], n));
     }
     SmallMinusLse(kernels, logits, first, count, z, y + first * n, lse.hi + first, lse.lo + first,
-                  factor + first);
-    for (std::int64_t i = 0; i < count; ++i) {
+                  factor + first, lse.labels == nullptr ? nullptr : labels);
+    for (std::int64_t i = 0; logits.HasMask() && i < count; ++i) {
       const std::int64_t r = first + i;
-      if (logits.HasMask() && !(std::isfinite(lse.hi[r]) && std::isfinite(factor[r]))) {
-        LogitsRow<E>(kernels, logits, r, nullptr).FillMasked(y + r * n, E{});
-      }
-      if (labels.empty()) continue;
-      labels[static_cast<std::size_t>(i)].Write(y + r * n, 1, lse.hi[r], lse.lo[r], factor[r]);
+      if (std::isfinite(lse.hi[r]) && std::isfinite(factor[r])) continue;
+      // What is masked, 0 but in such a row, and its label.
+      const LogitsRow<E> row(kernels, logits, r, nullptr);
+      const std::int64_t label = lse.labels == nullptr ? -1 : labels[i];
+      const bool has_logit = label >= 0 && !row.IsMasked(label);
+      const E at_label = has_logit ? y[r * n + label] : FromDouble<E>(-static_cast<double>(factor[r]));
+      row.FillMasked(y + r * n, E{});
+      if (label >= 0) y[r * n + label] = at_label;
     }
   });
 }
@@ -77,31 +78,33 @@ void ForSmallProbabilities(const Kernels& kernels, Executor& executor, const Log
   ForSmallRows(kernels, executor, logits, rows, SmallRowsAs::kCompute);
 }
 
-// <1, t> of a small row. Sums of so few floats in double need no compensation, and no vectors.
+// t - p·<1, t> of row r. t and out point to the row's first element that takes part. Where p is near 1 it is
+// (t - <1, t>) - (p - 1)·<1, t>, which loses no digits.
 template <typename E>
-double SmallSum(const KernelTable<E>& kernels, const E* t, std::int64_t n) {
-  if constexpr (std::is_same_v<E, double>) {
-    const CompensatedSum sum = kernels.sum(t, n);
-    return sum.hi + sum.lo;
-  } else {
-    double sum = 0;
-    for (std::int64_t i = 0; i < n; ++i) sum += Widen(t[i]);
-    return sum;
-  }
-}
-
-// t - p·<1, t> of row r. t and out point to the row's first element that takes part.
-template <typename E>
-void WriteLogSoftmaxVjp(const KernelTable<E>& kernels, const LogitsRow<E>& row, const Segments& segments,
+void WriteLogSoftmaxVjp(const Kernels& kernels, const LogitsRow<E>& row, const Segments& segments,
                         const LabelledLse<E>& lse, std::int64_t r, const E* t, E* out) {
   using T = ComputeOf<E>;
+  const KernelTable<E>& table = kernels.Of<E>();
+  const T hi = lse.hi[r], lo = lse.lo[r];
   const CompensatedSum sum = segments.Reduce<CompensatedSum>(
-      [&](std::int64_t at, std::int64_t size) { return kernels.sum(t + at, size); },
+      [&](std::int64_t at, std::int64_t size) { return table.sum(t + at, size); },
       [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
-  const RowScale<T> scale = ScaleFromLse(kernels, lse.hi[r], lse.lo[r], sum.hi + sum.lo);
+  const double total = sum.hi + sum.lo;
+  const RowScale<T> scale = ScaleFromLse(table, hi, lo, 1);
+  const auto near_one = [&](std::int64_t at, double t_at) {
+    T z;
+    row.ApplyOperands(at, 1, &z);
+    const double log_p = (static_cast<double>(z) - static_cast<double>(hi)) - static_cast<double>(lo);
+    return FromDouble<E>(((t_at - sum.hi) - sum.lo) - std::expm1(log_p) * total);
+  };
   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
     row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
-      kernels.subtract(t + at + i, p, out + at + i, count);
+      const T largest = kernels.Of<T>().row_max(p, count);
+      // At most one element of a row has more than half of its sum.
+      const std::int64_t found = largest > T{0.5} ? std::find(p, p + count, largest) - p : -1;
+      const double t_found = found < 0 ? 0 : Widen(t[at + i + found]);
+      table.subtract(t + at + i, p, static_cast<T>(total), out + at + i, count);
+      if (found >= 0) out[at + i + found] = near_one(at + i + found, t_found);
     });
   });
 }
@@ -191,17 +194,25 @@ void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits,
     std::isfinite(lse.hi[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});
   };
   if (HasSmallRows(logits)) {
-    return ForSmallProbabilities(kernels, executor, logits, lse, [&](std::int64_t r, T* p) {
-      const T factor = static_cast<T>(SmallSum(table, t + r * n, n));
-      for (std::int64_t i = 0; i < n; ++i) p[i] *= factor;
-      table.subtract(t + r * n, p, out + r * n, n);
-      if (logits.HasMask()) fill_masked(LogitsRow<E>(kernels, logits, r, nullptr), r);
+    return ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
+      const auto subtract = [&](auto kernel, const auto* from) {
+        kernel(from, t + first * n, out + first * n, count, static_cast<int>(n), lse.hi + first,
+               lse.lo + first);
+      };
+      if (z != nullptr) {
+        subtract(table.logits_small_subtract_minus_lse, z);
+      } else {
+        subtract(table.small_subtract_minus_lse, logits.x + first * n);
+      }
+      for (std::int64_t r = first; logits.HasMask() && r < first + count; ++r) {
+        fill_masked(LogitsRow<E>(kernels, logits, r, nullptr), r);
+      }
     });
   }
   ForLogitsRows(kernels, executor, logits,
                 [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
                   const std::int64_t at = r * n + row.begin();
-                  WriteLogSoftmaxVjp(table, row, segments, lse, r, t + at, out + at);
+                  WriteLogSoftmaxVjp(kernels, row, segments, lse, r, t + at, out + at);
                   fill_masked(row, r);
                 });
 }

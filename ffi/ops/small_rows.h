@@ -49,17 +49,17 @@ void ForSmallRows(const Kernels& kernels, Executor& executor, const Logits<E>& l
   });
 }
 
-// Kernel small_minus_lse for rows as ForSmallRows hands them over, into rows of type Out, E or T. hi, lo and
-// factor have an element for each of the `count` rows; `factor` may be null.
+// Kernel small_minus_lse for rows as ForSmallRows hands them over, into rows of type Out, E or T. hi, lo,
+// factor and labels have an element for each of the `count` rows; factor and labels may be null.
 template <typename E, typename Out>
 void SmallMinusLse(const Kernels& kernels, const Logits<E>& logits, std::int64_t first, std::int64_t count,
                    const ComputeOf<E>* z, Out* y, const ComputeOf<E>* hi, const ComputeOf<E>* lo,
-                   const ComputeOf<E>* factor) {
+                   const ComputeOf<E>* factor, const std::int32_t* labels = nullptr) {
   const KernelTable<Out>& table = kernels.Of<Out>();
   const int n = static_cast<int>(logits.n);
-  if (z != nullptr) return table.logits_small_minus_lse(z, y, count, n, hi, lo, factor);
+  if (z != nullptr) return table.logits_small_minus_lse(z, y, count, n, hi, lo, factor, labels);
   if constexpr (std::is_same_v<E, Out>) {
-    table.small_minus_lse(logits.x + first * n, y, count, n, hi, lo, factor);
+    table.small_minus_lse(logits.x + first * n, y, count, n, hi, lo, factor, labels);
   }
 }
 

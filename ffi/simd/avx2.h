@@ -105,6 +105,10 @@ struct F32 {
     return {_mm256_blendv_ps(a.v, b.v, _mm256_castsi256_ps(masked))};
   }
 
+  friend SOFTMAX2P_INLINE F32 WhereEqual(F32 x, F32 y, F32 a, F32 b) {
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_EQ_OQ))};
+  }
+
   friend SOFTMAX2P_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -231,6 +235,10 @@ struct F64 {
     const __m256i masked =
         _mm256_cmpeq_epi64(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes)), _mm256_setzero_si256());
     return {_mm256_blendv_pd(a.v, b.v, _mm256_castsi256_pd(masked))};
+  }
+
+  friend SOFTMAX2P_INLINE F64 WhereEqual(F64 x, F64 y, F64 a, F64 b) {
+    return {_mm256_blendv_pd(b.v, a.v, _mm256_cmp_pd(x.v, y.v, _CMP_EQ_OQ))};
   }
 
   friend SOFTMAX2P_INLINE F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }

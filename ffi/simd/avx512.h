@@ -80,6 +80,10 @@ struct F32 {
     return {_mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), b.v, a.v)};
   }
 
+  friend SOFTMAX2P_INLINE F32 WhereEqual(F32 x, F32 y, F32 a, F32 b) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_EQ_OQ), b.v, a.v)};
+  }
+
   friend SOFTMAX2P_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -188,6 +192,10 @@ struct F64 {
   static SOFTMAX2P_INLINE F64 Where(const std::uint8_t* where, F64 a, F64 b) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(where));
     return {_mm512_mask_blend_pd(static_cast<__mmask8>(_mm_test_epi8_mask(bytes, bytes)), b.v, a.v)};
+  }
+
+  friend SOFTMAX2P_INLINE F64 WhereEqual(F64 x, F64 y, F64 a, F64 b) {
+    return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(x.v, y.v, _CMP_EQ_OQ), b.v, a.v)};
   }
 
   friend SOFTMAX2P_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }

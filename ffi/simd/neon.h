@@ -81,6 +81,10 @@ struct F32 {
     return {vbslq_f32(vceqq_u32(vld1q_u32(lanes), vdupq_n_u32(0)), b.v, a.v)};
   }
 
+  friend SOFTMAX2P_INLINE F32 WhereEqual(F32 x, F32 y, F32 a, F32 b) {
+    return {vbslq_f32(vceqq_f32(x.v, y.v), a.v, b.v)};
+  }
+
   friend SOFTMAX2P_INLINE F32 operator+(F32 a, F32 b) { return {vaddq_f32(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator-(F32 a, F32 b) { return {vsubq_f32(a.v, b.v)}; }
   friend SOFTMAX2P_INLINE F32 operator*(F32 a, F32 b) { return {vmulq_f32(a.v, b.v)}; }
@@ -163,6 +167,10 @@ struct F64 {
   static SOFTMAX2P_INLINE F64 Where(const std::uint8_t* where, F64 a, F64 b) {
     const std::uint64_t lanes[2] = {where[0], where[1]};
     return {vbslq_f64(vceqq_u64(vld1q_u64(lanes), vdupq_n_u64(0)), b.v, a.v)};
+  }
+
+  friend SOFTMAX2P_INLINE F64 WhereEqual(F64 x, F64 y, F64 a, F64 b) {
+    return {vbslq_f64(vceqq_f64(x.v, y.v), a.v, b.v)};
   }
 
   friend SOFTMAX2P_INLINE F64 operator+(F64 a, F64 b) { return {vaddq_f64(a.v, b.v)}; }

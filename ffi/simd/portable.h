@@ -18,6 +18,7 @@
 //                        apart, as kTransposeRows vectors: lane l of columns[c] is p[l * stride + c].
 //   StoreTransposed      The inverse of LoadTransposed.
 //   Where(where, a, b)   In every lane, a if where[lane] is not 0, otherwise b.
+//   WhereEqual(x, y, a, b)  In every lane, a if x is y, otherwise b.
 //   Fma(a, b, c)         a*b + c, rounded once, except here, where each step rounds.
 //   Fnma(a, b, c)        c - a*b, rounded as Fma.
 //   Fms(a, b, c)         a*b - c, rounded once. Only where kHasFma.
@@ -115,6 +116,10 @@ struct Vector {
   static SOFTMAX2P_INLINE Vector Where(const std::uint8_t* where, Vector a, Vector b) {
     for (int i = 0; i < kLanes; ++i) a.v[i] = where[i] != 0 ? a.v[i] : b.v[i];
     return a;
+  }
+
+  friend SOFTMAX2P_INLINE Vector WhereEqual(Vector x, Vector y, Vector a, Vector b) {
+    return {x.v == y.v ? a.v : b.v};
   }
 
   friend SOFTMAX2P_INLINE Vector operator+(Vector a, Vector b) { return {a.v + b.v}; }

@@ -59,6 +59,8 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.small_lse = SmallLse::template Lse<E>;
   table.small_minus_lse = SmallLse::template MinusLse<E, E>;
   table.logits_small_minus_lse = SmallLse::template MinusLse<T, E>;
+  table.small_subtract_minus_lse = SmallLse::template SubtractMinusLse<E, E>;
+  table.logits_small_subtract_minus_lse = SmallLse::template SubtractMinusLse<T, E>;
   table.dot = Jacobian::template Dot<E>;
   table.logits_dot = Jacobian::template Dot<T>;
   table.sum = Jacobian::Sum;

@@ -33,12 +33,16 @@ def check_derivatives(x: Array, axis_names: tuple[str, ...]) -> None:
 def reduce_lse(lse: Lse, axis_names: tuple[str, ...]) -> Lse:
     """The lse of whole rows from those of their shards: two all-reduces of one number a row.
 
-    As exact as hi + lo is: it approximates e^(z + rest) by e^z·(1 + rest), with rest below an ULP of z.
+    As exact as hi + lo is: it approximates e^(z + rest) by e^z·(1 + rest), with rest below an ULP of z. The 1
+    that is in the term of the largest shard is not added, lest it swallow the others.
     """
     largest = _or_zero(jax.lax.pmax(lse.hi, axis_names))
     z, rest = subtract_max(lse, largest)
     terms = jnp.exp(z)
-    return add_max(largest, jnp.log(jax.lax.psum(terms + terms * rest, axis_names)))
+    is_largest = lse.hi == largest
+    others = jnp.where(is_largest, jnp.expm1(z), terms) + terms * rest
+    count, others = jax.lax.psum(jnp.stack([is_largest.astype(others.dtype), others]), axis_names)
+    return add_max(largest, jnp.log1p((count - 1) + others))
 
 
 def finite_max(hi: Array) -> Array:

@@ -81,20 +81,24 @@ class NativeLowering(KernelLowering):
       operation: what it computes, by which dispatch chooses.
       sharded_rule: what each device does where XLA shards the axis itself, as sharded_rule(axis_names,
         *operands, **params).
+      labelled_operation: the operation where the fourth operand, labels, is not empty, if that is another.
       attributes: the target's attributes but the axis, as attributes(**params).
     """
 
     operation: Operation
     sharded_rule: partitioning.ShardedRule
+    labelled_operation: Operation | None = None
     attributes: Callable[..., dict[str, Any]] = _no_attributes
 
-    def operation_of(self, params: Mapping[str, Any]) -> Operation:
-        """What the primitive computes with these parameters."""
+    def operation_of(self, avals: Sequence[Any], params: Mapping[str, Any]) -> Operation:
+        """What the primitive computes of operands of these avals."""
+        if self.labelled_operation is not None and avals[3].size:
+            return self.labelled_operation
         return "derivative of logsumexp" if params.get("for_derivative") else self.operation
 
     def choose_on_device(self, avals: Sequence[Any], params: Mapping[str, Any], *, on_cpu: bool) -> Choice:
         """By the operation and the size of the first operand."""
-        operation = self.operation_of(params)
+        operation = self.operation_of(avals, params)
         return dispatch.choose_on_device(
             params["implementation"], operation, avals[0], params["axis"], on_cpu=on_cpu
         )

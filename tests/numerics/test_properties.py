@@ -80,7 +80,7 @@ def mpmath_softmax(x):
 def assert_within_contract(x, exact, results, algorithm="auto"):
     allowed = cases.CONTRACT_ULP[x.dtype.type]
     if x.dtype == np.float32 and algorithm in cases.THREE_PASS:
-        allowed = 2.5  # The README states this limit.
+        allowed = 2.5  # docs/numerics.md states this limit.
     for isa, y in results.items():
         assert cases.ulp_error(y, exact) <= allowed, isa
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from near_certainty import assert_exact, exact_loss, rows_of
 from test_labels import check, edges, expected, jax_array, logits_for, losses_and_gradient_of
 
 from jax_softmax2p import softmax_cross_entropy_with_integer_labels
@@ -90,3 +91,13 @@ def check_one_row(function):
     exact_losses, exact_gradients = expected(np.repeat(x, len(integers), 0), integers)
     np.testing.assert_allclose(losses, exact_losses, rtol=2e-6, atol=2e-6)
     np.testing.assert_allclose(gradient, exact_gradients.sum(0, keepdims=True), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("spec", [P(None, "devices"), P("devices")], ids=["classes", "rows"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_near_certainty(dtype, spec):
+    z, labels = (array[: len(array) // 8 * 8] for array in rows_of(40, dtype))
+    loss = softmax_cross_entropy_with_integer_labels
+    function = on_mesh(losses_and_gradient_of(loss), AxisType.Auto, spec, P())
+    for actual, exact in zip(function(z, labels), exact_loss(z, labels), strict=True):
+        assert_exact(actual, exact, dtype)

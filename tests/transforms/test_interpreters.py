@@ -87,7 +87,9 @@ def derivatives(f, x):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_jet(name, implementation):
+def test_jet(name, implementation, request):
+    if (name, implementation) == ("cross-entropy", "native"):
+        request.applymarker(pytest.mark.xfail(reason="jet cannot trace jax.custom_jvp", strict=True))
     x = array(3, 5)
     ours, theirs = PROGRAMS[name]
     value, series = jax.jit(
