@@ -59,8 +59,9 @@ def assert_exact(actual, exact, dtype, ulps=ULPS):
     assert actual.dtype == dtype
     unit = np.maximum(np.spacing(np.abs(exact).astype(dtype)), limits.tiny * limits.eps)
     error = np.abs(actual.astype(np.longdouble) - exact)
-    if native.active_isa() == "portable":  # Without an FMA, products that are added may underflow.
-        error = np.maximum(error - 4 * limits.tiny, 0)
+    if native.active_isa() == "portable":
+        # Without an FMA, products that are added may underflow, and from 700 on x - lse is rounded.
+        error, ulps = np.maximum(error - 4 * limits.tiny, 0), 1.5 * ulps
     error = np.where(np.abs(exact) < 2 * limits.tiny, np.maximum(error - 2 * limits.tiny, 0), error) / unit
     worst = np.unravel_index(error.argmax(), error.shape)
     assert error[worst] <= ulps, (worst, actual[worst], exact[worst])
