@@ -31,7 +31,7 @@ def check_derivatives(x: Array, axis_names: tuple[str, ...]) -> None:
 
 
 def reduce_lse(lse: Lse, axis_names: tuple[str, ...]) -> Lse:
-    """The lse of whole rows from those of their shards: two all-reduces of one number a row.
+    """The lse of whole rows from those of their shards: two all-reduces, of one number a row and of two.
 
     As exact as hi + lo is: it approximates e^(z + rest) by e^z·(1 + rest), with rest below an ULP of z. The 1
     that is in the term of the largest shard is not added, lest it swallow the others.

@@ -110,7 +110,7 @@ def log_softmax_composed(x: Array, *operands: Array, **params: Any) -> tuple[Arr
 def log_softmax_sharded_rule(
     axis_names: tuple[str, ...], x: Array, *operands: Array, **params: Any
 ) -> tuple[Array, Array, Array]:
-    """Two all-reduces of one number a row, for the lse of whole rows."""
+    """Two all-reduces, of one number a row and of two, for the lse of whole rows."""
     lse = reduce_lse(logsumexp(x, *operands, exact=True, **params), axis_names)
     return subtract_lse(x, lse, *operands, **params), *lse
 

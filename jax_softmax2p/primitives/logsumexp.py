@@ -110,7 +110,7 @@ def logsumexp_batch_rule(
 
 
 def logsumexp_sharded_rule(axis_names: tuple[str, ...], *operands: Array, **params: Any) -> Lse:
-    """Two all-reduces of one number a row."""
+    """Two all-reduces, of one number a row and of two."""
     return collectives.reduce_lse(logsumexp(*operands, **params), axis_names)
 
 

@@ -76,7 +76,7 @@ def softmax_batch_rule(
 def softmax_sharded_rule(
     axis_names: tuple[str, ...], x: Array, *operands: Array, algorithm: str, in_place: bool, **params: Any
 ) -> Array:
-    """Two all-reduces of one number a row, for the lse of whole rows."""
+    """Two all-reduces, of one number a row and of two, for the lse of whole rows."""
     lse = reduce_lse(logsumexp(x, *operands, **params), axis_names)
     return softmax_from_lse(x, lse, *operands, **params)
 

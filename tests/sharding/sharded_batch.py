@@ -215,7 +215,7 @@ ROW_LABELS = np.array([0, 639, -1, -640, 640, 5, 319, 320], np.int32)
     ids=["softmax", "log_softmax", "logsumexp", "cross-entropy"],
 )
 def test_sharded_axis_under_jit(ours, theirs):
-    """Results are right, with no more collectives and no more bytes than jax.nn needs."""
+    """Results are right, with no more collectives than jax.nn needs, of 3 numbers a row where it has 2."""
     mesh = devices.make_mesh()
     y = jax.eval_shape(theirs, LOGITS)
     operands = LOGITS.astype(np.float32), normal(*y.shape, seed=8)
@@ -228,7 +228,7 @@ def test_sharded_axis_under_jit(ours, theirs):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6), actual, expected)
     assert "all-gather" not in kinds(found)
     assert len(found) <= len(found_in_theirs)
-    assert sum(size for _, size in found) <= sum(size for _, size in found_in_theirs)
+    assert 2 * sum(size for _, size in found) <= 3 * sum(size for _, size in found_in_theirs)
 
 
 def test_band_with_sharded_columns():
