@@ -6,7 +6,6 @@ and rounded once, as the native kernels do. Throughout, z are the logits scale·
 and an array "of rows" has x's shape without it.
 """
 
-import math
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -14,17 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_softmax2p.exact_sums import MAX_PLAIN_LENGTH, exact_sum, log_of_sum, sum_of_blocks, two_sum_error
+
 Array = jax.Array
 T = TypeVar("T")
-
-MAX_PLAIN_LENGTH = 4
-"""So many exponentials are summed plainly in derivatives, within 4 ULP of the largest entry.
-
-Of longer rows, each small exponential beside a large one may cost an ULP: of 31, up to 13 were lost.
-"""
-
-MAX_EXACT_LENGTH = 2**12
-"""Rows whose length is symbolic, in exported programs, are summed exactly up to this length."""
 
 
 class ScaleBiasMask(NamedTuple, Generic[T]):
@@ -58,7 +50,7 @@ def softmax(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Array:
     Within 4 ULP in float32, for rows of up to 1,024 elements.
     """
     p = _exp_of_shifted(_logits(x, operands, axis), x.dtype, axis).p
-    total, _ = _exact_sum(p, axis)
+    total, _ = exact_sum(p, axis)
     y = (p / total).astype(x.dtype)
     return y if operands.where is None else select(operands.where, y, 0)
 
@@ -79,7 +71,7 @@ def log_softmax(
     if differentiable and x.shape[axis] != 0 and not jnp.iscomplexobj(z):
         z = relative_to(z, _majority(jax.lax.stop_gradient(z), x.dtype, axis), axis)
     terms = _exp_of_shifted(z, x.dtype, axis)
-    y = terms.shifted - _log_of_sum(terms.p, axis)
+    y = terms.shifted - log_of_sum(terms.p, axis)
     y = (y if terms.rounding is None else y + terms.rounding).astype(x.dtype)
     y = y if operands.where is None else select(operands.where, y, -jnp.inf)
     return y, *logsumexp(x, operands, axis=axis, exact=True)
@@ -98,7 +90,7 @@ def logsumexp(x: Array, operands: ScaleBiasMask[Array], *, axis: int, exact: boo
     z = _logits(x, operands, axis, fully_masked=-jnp.inf)
     if exact:
         terms = _exp_of_shifted(z, x.dtype, axis)
-        shift, log = (jnp.squeeze(part, axis) for part in (terms.z_max, _log_of_sum(terms.p, axis)))
+        shift, log = (jnp.squeeze(part, axis) for part in (terms.z_max, log_of_sum(terms.p, axis)))
         log = select(jnp.isfinite(log), log, 0)
     else:
         shift, _, total = _exp_and_sum(z, axis)
@@ -176,7 +168,7 @@ def logsumexp_vjp(
     if shares_forward:
         _, p, total = _exp_and_sum(_logits(x, operands, axis, fully_masked=-jnp.inf), axis)
         is_long = not isinstance(x.shape[axis], int) or x.shape[axis] > MAX_PLAIN_LENGTH
-        y = p / (_sum_of_blocks(p, axis) if is_long else jnp.expand_dims(total, axis))
+        y = p / (sum_of_blocks(p, axis) if is_long else jnp.expand_dims(total, axis))
     else:
         y = _probabilities(x, Lse(hi, lo), operands, axis)
     factor = jnp.expand_dims(factor, axis)
@@ -279,15 +271,6 @@ def select(mask: Array, x: Array, other: jax.typing.ArrayLike) -> Array:
     return jax.lax.select(*jnp.broadcast_arrays(mask, x, jnp.asarray(other, x.dtype)))
 
 
-def two_sum_error(a: Array, b: Array, total: Array) -> Array:
-    """a + b - total, exactly, for the rounded sum.
-
-    Source: TwoSum in Knuth, The Art of Computer Programming, volume 2, section 4.2.2.
-    """
-    b_part = total - a
-    return (a - (total - b_part)) + (b - b_part)
-
-
 def compute_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     """What arrays of a dtype are computed in: float32 for shorter floats."""
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
@@ -375,57 +358,6 @@ def _exp(shifted: Array, rounding: Array | None) -> Array:
     """exp(shifted + rounding), for a rounding that is small."""
     y = jnp.exp(shifted)
     return y if rounding is None else y + y * rounding
-
-
-def _exact_sum(p: Array, axis: int) -> tuple[Array, Array]:
-    """The sum of exponentials p, each from 0 to 1, along the axis, which stays with size 1.
-
-    Every p is divided into a multiple of a power of two so large that multiples are added exactly, and the
-    rest. Added one after another, an exponential of 1 and a thousand small ones would lose 7 ULP.
-
-    Returns:
-      The sum, rounded; and its error, which matters where all but one of the exponentials are small.
-    """
-    if jnp.iscomplexobj(p):
-        return jnp.sum(p, axis, keepdims=True), jnp.zeros((), p.dtype)
-    n = p.shape[axis] if isinstance(p.shape[axis], int) else MAX_EXACT_LENGTH
-    bits = jnp.finfo(p.dtype).nmant + 1 - math.ceil(math.log2(max(n, 1)))
-    unit = np.asarray(2.0 ** -max(bits, 0), p.dtype)
-    multiple = jax.lax.round(p * (1 / unit), jax.lax.RoundingMethod.TO_NEAREST_EVEN) * unit
-    multiples = jnp.sum(multiple, axis, keepdims=True)
-    rests = jnp.sum(p - multiple, axis, keepdims=True)
-    total = multiples + rests
-    return total, rests - (total - multiples)
-
-
-def _sum_of_blocks(p: Array, axis: int) -> Array:
-    """As :func:`_exact_sum`, but blocks of up to MAX_PLAIN_LENGTH are summed plainly before.
-
-    So there is one addition of each p, not two. The elements of a block are far apart, so that XLA adds
-    vectors. The gradient of a hidden Markov model of 128 states takes 0.93 of the time that it takes with the
-    exact sum (Zen 4, AVX-512).
-    """
-    n = p.shape[axis]
-    size = _block_size(n) if isinstance(n, int) else 1
-    if size == 1:
-        return _exact_sum(p, axis)[0]
-    axis %= p.ndim
-    blocks = p.reshape(*p.shape[:axis], size, n // size, *p.shape[axis + 1 :])
-    return _exact_sum(jnp.sum(blocks, axis) * (1 / MAX_PLAIN_LENGTH), axis)[0] * MAX_PLAIN_LENGTH
-
-
-def _block_size(n: int) -> int:
-    """Into blocks of what size rows of n elements are divided: many blocks, of few elements each."""
-    return max(size for size in range(1, MAX_PLAIN_LENGTH + 1) if n % size == 0 and size**2 <= 2 * n)
-
-
-def _log_of_sum(p: Array, axis: int) -> Array:
-    """log(sum(p)) of exponentials of which the largest is 1; the axis stays with size 1.
-
-    It is exact however small the sum of the others is.
-    """
-    total, error = _exact_sum(p, axis)
-    return jnp.log(total) + jax.lax.stop_gradient(error / jnp.maximum(total, 1))
 
 
 def _mask_to_zero(x: Array, where: Array | None) -> Array:

@@ -29,9 +29,8 @@ struct LaneLog {
     of_largest.pow2[0].Store(powers);
     of_largest.expm1[0].Store(mantissas);
     for (int l = 0; l < V::kLanes; ++l) {
-      const double power = powers[l], mantissa = mantissas[l];
-      others[l] = SumOfOthers(sums[l], rests[l], power, mantissa);
-      largests[l] = power + mantissa * power;
+      others[l] = SumOfOthers(sums[l], rests[l], powers[l], mantissas[l]);
+      largests[l] = LargestTerm(powers[l], mantissas[l]);
       logs[l] = LogOfSum<T>(others[l], largests[l], log_rests[l]);
     }
     for (int l = 0; l < V::kLanes; ++l) {

@@ -64,6 +64,14 @@ SOFTMAX2P_INLINE double SumOfOthers(double hi, double lo, double pow2, double ex
   return others < 0 ? 0 : others;
 }
 
+SOFTMAX2P_INLINE double LargestTerm(double pow2, double expm1) { return pow2 + expm1 * pow2; }
+
+// Below this share of the largest term, the others leave its softmax 1 in float.
+inline constexpr double kDominated = 0x1p-25;
+SOFTMAX2P_INLINE bool IsDominated(double hi, double lo, double pow2, double expm1) {
+  return SumOfOthers(hi, lo, pow2, expm1) < kDominated * LargestTerm(pow2, expm1);
+}
+
 // Where the others are less than this of the largest term, the rounding of the sum, up to 2^-46 of it in
 // float and 2^-81 in double, would show in their logarithm: then they are to be summed without it.
 template <typename T>

@@ -105,7 +105,7 @@ class RowKernels {
         AddBlock(x + r * n, kept(r), n, Identity{}, sum);
         const ExtendedSum total = sum.Sums().ReduceSum();
         ScaleFromSum<T>(total, false, of_row, scales[r % 2]);
-        if constexpr (kTakesValues<V>) scales[r % 2].dominated = IsDominated(of_row, total);
+        if constexpr (kTakesValues<V>) scales[r % 2].dominated = RowIsDominated(of_row, total);
       }
       if (r == 0) continue;
       RowScale<T>& scale = scales[(r + 1) % 2];
@@ -222,7 +222,7 @@ class RowKernels {
   }
 
   // Whether the largest element of a row carries its whole sum.
-  static SOFTMAX2P_INLINE bool IsDominated(T maximum, const ExtendedSum& total) {
+  static SOFTMAX2P_INLINE bool RowIsDominated(T maximum, const ExtendedSum& total) {
     const V v[1] = {V::Broadcast(maximum)};
     // The reference takes kUnit off.
     const T reference = static_cast<T>(total.exponent + kUnitExponent<V>);
@@ -230,8 +230,7 @@ class RowKernels {
     T expm1[V::kLanes], pow2[V::kLanes];
     e.expm1[0].Store(expm1);
     e.pow2[0].Store(pow2);
-    const double power = pow2[0], largest = power + expm1[0] * power;
-    return SumOfOthers(total.mantissa.hi, total.mantissa.lo, power, expm1[0]) < kDominated * largest;
+    return IsDominated(total.mantissa.hi, total.mantissa.lo, pow2[0], expm1[0]);
   }
 
   // Gives the element of y that dominates its row 1, in float: where results are rounded to 16 bits, it is

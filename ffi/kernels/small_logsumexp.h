@@ -136,9 +136,8 @@ class SmallLogSumExpKernels {
       if (log[l] == log[l] || !(size < ReductionFor<V>::kMaxExponent - 1) || hi[l] - hi[l] != 0) continue;
       const double others = (static_cast<double>(hi[l]) + static_cast<double>(lo[l])) *
                             PowerOfTwo(static_cast<int>(exponents[l] - references[l]));
-      const double power = powers[l];
       double exact_lo;
-      const double exact_hi = LogOfSum<T>(others, power + mantissas[l] * power, exact_lo);
+      const double exact_hi = LogOfSum<T>(others, LargestTerm(powers[l], mantissas[l]), exact_lo);
       const DoubleDouble<T> of_lane = ToDoubleDouble<T>(exact_hi, exact_lo);
       log[l] = of_lane.hi;
       rest[l] = of_lane.lo;

@@ -3,10 +3,10 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "ffi/base/inline.h"
 #include "ffi/base/layout.h"
+#include "ffi/kernels/log.h"
 #include "ffi/kernels/passes.h"
 #include "ffi/kernels/small_tile.h"
 #include "ffi/kernels/table.h"
@@ -121,23 +121,17 @@ class SmallSoftmaxKernels {
   static SOFTMAX2P_INLINE void Write(const ColumnScale& sum, T* x, const T* kept, int n, int stride) {
     if (!sum.exact) return GuardedColumn(x, n, stride);
     if (TakesValues(n)) {
-      WriteScaled(KeptValues<V>{}, kept, Discard{}, x, n, stride, sum, ScalerOf<ValueScaler<V>>(sum));
+      WriteScaled<ValueScaler<V>>(KeptValues<V>{}, kept, Discard{}, x, n, stride, sum);
     } else {
-      WriteScaled(Reload<V>(sum.scale.exponent), x, kept, x, n, stride, sum,
-                  ScalerOf<MantissaScaler<V>>(sum));
+      WriteScaled<MantissaScaler<V>>(Reload<V>(sum.scale.exponent), x, kept, x, n, stride, sum);
     }
   }
 
-  template <typename Scaling>
-  static SOFTMAX2P_INLINE Scaling ScalerOf(const ColumnScale& sum) {
-    return {sum.scale.hi, sum.scale.lo};
-  }
-
-  template <typename Source, typename Kept, typename Scaling>
+  template <typename Scaling, typename Source, typename Kept>
   static SOFTMAX2P_INLINE void WriteScaled(const Source& source, const T* x, Kept kept, T* y, int n,
-                                           int stride, const ColumnScale& sum, const Scaling& scaler) {
+                                           int stride, const ColumnScale& sum) {
     WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, source, x, kept, y, stride, stride, Ahead<0>{}, n,
-                   scaler);
+                   Scaling{sum.scale.hi, sum.scale.lo});
     if (AnyGreater(sum.dominance, V::Broadcast(0))) WriteOnes(sum.dominance, y, n, stride);
   }
 
@@ -178,9 +172,9 @@ class SmallSoftmaxKernels {
     scale.scale.hi = V::Load(hi);
     const Recompute<V, SubtractMax<V>> source(scale.scale.exponent, minus);
     if (TakesValues(n)) {
-      WriteScaled(source, x, Discard{}, x, n, stride, scale, ScalerOf<SoftmaxScaler<V>>(scale));
+      WriteScaled<SoftmaxScaler<V>>(source, x, Discard{}, x, n, stride, scale);
     } else {
-      WriteScaled(source, x, Discard{}, x, n, stride, scale, ScalerOf<MantissaScaler<V>>(scale));
+      WriteScaled<MantissaScaler<V>>(source, x, Discard{}, x, n, stride, scale);
     }
   }
 };

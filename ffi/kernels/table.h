@@ -90,9 +90,6 @@ SOFTMAX2P_INLINE void ScaleFromSum(const ExtendedSum& sum, bool subtract_shift, 
   scale.dominated = false;
 }
 
-// Below this share of the largest term, the others leave its softmax 1 in float.
-inline constexpr double kDominated = 0x1p-25;
-
 // `width` columns of `rows` elements each, element i of column c at x[c + i * stride], and one element more
 // in the first `tail` columns. Kernels take `block` rows at a time, which share an exponent.
 struct Panel {

@@ -18,6 +18,12 @@ inline std::int64_t LabelIndex(std::int32_t label, std::int64_t n) {
   return index < n ? std::max<std::int64_t>(index, -1) : -1;
 }
 
+// log p of a logit z, from the lse. Where p is near 1, it has lost no digits.
+template <typename T>
+double LogProbability(T z, T hi, T lo) {
+  return (static_cast<double>(z) - static_cast<double>(hi)) - static_cast<double>(lo);
+}
+
 // A row's label and its logit z, which is read before a result is written over x.
 template <typename E>
 class Label {
@@ -45,7 +51,7 @@ class Label {
   void Write(E* row_y, std::int64_t stride, T hi, T lo, T factor) const {
     if (index_ < 0) return;
     E& y = row_y[index_ * stride];
-    const double log_p = (static_cast<double>(z_) - static_cast<double>(hi)) - static_cast<double>(lo);
+    const double log_p = LogProbability(z_, hi, lo);
     if constexpr (std::is_same_v<E, T>) {
       if (has_logit_ && log_p < -0.7) {
         y -= factor;

@@ -40,8 +40,8 @@ LseTerms<ComputeOf<E>> LseOfRow(const KernelTable<E>& kernels, const LogitsRow<E
   const T largest_as_summed = row_sum.subtract ? 0 : maximum;
   T expm1, pow2;
   kernels.exponentials(&largest_as_summed, 1, sum.exponent, &expm1, &pow2);
-  const double power = pow2, largest = power + expm1 * power;
-  double others = SumOfOthers(sum.mantissa.hi, sum.mantissa.lo, power, expm1);
+  const double largest = LargestTerm(pow2, expm1);
+  double others = SumOfOthers(sum.mantissa.hi, sum.mantissa.lo, pow2, expm1);
   if (others < kNearCertainty<T> * largest) {
     const ExtendedSum rest = SumWithoutLargest(row, segments, row_sum);
     others = rest.mantissa.hi * PowerOfTwo(rest.exponent - sum.exponent);

@@ -94,8 +94,7 @@ void WriteLogSoftmaxVjp(const Kernels& kernels, const LogitsRow<E>& row, const S
   const auto near_one = [&](std::int64_t at, double t_at) {
     T z;
     row.ApplyOperands(at, 1, &z);
-    const double log_p = (static_cast<double>(z) - static_cast<double>(hi)) - static_cast<double>(lo);
-    return FromDouble<E>(((t_at - sum.hi) - sum.lo) - std::expm1(log_p) * total);
+    return FromDouble<E>(((t_at - sum.hi) - sum.lo) - std::expm1(LogProbability(z, hi, lo)) * total);
   };
   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
     row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {

@@ -95,9 +95,7 @@ class RowsSoftmax {
     const ExtendedSum& total = sum.of.sum;
     T expm1, pow2;
     table.exponentials(&largest, 1, total.exponent, &expm1, &pow2);
-    const double power = pow2, of_largest = power + expm1 * power;
-    scales_[r % slots_].dominated =
-        SumOfOthers(total.mantissa.hi, total.mantissa.lo, power, expm1) < kDominated * of_largest;
+    scales_[r % slots_].dominated = IsDominated(total.mantissa.hi, total.mantissa.lo, pow2, expm1);
   }
 
   // Pass 2.

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_softmax2p import jax_compat
-from jax_softmax2p.reference import Lse, two_sum_error
+from jax_softmax2p.exact_sums import two_sum_error
+from jax_softmax2p.reference import Lse
 
 Array = jax.Array
 AxisNames = str | Sequence[str]

@@ -27,7 +27,7 @@ from jax_softmax2p.primitives.logsumexp_derivatives import (
 from jax_softmax2p.primitives.mask_to_zero import tangent_from_operands
 from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
-from jax_softmax2p.primitives.thresholds import Operation, least_elements
+from jax_softmax2p.primitives.thresholds import least_elements
 from jax_softmax2p.reference import Lse, compute_dtype
 
 Array = jax.Array
@@ -51,17 +51,15 @@ def logsumexp(
     return Lse(*bind(logsumexp_p, x, *operands, exact=exact, for_derivative=for_derivative, **params))
 
 
-def keeps_softmax(
-    derivative: Operation, x: Array, *, axis: int, spec: OperandSpec, implementation: Any, **_: Any
-) -> bool:
-    """Whether a derivative keeps the softmax of x, so that it is products that XLA fuses.
+def _keeps_softmax(x: Array, *, axis: int, spec: OperandSpec, implementation: Any, **_: Any) -> bool:
+    """Whether the derivative keeps the softmax of x, so that it is products that XLA fuses.
 
     A large softmax is rather recomputed, by the native derivatives.
     """
     if implementation is not None or {"scale", "bias"} & set(spec.names) or x.dtype != compute_dtype(x.dtype):
         return False
     has_sizes = all(isinstance(size, int) for size in x.shape)  # Not symbolic ones, as in exported programs.
-    return has_sizes and x.size < least_elements(derivative, x.shape, axis, in_loop=False)
+    return has_sizes and x.size < least_elements("derivative of logsumexp", x.shape, axis, in_loop=False)
 
 
 def lse_aval(x: ShapedArray, axis: int) -> ShapedArray:
@@ -93,7 +91,7 @@ def logsumexp_jvp_rule(
     x, *operands = primals
     lse = logsumexp(*primals, exact=exact, for_derivative=True, **params)
     t = tangent_from_operands(primals, tangents, params["spec"])
-    if keeps_softmax("derivative of logsumexp", x, **params):
+    if _keeps_softmax(x, **params):
         one = jnp.ones_like(lse.hi)
         p = logsumexp_vjp(x, *lse, no_labels(), one, *operands, shares_forward=True, **params)
         hi_dot = jnp.sum(p * t, params["axis"])

@@ -5,6 +5,7 @@ Their parameter ``implementation`` says what :mod:`jax_softmax2p.primitives.disp
 those of attention work along one axis, their parameter ``axis``, which is negative.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ def _no_operand(**_: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelLowering:
+class KernelLowering(abc.ABC):
     """How a primitive is lowered that has a native kernel.
 
     Attributes:
@@ -52,23 +53,23 @@ class KernelLowering:
     composed: Rule | None = None
     reused_operand: Callable[..., int | None] = _no_operand
 
+    @abc.abstractmethod
     def choose_on_device(self, avals: Sequence[Any], params: Mapping[str, Any], *, on_cpu: bool) -> Choice:
         """What the primitive becomes on one device, for operands of these avals."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def is_composed(self, ctx: mlir.LoweringRuleContext, params: Mapping[str, Any]) -> bool:
         """Whether what is native is ``composed``, where there is that."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def lower_sharded(
         self, primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
     ) -> Sequence[Any]:
         """Lowers the primitive to what XLA partitions among devices."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def ffi_attributes(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """All attributes of the target."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
