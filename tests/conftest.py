@@ -4,6 +4,7 @@ import hypothesis
 import jax
 import processes
 import pytest
+import turns
 
 from jax_softmax2p import native
 
@@ -19,6 +20,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("long", max_examples=20_000, database=None, deadline=None)
 hypothesis.settings.load_profile("deterministic")
+
+
+def pytest_collection_modifyitems(config, items):
+    items[:], left = turns.of_this_run(items)
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(params=["native", "reference"])

@@ -138,6 +138,7 @@ def expected_value_and_gradients(case):
 
 
 class TestValues:
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("case", "block"), [(case, None) for case in CASES] + [(case, 4) for case in CASES_FOR_BLOCKS]
     )
@@ -147,6 +148,7 @@ class TestValues:
         actual = jax.jit(jax.value_and_grad(functools.partial(weighted_sum_of, ours), (0, 1, 2)))(*inputs())
         assert_close(actual, expected_value_and_gradients(case))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("case", ["plain", "all"])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_dtypes(self, case, dtype, implementation):
@@ -162,6 +164,7 @@ class TestValues:
             expected = exact[0], np.asarray(exact[1]).astype(dtype)
         assert_close((y, lse), expected, 4 * wide)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("case", ["plain", *CASES_WITH_FULLY_MASKED_ROWS])
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_agrees_with_jax(self, case, dtype, implementation):
@@ -182,6 +185,7 @@ class TestValues:
         actual = dot_product_attention(*operands, is_causal=True, query_block_size=block)
         assert_close(actual, formula(*operands, is_causal=True))
 
+    @pytest.mark.long
     @pytest.mark.parametrize(("t", "s"), [(9, 4), (4, 9), (5, 1)])
     @pytest.mark.parametrize("options", [{"is_causal": True}, {"local_window_size": (1, 1)}])
     @blocks_or_not
@@ -192,6 +196,7 @@ class TestValues:
         ours = functools.partial(dot_product_attention, query_block_size=block)
         assert_close(jax.jit(functools.partial(ours, **options))(*operands), formula(*operands, **options))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("size", [7, 64, 100, 1000])
     @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (5, 90)}])
     def test_sizes_of_blocks(self, size, options):

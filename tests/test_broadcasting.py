@@ -30,6 +30,7 @@ def assert_same_gradients(ours, theirs, *operands):
 class TestLabels:
     """Labels, logits and masks broadcast with one another, as in optax."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("logits", "labels", "axis"),
         [

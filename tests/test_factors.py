@@ -121,6 +121,7 @@ class TestSpecialValues:
 
 
 class TestArguments:
+    @pytest.mark.long
     @pytest.mark.parametrize("axis", [0, -1, (0, 2), None, ()])
     @pytest.mark.parametrize("b", [(), (4,), (2, 1, 1), (2, 3, 4)])
     def test_any_axis(self, axis, b, implementation):
@@ -166,6 +167,7 @@ class TestArguments:
             for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("a", [np.float32, np.float16, jnp.bfloat16, np.int32, np.int8, bool])
     @pytest.mark.parametrize("b", [2, 2.5, np.float32, np.float64, np.int32, jnp.bfloat16, bool])
     def test_dtype_is_that_of_jax_nn(self, a, b, implementation):

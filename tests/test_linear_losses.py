@@ -59,6 +59,7 @@ def assert_near(results, expected, dtype, factor=1.0):
         assert error <= factor * TOLERANCE[dtype] * np.abs(value).max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "implementation"),
     [

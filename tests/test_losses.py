@@ -53,6 +53,7 @@ def soft_loss(implementation):
 
 
 class TestIntegerLabels:
+    @pytest.mark.long
     @pytest.mark.parametrize("n", [1, 10, 129, 5000])
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_lengths(self, n, dtype, integer_loss):
@@ -65,6 +66,7 @@ class TestIntegerLabels:
             dtype=dtype,
         )
 
+    @pytest.mark.long
     @pytest.mark.parametrize("axis", [0, (1,), (0, 2), (2, -3), (0, 1, 2)])
     def test_axes(self, axis, integer_loss):
         """With several axes, classes are counted in the order in which the axes are given."""
@@ -113,6 +115,7 @@ class TestIntegerLabels:
             labels,
         )
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("axis", "shape"), [((0, 2), (3, 4, 5)), ((1, 2), (3,)), ((2,), (3, 4)), (1, (3, 5))]
     )
@@ -194,12 +197,14 @@ def test_loss_allocates_no_array_of_logits_size():
 
 
 class TestSoftLabels:
+    @pytest.mark.long
     @pytest.mark.parametrize("n", [1, 10, 129, 5000])
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_lengths(self, n, dtype, soft_loss):
         labels = np.random.default_rng(0).dirichlet(np.ones(n), 3)
         check(soft_loss, optax.softmax_cross_entropy, 3 * normal(3, n), labels, dtype=dtype, argnums=(0, 1))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("axis", [1, (0, -1), None])
     def test_axes(self, axis, soft_loss):
         check(
@@ -225,6 +230,7 @@ class TestSoftLabels:
             np.abs(normal(4, 6, seed=1)),
         )
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("axis", "shape"), [(0, (4, 5)), ((0, 2), (4,)), (1, (3, 4, 5)), (None, (3, 4, 5))]
     )

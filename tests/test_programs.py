@@ -25,6 +25,7 @@ def run(name, tracing, dtype="float32"):
         return compiled(function, arguments, tracing)(*arguments)
 
 
+@pytest.mark.long
 @for_every_program
 def test_all_tracings_agree(name):
     exact = run(name, "jax.nn", "float64")
@@ -56,6 +57,7 @@ def test_temporaries_are_measured():
     assert ratios.PATCHED_MEMORY.value({"patched": 2.0**17, "jax.nn": 0.0}) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", small.OPERATIONS)
 def test_short_operations_agree(name):
     operation = small.OPERATIONS[name]

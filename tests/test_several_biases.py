@@ -48,6 +48,7 @@ def weighted_sum(y):
 
 
 class TestValues:
+    @pytest.mark.long
     @pytest.mark.parametrize("shapes", SHAPES, ids=str)
     @pytest.mark.parametrize(
         ("implementation", "n", "dtype"),
@@ -60,6 +61,7 @@ class TestValues:
             z = x.astype(np.longdouble) * (1 if scale is None else scale) + sum(biases)
             assert_close(name, np.asarray(y), exact(name, z), dtype, z, "reference")
 
+    @pytest.mark.long
     @pytest.mark.parametrize("axis", [0, 1, -1, (0, 1), (2, 0), None, ()])
     @pytest.mark.parametrize("masked", [False, True])
     def test_any_axis(self, axis, masked, name, implementation):
@@ -206,12 +208,14 @@ def _finite(y):
 
 
 class TestTransforms:
+    @pytest.mark.long
     @pytest.mark.parametrize("options", [{}, {"where": Band(1, 1)}, {"axis": 0}], ids=str)
     def test_derivatives_of_two_orders(self, options, name):
         g = jax.jit(lambda x, scale, f, g: _finite(FUNCTIONS[name](x, scale=scale, bias=(f, g), **options)))
         operands = normal(3, 4), np.float64(1.5), normal(3, 1), normal(4, seed=1)
         check_grads(g, operands, order=2, modes=("fwd", "rev"))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("axis", [0, 1, (1, 2), None])
     def test_gradients_have_the_shapes_of_the_terms(self, axis, name, implementation):
         operands = normal(2, 3, 5), normal(3, 1), normal(5), normal(2, 1, 1), np.float64(0.5)

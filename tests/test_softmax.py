@@ -97,6 +97,7 @@ def test_empty(shape, dtype, implementation):
         assert y.dtype == dtype
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(4, 5, 6), (33, 2049), (2, 1, 7, 3)])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_axes(shape, dtype, implementation):

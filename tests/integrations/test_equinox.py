@@ -121,6 +121,7 @@ class TestEquinox:
         assert ours[-1] < 0.9 * ours[0]
         assert_close(ours, theirs, 1e-4)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("rate", [0.0, 0.4, np.array([0.1, 0.5, 0.9], np.float32)])
     def test_ensembles(self, rate):
         """Layers that are stacked by filter_vmap, each with its own weights and dropout rate."""

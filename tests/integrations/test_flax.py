@@ -91,6 +91,7 @@ class TestFlaxAttention:
             weights = weights * jax.random.bernoulli(rng, 1 - rate, (1, 1, 5, 5)) / (1 - rate)
         assert_close(y, np.einsum("bhqk,bkhd->bqhd", weights, v).astype(y.dtype))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("batch", [(), (2, 3)])
     @pytest.mark.parametrize("rate", [0.0, 0.3])
     def test_any_number_of_batch_dimensions(self, batch, rate):

@@ -158,6 +158,7 @@ def places(listed, module="some_library"):
 
 
 class TestReplaced:
+    @pytest.mark.long
     @pytest.mark.parametrize("use", USES)
     @pytest.mark.parametrize("by", ["module", "name", "loaded modules"])
     def test_every_use_reaches_this_package(self, use, by, library):

@@ -61,16 +61,19 @@ def both(place, functions, *operands, **options):
 
 
 class TestFunctions:
+    @pytest.mark.long
     @pytest.mark.parametrize("options", OPTIONS)
     @pytest.mark.parametrize("place", ATTENTION)
     def test_attention(self, place, options):
         assert_close(*both(place, ATTENTION, Q, K, V, **OPTIONS[options]))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("options", OPTIONS)
     @pytest.mark.parametrize("place", WEIGHTS)
     def test_weights(self, place, options):
         assert_close(*both(place, WEIGHTS, Q, K, **OPTIONS[options]))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("options", ["bias of heads and mask", "dropout of each head, mask, bias"])
     @pytest.mark.parametrize("place", [*ATTENTION, *WEIGHTS])
     def test_gradients(self, place, options):
@@ -89,6 +92,7 @@ class TestFunctions:
         assert calls.computed[place] == 1
         assert_close(actual, expected, 4e-6)
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "dtypes",
         [
@@ -194,6 +198,7 @@ class TestLayers:
         gradient = jax.grad(lambda variables: weighted_sum(apply(variables)[0]))
         return layer, jax.jit(lambda: (apply(variables), gradient(variables)))()
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dropout_rate", [0.0, 0.5])
     @pytest.mark.parametrize("name", ["MultiHeadDotProductAttention", "MultiHeadAttention", "SelfAttention"])
     @pytest.mark.filterwarnings("ignore:.*SelfAttention")

@@ -10,6 +10,8 @@ import pytest
 import jax_softmax2p
 from jax_softmax2p import native
 
+pytestmark = pytest.mark.long
+
 SHAPES = [(3, 7), (5, 1000), (300, 1500), (40, 33_000), (3, 66_000), (9000, 3), (1000, 100)]
 LANES = 16  # The float32 lanes of the widest vector.
 # Input and output of this many elements exceed the last-level cache together.

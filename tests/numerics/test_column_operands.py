@@ -10,6 +10,8 @@ from functions import assert_close, exact, normal
 
 import jax_softmax2p as s2p
 
+pytestmark = pytest.mark.long
+
 FUNCTIONS = {"softmax": s2p.softmax, "log_softmax": s2p.log_softmax, "logsumexp": s2p.logsumexp}
 # Several matrices in a panel, and several panels in a matrix; a tail of rows; dimensions beside the axis.
 LAYOUTS = [((3, 20, 4, 5), 1), ((33, 3, 100), 0), ((40, 2, 7), -2), ((2, 17, 300), 1)]

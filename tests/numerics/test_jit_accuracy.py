@@ -20,6 +20,8 @@ from jax_softmax2p import (
     sum_exp,
 )
 
+pytestmark = pytest.mark.long
+
 FLOATS = [np.float32, np.float64]
 
 # Lengths on both sides of those at which the kernels change.

@@ -10,6 +10,8 @@ import pytest
 
 from jax_softmax2p import native
 
+pytestmark = pytest.mark.long
+
 SMALL_LENGTHS = range(1, 140)
 # Lengths around a block and a segment, and those at which PyTorch and others had errors.
 ODD_LENGTHS = (255, 1000, 1023, 1024, 1025, 2049, 4097, 30576, 32767, 32769, 65537, 1_000_003)

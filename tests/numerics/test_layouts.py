@@ -9,6 +9,8 @@ import pytest
 import jax_softmax2p
 from jax_softmax2p import native
 
+pytestmark = pytest.mark.long
+
 # Inner sizes below, at and above a vector; small matrices; panels divided at 256 columns and at 2048 rows.
 LAYOUTS = [
     *[(outer, n, inner) for inner in (1, 2, 3, 7, 16, 100) for outer, n in ((37, 5), (3, 40), (2, 300))],

@@ -13,6 +13,8 @@ from jax_softmax2p import (
     softmax_cross_entropy_with_integer_labels,
 )
 
+pytestmark = pytest.mark.long
+
 
 def along(axis, *arrays):
     return [array if axis == -1 else array.T for array in arrays]

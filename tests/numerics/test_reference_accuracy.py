@@ -9,6 +9,8 @@ import pytest
 from jax_softmax2p import log_softmax, logsumexp, reference, softmax
 from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
 
+pytestmark = pytest.mark.long
+
 LENGTHS = (1, 2, 3, 5, 8, 10, 16, 31, 64, 100, 128, 257, 512, 777, 1000, 1024)
 
 

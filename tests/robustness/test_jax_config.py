@@ -266,6 +266,7 @@ MASKED_OR_BIASED = tuple(
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("context", "implementation", "left_out"),
     [

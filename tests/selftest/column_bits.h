@@ -158,10 +158,10 @@ class ColumnBitsCheck {
 };
 
 template <typename E>
-void CheckColumnBits(const std::vector<const Kernels*>& all, bool quick, Report& report) {
+void CheckColumnBits(const std::vector<const Kernels*>& all, const Scope& scope, Report& report) {
   ColumnBitsCheck<E> check(all, report);
   for (const std::int64_t n : {1, 5, 16, 17, 100}) check.Check(n);
-  if (quick) return;
+  if (scope.quick) return;
   for (const std::int64_t n : {2048, 2049, 2065, 5000}) check.Check(n);
 }
 

@@ -288,10 +288,10 @@ class FamilyCheck {
 };
 
 template <typename E>
-void CheckFamily(const std::vector<const Kernels*>& all, bool quick, Report& report) {
+void CheckFamily(const std::vector<const Kernels*>& all, const Scope& scope, Report& report) {
   TwoHelpers helpers;
   std::vector<Layout> layouts;
-  if (quick) {
+  if (scope.quick) {
     for (const std::int64_t n : {1, 3, 16, 33, 129}) layouts.push_back({19, n, 1});
     for (const std::int64_t n : {4, 33}) layouts.push_back({3, n, 5});
     layouts.push_back({2, 20, 16});
@@ -304,7 +304,7 @@ void CheckFamily(const std::vector<const Kernels*>& all, bool quick, Report& rep
       for (const std::int64_t n : {1, 4, 16, 33, 130, 5000}) layouts.push_back({3, n, inner});
     }
   }
-  for (const Layout& layout : layouts) {
+  for (const Layout& layout : scope.PartOf(layouts)) {
     for (int given = 0; given < 16; ++given) {
       const FamilyCase of{layout, (given & 1) != 0, (given & 2) != 0, (given & 4) != 0, (given & 8) != 0};
       if (of.band && layout.inner != 1) continue;

@@ -161,13 +161,13 @@ class LseClassesCheck {
 };
 
 template <typename E>
-void CheckLseClasses(const std::vector<const Kernels*>& all, bool quick, Report& report) {
+void CheckLseClasses(const std::vector<const Kernels*>& all, const Scope& scope, Report& report) {
   LseClassesCheck<E> check(all, report);
   for (const std::int64_t n : {3, 33, 129, 300}) check.Check({kClasses, n, 1});
   for (const std::int64_t inner : {2, 5, 16, 37}) {
     for (const std::int64_t n : {2, 9, 33, 130}) check.Check({kClasses / inner + 2, n, inner});
   }
-  if (quick) return;
+  if (scope.quick) return;
   check.Check({2, 5000, 5});
   check.Check({1, 300, 600});
   for (const std::int64_t inner : {18, 300}) check.Check({2, 2049, inner});

@@ -218,9 +218,9 @@ inline std::vector<FamilyCase> MemoryCases(const Layout& layout) {
 }
 
 template <typename E>
-void CheckMemory(const std::vector<const Kernels*>& all, bool quick, Report& report) {
+void CheckMemory(const std::vector<const Kernels*>& all, const Scope& scope, Report& report) {
   MemoryCheck<E> check(report);
-  for (const Layout& layout : MemoryLayouts(quick)) {
+  for (const Layout& layout : scope.PartOf(MemoryLayouts(scope.quick))) {
     for (const FamilyCase& of : MemoryCases(layout)) {
       for (const Kernels* kernels : all) check.Check(*kernels, of);
     }

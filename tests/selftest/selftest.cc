@@ -4,6 +4,7 @@
 //   selftest [--quick] [--isa NAME]        arrays of every element type, algorithm and kind of shape
 //            --emulated-x86                the same where QEMU 7.2 stands in for an x86-64 CPU: see below
 //   selftest --exhaustive [--isa NAME]     e^x of all 2^32 floats
+//            --part K/N                    of either, the K-th of N parts only, from 0
 //   selftest --list                        the instruction sets, best first
 
 #include <algorithm>
@@ -252,11 +253,12 @@ std::vector<Layout> Columns(bool quick) {
 }
 
 template <typename E>
-void CheckSoftmax(const std::vector<const Kernels*>& all, bool quick, Report& report) {
+void CheckSoftmax(const std::vector<const Kernels*>& all, const Scope& scope, Report& report) {
   SoftmaxCheck<E> check(all, report);
-  std::vector<Layout> layouts = Rows(quick);
-  const std::vector<Layout> columns = Columns(quick);
+  std::vector<Layout> layouts = Rows(scope.quick);
+  const std::vector<Layout> columns = Columns(scope.quick);
   layouts.insert(layouts.end(), columns.begin(), columns.end());
+  layouts = scope.PartOf(layouts);
   for (const bool extreme : {false, true}) {
     const std::vector<DataClass> classes = ClassesOf(extreme);
     for (const Layout& layout : layouts) {
@@ -405,14 +407,16 @@ class JacobianCheck {
 };
 
 template <typename E>
-void CheckJacobian(const std::vector<const Kernels*>& all, bool quick, Report& report) {
+void CheckJacobian(const std::vector<const Kernels*>& all, const Scope& scope, Report& report) {
   JacobianCheck<E> check(all, report);
   const std::int64_t rows = 21;  // of every class with every kind of cotangent
-  for (std::int64_t n = 1; n <= (quick ? 20 : 140); ++n) check.Check(rows, n);
+  for (std::int64_t n = 1; n <= (scope.quick ? 20 : 140); ++n) {
+    if (scope.Takes(n)) check.Check(rows, n);
+  }
   for (const std::int64_t inner : {3, 7, 21}) {
     for (const std::int64_t n : {1, 5, 16, 100}) check.Check(rows, n, inner);
   }
-  if (quick) return;
+  if (scope.quick) return;
   check.Check(300, 150, 300);
   check.Check(rows, 5000, 21);
   check.Check(3, 40000, 3);
@@ -470,14 +474,18 @@ struct LargestError {
 
 class EveryFloat {
  public:
-  EveryFloat(const Kernels& kernels, Report& report)
-      : kernels_(kernels), table_(kernels.f32), report_(report), limit_(table_.max_exponent * kLn2) {}
+  EveryFloat(const Kernels& kernels, const Scope& scope, Report& report)
+      : kernels_(kernels),
+        table_(kernels.f32),
+        scope_(scope),
+        report_(report),
+        limit_(table_.max_exponent * kLn2) {}
 
   void Check() {
     std::vector<std::thread> threads(std::max(1u, std::thread::hardware_concurrency()));
     for (std::thread& thread : threads) thread = std::thread([this] { CheckChunks(); });
     for (std::thread& thread : threads) thread.join();
-    report_.Of(kernels_).checks += std::int64_t{1} << 32;
+    report_.Of(kernels_).checks += (std::int64_t{1} << 32) / scope_.parts;
     std::printf("%s: relative error of (1 + s)·pow2 at most %.5f·2^-23, of e^%a\n", kernels_.name,
                 largest_.error, static_cast<double>(largest_.x));
     const double claimed = table_.factor == 1 ? kClaimedError : kClaimedErrorWithTable;
@@ -488,7 +496,9 @@ class EveryFloat {
   void CheckChunks() {
     const ScopedFloatMode mode;
     LargestError largest;
-    for (std::uint32_t chunk; (chunk = next_++) < kChunks;) CheckChunk(chunk * kChunk, largest);
+    for (std::uint32_t chunk; (chunk = next_++) < kChunks;) {
+      if (scope_.Takes(chunk)) CheckChunk(chunk * kChunk, largest);
+    }
     const std::lock_guard<std::mutex> lock(mutex_);
     if (largest.error > largest_.error) largest_ = largest;
   }
@@ -543,6 +553,7 @@ class EveryFloat {
 
   const Kernels& kernels_;
   const KernelTable<float>& table_;
+  const Scope& scope_;
   Report& report_;
   const double limit_;
   std::atomic<std::uint32_t> next_{0};
@@ -553,7 +564,8 @@ class EveryFloat {
 // ---------------------------------------------------------------------------------------------------------
 
 struct Options {
-  bool quick = false, exhaustive = false, list = false;
+  Scope scope;
+  bool exhaustive = false, list = false;
   // QEMU 7.2 makes subnormal halves zero where MXCSR flushes, and its masked loads touch what they leave out.
   // Real CPUs do neither; all other checks still apply.
   bool emulated_x86 = false;
@@ -566,11 +578,19 @@ Options Parse(int count, char** arguments) {
   for (int i = 1; i < count; ++i) {
     const std::string_view argument = arguments[i];
     if (argument == "--quick") {
-      options.quick = true;
+      options.scope.quick = true;
     } else if (argument == "--exhaustive") {
       options.exhaustive = true;
     } else if (argument == "--emulated-x86") {
       options.emulated_x86 = flushes_halves = true;
+    } else if (argument == "--part" && i + 1 < count) {
+      Scope& scope = options.scope;
+      long long part = -1, parts = -1;
+      if (std::sscanf(arguments[++i], "%lld/%lld", &part, &parts) != 2 || part < 0 || part >= parts) {
+        options.error += std::string("--part takes K/N with 0 <= K < N, not ") + arguments[i];
+      }
+      scope.part = part;
+      scope.parts = parts;
     } else if (argument == "--list") {
       options.list = true;
     } else if (argument == "--isa" && i + 1 < count) {
@@ -578,7 +598,8 @@ Options Parse(int count, char** arguments) {
       options.kernels = {choice.kernels};
       options.error += choice.error;
     } else {
-      options.error += "selftest [--quick | --exhaustive | --list] [--emulated-x86] [--isa NAME]";
+      options.error +=
+          "selftest [--quick | --exhaustive | --list] [--emulated-x86] [--part K/N] [--isa NAME]";
     }
   }
   return options;
@@ -586,13 +607,13 @@ Options Parse(int count, char** arguments) {
 
 template <typename E>
 void CheckElement(const Options& options, Report& report) {
-  CheckSoftmax<E>(options.kernels, options.quick, report);
+  CheckSoftmax<E>(options.kernels, options.scope, report);
   // Most of the Jacobian's small results are subnormal halves, which the emulator flushes.
   if (!options.emulated_x86 || !std::is_same_v<E, Float16>)
-    CheckJacobian<E>(options.kernels, options.quick, report);
-  CheckLseClasses<E>(options.kernels, options.quick, report);
-  CheckFamily<E>(options.kernels, options.quick, report);
-  CheckColumnBits<E>(options.kernels, options.quick, report);
+    CheckJacobian<E>(options.kernels, options.scope, report);
+  CheckLseClasses<E>(options.kernels, options.scope, report);
+  CheckFamily<E>(options.kernels, options.scope, report);
+  CheckColumnBits<E>(options.kernels, options.scope, report);
 }
 
 int Main(const Options& options) {
@@ -607,15 +628,15 @@ int Main(const Options& options) {
   WatchCases(0);
   Report report;
   if (options.exhaustive) {
-    for (const Kernels* kernels : options.kernels) EveryFloat(*kernels, report).Check();
+    for (const Kernels* kernels : options.kernels) EveryFloat(*kernels, options.scope, report).Check();
     return report.Finish();
   }
   // This comes first: what writes beyond its arrays might end the program before other tests report it.
   if (!options.emulated_x86) {
-    CheckMemory<float>(options.kernels, options.quick, report);
-    CheckMemory<double>(options.kernels, options.quick, report);
-    CheckMemory<BFloat16>(options.kernels, options.quick, report);
-    CheckMemory<Float16>(options.kernels, options.quick, report);
+    CheckMemory<float>(options.kernels, options.scope, report);
+    CheckMemory<double>(options.kernels, options.scope, report);
+    CheckMemory<BFloat16>(options.kernels, options.scope, report);
+    CheckMemory<Float16>(options.kernels, options.scope, report);
     SetCurrentCase("the checks of values");
     CheckHalves<BFloat16>(options.kernels, report);
     CheckHalves<Float16>(options.kernels, report);

@@ -25,6 +25,26 @@
 namespace jax_softmax2p {
 
 // ---------------------------------------------------------------------------------------------------------
+// How much is checked.
+
+struct Scope {
+  bool quick = false;
+  // Of every list of cases, this part out of so many: cases number part, part + parts, part + 2·parts, …
+  std::int64_t part = 0, parts = 1;
+
+  bool Takes(std::int64_t number) const { return number % parts == part; }
+
+  template <typename Case>
+  std::vector<Case> PartOf(const std::vector<Case>& all) const {
+    std::vector<Case> taken;
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (Takes(static_cast<std::int64_t>(i))) taken.push_back(all[i]);
+    }
+    return taken;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------
 // Reports: what was checked, and what failed.
 
 struct Tally {

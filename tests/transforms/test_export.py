@@ -141,6 +141,7 @@ def assert_close(actual, expected):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_every_function_exports_with_symbolic_shapes(name):
     ours, theirs, operands = EVERYTHING[name]

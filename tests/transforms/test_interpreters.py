@@ -86,6 +86,7 @@ def derivatives(f, x):
         yield along(0.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_jet(name, implementation, request):
     if (name, implementation) == ("cross-entropy", "native"):
@@ -140,6 +141,7 @@ def test_checkify_sees_a_nan_of_a_gradient():
     assert "nan generated" in float_error(jax.grad(lambda x: s2p.logsumexp(x)), x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_checkify_passes_good_data(name, implementation):
     assert float_error(lambda x: PROGRAMS[name][0](x, implementation=implementation), array(3, 5)) is None

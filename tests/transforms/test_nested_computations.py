@@ -222,6 +222,7 @@ NESTED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NESTED)
 def test_nested_programs(name, implementation):
     ours = lambda x, axis: s2p.logsumexp(x, axis, implementation=implementation)

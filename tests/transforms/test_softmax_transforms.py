@@ -35,12 +35,14 @@ def assert_close(actual, expected, tolerance=1e-13):
     np.testing.assert_allclose(actual, expected, atol=tolerance * scale, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axis", [-1, 0, 1, (0, 2), None])
 def test_check_grads_to_order_2(f, axis):
     x = array(3, 4, 5)
     check_grads(lambda x: f(x, axis), (x,), order=2, modes=("fwd", "rev"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_check_grads_with_mask(f, dtype):
     x, mask = array(3, 11).astype(dtype), np.arange(11) % 3 > 0
@@ -48,6 +50,7 @@ def test_check_grads_with_mask(f, dtype):
     check_grads(lambda x: f(x, where=mask), (x,), order=2, modes=("fwd", "rev"), rtol=tolerance)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", LENGTHS)
 def test_first_derivatives(f, n):
     x, v = array(2, n), array(2, n, seed=1)
@@ -87,6 +90,7 @@ def test_forward_saves_only_the_output():
     assert [r.shape for r in residuals] == [x.shape]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("in_axes", [0, 1, 2, -1])
 @pytest.mark.parametrize("out_axes", [0, 1, -1])
 def test_vmap_axes(f, in_axes, out_axes):

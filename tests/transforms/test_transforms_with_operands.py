@@ -71,6 +71,7 @@ MASK = np.array([[True, False, True, True], [False] * 4, [True, True, False, Tru
 
 
 # JAX itself differentiates implementation="reference"; these tests are of the rules of the primitives.
+@pytest.mark.long
 class TestCheckGrads:
     """Derivatives in all operands at once: a mistake in any of them shows in every direction."""
 
@@ -130,6 +131,7 @@ def test_float32_gradients_equal_those_of_the_formula(n, masked, name):
     assert_close(actual, expected, 1e-6 * np.sqrt(n))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("scale_shape", "bias_shape"),
     [
@@ -174,6 +176,7 @@ def test_half_precision_gradients(dtype, name):
     assert_close(actual, expected, 16 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "kind"), [(6, "element"), (200, "element"), (6, "row"), (6, "band")])
 def test_masked_values_do_not_reach_derivatives(n, kind, name):
     """NaN and infinities at masked positions of x and bias affect no first or second derivative."""
@@ -280,6 +283,7 @@ def batched_operands(shapes, in_axes, size=3):
 
 
 class TestVmap:
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "in_axes",
         [
