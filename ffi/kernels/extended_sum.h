@@ -57,6 +57,16 @@ struct CompensatedSum {
   }
 };
 
+// A sum as kernels take it: hi is its rounding, also where terms have cancelled. An infinite or NaN term
+// leaves nothing sensible in `lo`, which must not spoil `hi`.
+template <typename T>
+SOFTMAX2P_INLINE DoubleDouble<T> Rounded(const CompensatedSum& sum) {
+  double error;
+  const double total = TwoSum(sum.hi, sum.lo - sum.lo == 0 ? sum.lo : 0.0, error);
+  const DoubleDouble<T> rounded = ToDoubleDouble<T>(total, error);
+  return {rounded.hi, rounded.lo - rounded.lo == 0 ? rounded.lo : 0};
+}
+
 // The pair of arXiv 2001.04438: mantissa·2^exponent. A monoid under Combine, with the default as its neutral
 // element. A NaN stays NaN, and an exponent beyond the kernels' range stays beyond it.
 struct ExtendedSum {

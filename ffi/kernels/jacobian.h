@@ -114,15 +114,15 @@ class JacobianKernels {
       i += V::kLanes;
     }
     if (i < n) add(odd, i, static_cast<int>(n - i));
-    AddTo(total, even);
-    AddTo(total, odd);
-  }
-
-  static SOFTMAX2P_INLINE void AddTo(CompensatedSum& total, const CompensatedLanes<V>& lanes) {
-    total.AddLanes(lanes.sum);
-    CompensatedSum errors;
-    errors.AddLanes(lanes.rest);
-    total.lo += errors.hi;
+    even.Add(odd);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      total.AddLanes(even.sum, even.rest);
+    } else {
+      total.AddLanes(even.sum);
+      CompensatedSum errors;
+      errors.AddLanes(even.rest);
+      total.lo += errors.hi;
+    }
   }
 };
 

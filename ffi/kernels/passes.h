@@ -102,14 +102,15 @@ struct TableScaler {
 template <typename V>
 using MantissaScaler = std::conditional_t<kTakesValues<V>, TableScaler<V>, Scaler<V>>;
 
-// Scaler of a row in each lane, less `probability.hi`·kFactor in the element whose number is the label:
-// hi·kFactor·(p - 1), for p = e^x/kFactor. Near 1 the power is kFactor, and expm1 the difference. The
-// elements are to be taken in their order.
+// Scaler, less `probability.hi`·kFactor in the element whose number is the label: hi·kFactor·(p - 1), for p =
+// e^x/kFactor. Near 1 the power is kFactor, and expm1 the difference. The vectors are to be taken in their
+// order: `place` has the numbers of the first's elements, and `step` is what the next's are higher by.
 template <typename V>
 struct LabelScaler {
   Scaler<V> probability;
   V label;
-  mutable V place = V::Broadcast(0);
+  mutable V place;
+  V step;
 
   template <int K>
   SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
@@ -121,7 +122,7 @@ struct LabelScaler {
     probability(e, y);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
       y[k] = WhereEqual(place, label, at_label[k], y[k]);
-      place = place + V::Broadcast(1);
+      place = place + step;
     }
   }
 };
@@ -145,16 +146,23 @@ class MinusProbability {
   V hi_, lo_, scale_;
 };
 
-// The same of rows that have a lane each. One vector of t after the other is taken.
+// sum, or NaN where the lse of a row is not finite: nothing of such a row has a derivative.
 template <typename V>
+SOFTMAX2P_INLINE V NanUnlessFinite(V sum, V lse) {
+  return sum + (lse - lse);
+}
+
+// The same of one vector of t after the other.
+template <typename V, typename Access, typename In>
 struct SubtractScaler {
   MinusProbability<V> minus;
-  mutable const typename V::Scalar* t;
+  Access access;
+  mutable const In* t;
 
   template <int K>
   SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-      y[k] = minus(V::Load(t + k * V::kLanes), e.expm1[k], e.pow2[k]);
+      y[k] = minus(access.Load(t + k * V::kLanes, 0), e.expm1[k], e.pow2[k]);
     }
     t += K * V::kLanes;
   }

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ffi/base/inline.h"
 #include "ffi/kernels/compensated_lanes.h"
+#include "ffi/kernels/jacobian.h"
 #include "ffi/kernels/lane_log.h"
 #include "ffi/kernels/passes.h"
 #include "ffi/kernels/small_tile.h"
@@ -31,6 +33,21 @@ class SmallLogSumExpKernels {
   template <typename In, typename E>
   static void MinusLse(const In* x, E* y, std::int64_t outer, int n, const T* hi, const T* lo,
                        const T* factor, const std::int32_t* labels) {
+    if (n >= kLongRow && factor != nullptr) {
+      for (std::int64_t r = 0; r < outer; ++r) {
+        const RecomputeMinusLse<V> source(V::Broadcast(hi[r]), V::Broadcast(lo[r]));
+        const Scaler<V> scaler{DivideByFactor(V::Broadcast(factor[r])), V::Broadcast(0)};
+        if (labels == nullptr) {
+          WriteRow(source, x + r * n, y + r * n, n, [&](const auto&, int) { return scaler; });
+        } else {
+          WriteRow(source, x + r * n, y + r * n, n, [&](const auto&, int at) {
+            return LabelScaler<V>{scaler, V::Broadcast(static_cast<T>(labels[r] - at)), Places(),
+                                  V::Broadcast(V::kLanes)};
+          });
+        }
+      }
+      return;
+    }
     T tile[kMaxSmall * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {
       const int count = Tile::RowsOf(outer - first);
@@ -48,7 +65,8 @@ class SmallLogSumExpKernels {
         if (labels == nullptr) {
           write(source, scaler);
         } else {
-          write(source, LabelScaler<V>{scaler, LoadLabels(labels + first, count)});
+          write(source,
+                LabelScaler<V>{scaler, LoadLabels(labels + first, count), V::Broadcast(0), V::Broadcast(1)});
         }
       }
       Tile::Store(tile, count, n, y + first * n, false);
@@ -59,6 +77,19 @@ class SmallLogSumExpKernels {
   template <typename In, typename E>
   static void SubtractMinusLse(const In* x, const E* t, E* out, std::int64_t outer, int n, const T* hi,
                                const T* lo) {
+    if (n >= kLongRow) {
+      for (std::int64_t r = 0; r < outer; ++r) {
+        const E* const row_t = t + r * n;
+        const DoubleDouble<T> sum = Rounded<T>(JacobianKernels<V, E>::Sum(row_t, n));
+        const V total = NanUnlessFinite(V::Broadcast(sum.hi), V::Broadcast(hi[r]));
+        const MinusProbability<V> minus(total, V::Broadcast(sum.lo));
+        WriteRow(RecomputeMinusLse<V>(V::Broadcast(hi[r]), V::Broadcast(lo[r])), x + r * n, out + r * n, n,
+                 [&](const auto& access, int at) {
+                   return SubtractScaler<V, std::decay_t<decltype(access)>, E>{minus, access, row_t + at};
+                 });
+      }
+      return;
+    }
     T tile[kMaxSmall * V::kLanes], cotangents[kMaxSmall * V::kLanes];
     for (std::int64_t first = 0; first < outer; first += V::kLanes) {
       const int count = Tile::RowsOf(outer - first);
@@ -66,16 +97,44 @@ class SmallLogSumExpKernels {
       Tile::Load(t + first * n, outer - first, n, cotangents);
       CompensatedLanes<V> sum;
       for (int i = 0; i < n; ++i) sum.Add(V::Load(cotangents + i * V::kLanes), V::Broadcast(0));
-      const RecomputeMinusLse<V> source(LoadRows(hi + first, count), LoadRows(lo + first, count));
+      const V lse_hi = LoadRows(hi + first, count);
+      const RecomputeMinusLse<V> source(lse_hi, LoadRows(lo + first, count));
       V sum_lo;
-      const V sum_hi = FastTwoSum(sum.sum, sum.rest, sum_lo);
+      const V sum_hi = NanUnlessFinite(FastTwoSum(sum.sum, sum.rest, sum_lo), lse_hi);
       WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, source, tile, Discard{}, tile, kAdjacent<V>,
-                     kAdjacent<V>, Ahead<0>{}, n, SubtractScaler<V>{{sum_hi, sum_lo}, cotangents});
+                     kAdjacent<V>, Ahead<0>{}, n,
+                     SubtractScaler<V, FullVector<V>, T>{{sum_hi, sum_lo}, {}, cotangents});
       Tile::Store(tile, count, n, out + first * n, false);
     }
   }
 
  private:
+  // From so many elements on, a row is computed by itself where that needs no sum of exponentials: that saves
+  // the transpositions.
+  static constexpr int kLongRow = 2 * V::kLanes;
+
+  // The numbers of a vector's elements.
+  static SOFTMAX2P_INLINE V Places() {
+    T places[V::kLanes];
+    for (int l = 0; l < V::kLanes; ++l) places[l] = static_cast<T>(l);
+    return V::Load(places);
+  }
+
+  // Writes scaler(source(x)) to y, both of n elements, with scaler = scaler_from(access, at) for the vectors
+  // from element `at` on.
+  template <typename Source, typename In, typename E, typename ScalerFrom>
+  static SOFTMAX2P_INLINE void WriteRow(const Source& source, const In* x, E* y, int n,
+                                        const ScalerFrom& scaler_from) {
+    const int vectors = n / V::kLanes, end = vectors * V::kLanes;
+    const FullVector<V> full;
+    WriteColumn<V>(full, full, source, x, Discard{}, y, kAdjacent<V>, kAdjacent<V>, Ahead<0>{}, vectors,
+                   scaler_from(full, 0));
+    if (end == n) return;
+    const Tail<V> rest{n - end};
+    WriteVectors<1, V>(rest, rest, source, x + end, Discard{}, y + end, kAdjacent<V>, kAdjacent<V>,
+                       Ahead<0>{}, scaler_from(rest, end));
+  }
+
   // The logarithms are left until the sums of all tiles are there: each is a long chain of operations.
   template <typename In>
   static SOFTMAX2P_INLINE void LseOfTiles(const In* x, std::int64_t rows, int n, T* maximum, T* log,

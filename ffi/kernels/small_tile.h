@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "ffi/base/inline.h"
@@ -53,7 +54,7 @@ class SmallTile {
   template <typename E>
   static SOFTMAX2P_INLINE void Store(const T* tile, int count, int m, E* y, bool non_temporal) {
     if constexpr (std::is_same_v<E, T>) {
-      if (count == V::kLanes && !non_temporal) return TransposeBack(tile, m, y);
+      if (count == V::kLanes && !non_temporal && m >= V::kTransposeRows) return TransposeBack(tile, m, y);
     }
     T rows[kMaxSmall * V::kLanes];
     TransposeBack(tile, m, rows);
@@ -85,14 +86,20 @@ class SmallTile {
     }
   }
 
+  // After rows of less than kTransposeRows elements, some more are written.
   static SOFTMAX2P_INLINE void TransposeBack(const T* tile, int m, T* rows) {
+    V columns[V::kTransposeRows];
     if (m < V::kTransposeRows) {
-      for (int i = 0; i < m; ++i) {
-        for (int l = 0; l < V::kLanes; ++l) rows[l * m + i] = tile[i * V::kLanes + l];
+      constexpr int kWide = V::kTransposeRows;
+      for (int c = 0; c < kWide; ++c) {
+        columns[c] = c < m ? V::Load(tile + c * V::kLanes) : V::Broadcast(0);
       }
+      T wide[kWide * V::kLanes];
+      V::StoreTransposed(columns, wide, kWide);
+      // Each row is moved whole: the next overwrites what comes after it.
+      for (int l = 0; l < V::kLanes; ++l) std::memcpy(rows + l * m, wide + l * kWide, kWide * sizeof(T));
       return;
     }
-    V columns[V::kTransposeRows];
     for (int i = 0; i < m; i = Next(i, m)) {
       SOFTMAX2P_UNROLL for (int c = 0; c < V::kTransposeRows; ++c) {
         columns[c] = V::Load(tile + (i + c) * V::kLanes);

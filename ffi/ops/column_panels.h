@@ -109,7 +109,9 @@ class ColumnPanel {
   std::int64_t row() const { return row_; }
   std::int64_t first() const { return first_; }
   // The first element of column c.
-  std::int64_t FirstOf(int c) const { return first_ + c / stride() * Matrix() + c % stride(); }
+  std::int64_t FirstOf(int c) const {
+    return IsGroup() ? first_ + c / stride() * Matrix() + c % stride() : first_ + c;
+  }
 
   // Calls body(segment) for all of these, on as many threads as the executor has.
   template <typename Body>

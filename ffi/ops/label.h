@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "ffi/ops/logits_panel.h"
 #include "ffi/ops/logits_row.h"
 #include "ffi/ops/logsumexp.h"
 
@@ -38,19 +37,11 @@ class Label {
     if (has_logit_) row.ApplyOperands(index_ - row.begin(), 1, &z_);
   }
 
-  // Of column c of a panel.
-  Label(const LogitsPanel<E>& panel, int c, std::int32_t label)
-      : index_(LabelIndex(label, panel.panel().layout().n)) {
-    has_logit_ = index_ >= 0 && !panel.IsMasked(c, index_);
-    if (has_logit_) z_ = panel.At(c, index_);
-  }
-
-  // Replaces y[label] = factor·e^(z - lse) by factor·(e^(z - lse) - 1), where elements of y are `stride`
-  // apart. Where e^(z - lse) is near 1, the difference is computed from z, since its rounding has no digits
-  // left.
-  void Write(E* row_y, std::int64_t stride, T hi, T lo, T factor) const {
+  // Replaces y[label] = factor·e^(z - lse) by factor·(e^(z - lse) - 1). Where e^(z - lse) is near 1, the
+  // difference is computed from z, since its rounding has no digits left.
+  void Write(E* row_y, T hi, T lo, T factor) const {
     if (index_ < 0) return;
-    E& y = row_y[index_ * stride];
+    E& y = row_y[index_];
     const double log_p = LogProbability(z_, hi, lo);
     if constexpr (std::is_same_v<E, T>) {
       if (has_logit_ && log_p < -0.7) {

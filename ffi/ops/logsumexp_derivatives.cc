@@ -43,25 +43,28 @@ void SmallLogSumExpVjp(const Kernels& kernels, Executor& executor, const Logits<
                        const LabelledLse<E>& lse, const ComputeOf<E>* factor, E* y) {
   using T = ComputeOf<E>;
   const std::int64_t n = logits.n;
-  ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
-    std::int32_t labels[kLogitsBlock];
-    for (std::int64_t i = 0; lse.labels != nullptr && i < count; ++i) {
-      labels[i] = static_cast<std::int32_t>(LabelIndex(lse.labels[first + i], n));
-    }
-    SmallMinusLse(kernels, logits, first, count, z, y + first * n, lse.hi + first, lse.lo + first,
-                  factor + first, lse.labels == nullptr ? nullptr : labels);
-    for (std::int64_t i = 0; logits.HasMask() && i < count; ++i) {
-      const std::int64_t r = first + i;
-      if (std::isfinite(lse.hi[r]) && std::isfinite(factor[r])) continue;
-      // What is masked, 0 but in such a row, and its label.
-      const LogitsRow<E> row(kernels, logits, r, nullptr);
-      const std::int64_t label = lse.labels == nullptr ? -1 : labels[i];
-      const bool has_logit = label >= 0 && !row.IsMasked(label);
-      const E at_label = has_logit ? y[r * n + label] : FromDouble<E>(-static_cast<double>(factor[r]));
-      row.FillMasked(y + r * n, E{});
-      if (label >= 0) y[r * n + label] = at_label;
-    }
-  });
+  ForSmallRows(
+      kernels, executor, logits,
+      [&](std::int64_t first, std::int64_t count, const T* z) {
+        std::int32_t labels[kLogitsBlock];
+        for (std::int64_t i = 0; lse.labels != nullptr && i < count; ++i) {
+          labels[i] = static_cast<std::int32_t>(LabelIndex(lse.labels[first + i], n));
+        }
+        SmallMinusLse(kernels, logits, first, count, z, y + first * n, lse.hi + first, lse.lo + first,
+                      factor + first, lse.labels == nullptr ? nullptr : labels);
+        for (std::int64_t i = 0; logits.HasMask() && i < count; ++i) {
+          const std::int64_t r = first + i;
+          if (std::isfinite(lse.hi[r]) && std::isfinite(factor[r])) continue;
+          // What is masked, 0 but in such a row, and its label.
+          const LogitsRow<E> row(kernels, logits, r, nullptr);
+          const std::int64_t label = lse.labels == nullptr ? -1 : labels[i];
+          const bool has_logit = label >= 0 && !row.IsMasked(label);
+          const E at_label = has_logit ? y[r * n + label] : FromDouble<E>(-static_cast<double>(factor[r]));
+          row.FillMasked(y + r * n, E{});
+          if (label >= 0) y[r * n + label] = at_label;
+        }
+      },
+      SmallRowsAs::kElements, kMinParallelGradients);
 }
 
 // Calls body(row number, p of the row as T) for small rows.
@@ -75,7 +78,7 @@ void ForSmallProbabilities(const Kernels& kernels, Executor& executor, const Log
     SmallMinusLse<E, T>(kernels, logits, first, count, z, p, lse.hi + first, lse.lo + first, ones);
     for (std::int64_t i = 0; i < count; ++i) body(first + i, p + i * logits.n);
   };
-  ForSmallRows(kernels, executor, logits, rows, SmallRowsAs::kCompute);
+  ForSmallRows(kernels, executor, logits, rows, SmallRowsAs::kCompute, kMinParallelGradients);
 }
 
 // t - p·<1, t> of row r. t and out point to the row's first element that takes part. Where p is near 1 it is
@@ -89,7 +92,8 @@ void WriteLogSoftmaxVjp(const Kernels& kernels, const LogitsRow<E>& row, const S
   const CompensatedSum sum = segments.Reduce<CompensatedSum>(
       [&](std::int64_t at, std::int64_t size) { return table.sum(t + at, size); },
       [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
-  const double total = sum.hi + sum.lo;
+  // NaN where the lse is not finite: nothing of such a row has a derivative.
+  const double total = (sum.hi + sum.lo) + static_cast<double>(hi - hi);
   const RowScale<T> scale = ScaleFromLse(table, hi, lo, 1);
   const auto near_one = [&](std::int64_t at, double t_at) {
     T z;
@@ -174,7 +178,7 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
                       row.FillMasked(row_y, E{});
                     }
                   }
-                  label.Write(row_y, 1, hi, lo, factor[r]);
+                  label.Write(row_y, hi, lo, factor[r]);
                 });
 }
 
@@ -193,20 +197,23 @@ void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits,
     std::isfinite(lse.hi[r]) ? row.FillOutside(out + r * n, E{}) : row.FillMasked(out + r * n, E{});
   };
   if (HasSmallRows(logits)) {
-    return ForSmallRows(kernels, executor, logits, [&](std::int64_t first, std::int64_t count, const T* z) {
-      const auto subtract = [&](auto kernel, const auto* from) {
-        kernel(from, t + first * n, out + first * n, count, static_cast<int>(n), lse.hi + first,
-               lse.lo + first);
-      };
-      if (z != nullptr) {
-        subtract(table.logits_small_subtract_minus_lse, z);
-      } else {
-        subtract(table.small_subtract_minus_lse, logits.x + first * n);
-      }
-      for (std::int64_t r = first; logits.HasMask() && r < first + count; ++r) {
-        fill_masked(LogitsRow<E>(kernels, logits, r, nullptr), r);
-      }
-    });
+    return ForSmallRows(
+        kernels, executor, logits,
+        [&](std::int64_t first, std::int64_t count, const T* z) {
+          const auto subtract = [&](auto kernel, const auto* from) {
+            kernel(from, t + first * n, out + first * n, count, static_cast<int>(n), lse.hi + first,
+                   lse.lo + first);
+          };
+          if (z != nullptr) {
+            subtract(table.logits_small_subtract_minus_lse, z);
+          } else {
+            subtract(table.small_subtract_minus_lse, logits.x + first * n);
+          }
+          for (std::int64_t r = first; logits.HasMask() && r < first + count; ++r) {
+            fill_masked(LogitsRow<E>(kernels, logits, r, nullptr), r);
+          }
+        },
+        SmallRowsAs::kElements, kMinParallelGradients);
   }
   ForLogitsRows(kernels, executor, logits,
                 [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {

@@ -2,9 +2,7 @@
 // transpose.
 
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "ffi/ops/column_panels.h"
 #include "ffi/ops/label.h"
@@ -36,6 +34,44 @@ class LsePanel {
 
  private:
   const LabelledLse<E>& lse_;
+};
+
+// The labels of a panel's columns and their logits.
+template <typename E>
+class PanelLabels {
+  using T = ComputeOf<E>;
+
+ public:
+  explicit PanelLabels(const LsePanel<E>& panel) : in_(panel) {}
+
+  void Read() {
+    const LogitsPanel<E>& logits = in_.logits;
+    for (int c = 0; c < in_.panel().width(); ++c) {
+      indices_[c] = LabelIndex(*in_.LabelOfColumn(c), in_.panel().layout().n);
+      has_logit_[c] = indices_[c] >= 0 && !logits.IsMasked(c, indices_[c]);
+      z_[c] = has_logit_[c] ? logits.At(c, indices_[c]) : T{0};
+    }
+  }
+
+  // Replaces factor·e^(z - lse) at the labels by factor·(e^(z - lse) - 1): to the kernel, the logits of the
+  // labels are rows of one element.
+  void Write(E* y, const T* factor) const {
+    constexpr std::int32_t kFirst[kPanelWidth] = {};
+    const ColumnPanel& panel = in_.panel();
+    E at_labels[kPanelWidth];
+    in_.kernels.logits_small_minus_lse(z_, at_labels, panel.width(), 1, in_.hi(), in_.lo(), factor, kFirst);
+    for (int c = 0; c < panel.width(); ++c) {
+      if (indices_[c] < 0) continue;
+      y[panel.FirstOf(c) + indices_[c] * panel.stride()] =
+          has_logit_[c] ? at_labels[c] : FromDouble<E>(-static_cast<double>(factor[c]));
+    }
+  }
+
+ private:
+  const LsePanel<E>& in_;
+  std::int64_t indices_[kPanelWidth];
+  bool has_logit_[kPanelWidth];
+  T z_[kPanelWidth];
 };
 
 template <typename E>
@@ -80,17 +116,20 @@ class LogSumExpVjpPanel {
  public:
   LogSumExpVjpPanel(const Kernels& kernels, const Logits<E>& logits, const ColumnPanel& panel,
                     const LabelledLse<E>& lse, const T* factor, E* y)
-      : in_(kernels, logits, panel, lse), factor_(factor), y_(y) {}
+      : in_(kernels, logits, panel, lse),
+        labels_(in_),
+        has_labels_(lse.labels != nullptr),
+        in_place_(y == logits.x),
+        factor_(factor),
+        y_(y) {}
 
   void Compute(std::int64_t p) {
     in_.logits.Move(p);
     const ColumnPanel& panel = in_.panel();
     const T* const factor = factor_ + panel.row();
-    // Their logits are read before y, which may be x, is written.
-    labels_.clear();
-    for (int c = 0; c < panel.width() && in_.LabelOfColumn(c) != nullptr; ++c) {
-      labels_.emplace_back(in_.logits, c, *in_.LabelOfColumn(c));
-    }
+    // In place the labels' logits are needed before they are written over; otherwise they are in a cache
+    // later.
+    if (has_labels_ && in_place_) labels_.Read();
     panel.ForSegments([&](const ColumnPanel::Segment& segment) {
       PanelRows<E> y(panel, y_);
       in_.logits.ForBlocks(segment, [&](const T* z, const Panel& rows, std::int64_t begin) {
@@ -101,17 +140,16 @@ class LogSumExpVjpPanel {
     for (int c = 0; in_.has_mask && c < panel.width(); ++c) {
       if (!(std::isfinite(in_.hi()[c]) && std::isfinite(factor[c]))) in_.logits.FillMasked(c, y_, E{});
     }
-    for (std::size_t c = 0; c < labels_.size(); ++c) {
-      labels_[c].Write(y_ + panel.FirstOf(static_cast<int>(c)), panel.stride(), in_.hi()[c], in_.lo()[c],
-                       factor[c]);
-    }
+    if (has_labels_ && !in_place_) labels_.Read();
+    if (has_labels_) labels_.Write(y_, factor);
   }
 
  private:
   LsePanel<E> in_;
+  PanelLabels<E> labels_;
+  const bool has_labels_, in_place_;
   const T* factor_;
   E* y_;
-  std::vector<Label<E>> labels_;
 };
 
 template <typename E>

@@ -23,30 +23,34 @@ enum class SmallRowsAs {
 };
 
 // Calls body(first row, number of rows, z) for a few rows of HasSmallRows logits of inner 1 at a time, until
-// all rows are done. z[number, n] are their logits; it is null where body is to take x itself.
+// all rows are done, on several threads from `least` elements on. z[number, n] are their logits; it is null
+// where body is to take x itself.
 template <typename E, typename Body>
 void ForSmallRows(const Kernels& kernels, Executor& executor, const Logits<E>& logits, const Body& body,
-                  SmallRowsAs as = SmallRowsAs::kElements) {
+                  SmallRowsAs as = SmallRowsAs::kElements, std::int64_t least = kMinParallel) {
   using T = ComputeOf<E>;
   constexpr T kMasked = -std::numeric_limits<T>::infinity();
   const bool has_operands = logits.HasOperands(), has_z = has_operands || as == SmallRowsAs::kCompute;
   const std::int64_t n = logits.n, most = kLogitsBlock / n;
-  ParallelForWholeRows(executor, logits.rows, n, [&](std::int64_t first, std::int64_t end) {
-    T z[kLogitsBlock];
-    for (std::int64_t r = first; r < end; r += most) {
-      const std::int64_t count = std::min(most, end - r);
-      for (std::int64_t i = 0; i < count && has_operands; ++i) {
-        const LogitsRow<E> row(kernels, logits, r + i, nullptr);
-        if (row.size() < n) std::fill(z + i * n, z + (i + 1) * n, kMasked);
-        row.ApplyOperands(0, row.size(), z + i * n + row.begin());
-      }
-      if (has_z && !has_operands) {
-        kernels.Of<E>().apply_scale_bias_mask({logits.x + r * n, nullptr, nullptr, 1, 0, kMasked}, z,
-                                              count * n);
-      }
-      body(r, count, has_z ? z : nullptr);
-    }
-  });
+  ParallelForWholeRows(
+      executor, logits.rows, n,
+      [&](std::int64_t first, std::int64_t end) {
+        T z[kLogitsBlock];
+        for (std::int64_t r = first; r < end; r += most) {
+          const std::int64_t count = std::min(most, end - r);
+          for (std::int64_t i = 0; i < count && has_operands; ++i) {
+            const LogitsRow<E> row(kernels, logits, r + i, nullptr);
+            if (row.size() < n) std::fill(z + i * n, z + (i + 1) * n, kMasked);
+            row.ApplyOperands(0, row.size(), z + i * n + row.begin());
+          }
+          if (has_z && !has_operands) {
+            kernels.Of<E>().apply_scale_bias_mask({logits.x + r * n, nullptr, nullptr, 1, 0, kMasked}, z,
+                                                  count * n);
+          }
+          body(r, count, has_z ? z : nullptr);
+        }
+      },
+      least);
 }
 
 // Kernel small_minus_lse for rows as ForSmallRows hands them over, into rows of type Out, E or T. hi, lo,

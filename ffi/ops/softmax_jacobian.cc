@@ -1,7 +1,6 @@
 #include "ffi/ops/softmax_jacobian.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "ffi/ops/column_panels.h"
 #include "ffi/ops/panel_dot_sum.h"
@@ -10,15 +9,6 @@
 
 namespace jax_softmax2p {
 namespace {
-
-// The dot product as the kernel takes it. An infinite or NaN product leaves nothing sensible in `lo`, which
-// must not spoil `hi`.
-template <typename T>
-DoubleDouble<T> Rounded(const CompensatedSum& dot) {
-  DoubleDouble<T> rounded = ToDoubleDouble<T>(dot.hi, dot.lo);
-  if (!std::isfinite(rounded.lo)) rounded.lo = 0;
-  return rounded;
-}
 
 // Contiguous rows.
 template <typename E>
@@ -96,7 +86,16 @@ void SoftmaxJacobian(const KernelTable<E>& kernels, Executor& executor, const E*
     const std::int64_t row_bytes = n * static_cast<std::int64_t>(sizeof(E));
     const bool non_temporal =
         3 * rows * row_bytes > LastLevelCacheBytes() && FillsCacheLines(row_bytes) && out != y && out != t;
-    return JacobianRows(kernels, executor, y, t, out, rows, n, non_temporal);
+    if (n > kMaxSmall || non_temporal) {
+      return JacobianRows(kernels, executor, y, t, out, rows, n, non_temporal);
+    }
+    return ParallelForWholeRows(
+        executor, rows, n,
+        [&](std::int64_t first, std::int64_t end) {
+          kernels.small_jacobian_write(y + first * n, t + first * n, out + first * n, end - first,
+                                       static_cast<int>(n));
+        },
+        kMinParallelGradients);
   }
   ForColumnPanels(executor, layout, PlanPanels(executor, layout, kernels.lanes),
                   [&](const ColumnPanel& panel) { return JacobianPanel<E>(kernels, panel, y, t, out); });

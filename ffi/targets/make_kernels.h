@@ -10,6 +10,7 @@
 #include "ffi/kernels/panels.h"
 #include "ffi/kernels/rows.h"
 #include "ffi/kernels/scale_bias_mask.h"
+#include "ffi/kernels/small_jacobian.h"
 #include "ffi/kernels/small_logsumexp.h"
 #include "ffi/kernels/small_softmax.h"
 #include "ffi/kernels/table.h"
@@ -61,6 +62,7 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.logits_small_minus_lse = SmallLse::template MinusLse<T, E>;
   table.small_subtract_minus_lse = SmallLse::template SubtractMinusLse<E, E>;
   table.logits_small_subtract_minus_lse = SmallLse::template SubtractMinusLse<T, E>;
+  table.small_jacobian_write = SmallJacobianKernels<V, E>::Write;
   table.dot = Jacobian::template Dot<E>;
   table.logits_dot = Jacobian::template Dot<T>;
   table.sum = Jacobian::Sum;
