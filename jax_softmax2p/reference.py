@@ -310,10 +310,10 @@ def _exp_and_sum(z: Array, axis: int) -> tuple[Array, Array, Array]:
 
 def _majority(z: Array, dtype: np.dtype, axis: int) -> Array:
     """The place in each row of the element that has more than half of its probability; the axis's size where
-    there is none. Of rows, int32."""
+    there is none, as in rows of -inf. Of rows, int32."""
     total = jnp.sum(_exp_of_shifted(z, dtype, axis).p, axis)
     largest = jax.lax.argmax(z, axis % z.ndim, jnp.int32)
-    return select(total < 2, largest, z.shape[axis])
+    return select((total > 0) & (total < 2), largest, z.shape[axis])
 
 
 class _Exponentials(NamedTuple):

@@ -54,12 +54,12 @@ def logsumexp(
 def _keeps_softmax(x: Array, *, axis: int, spec: OperandSpec, implementation: Any, **_: Any) -> bool:
     """Whether the derivative keeps the softmax of x, so that it is products that XLA fuses.
 
-    A large softmax is rather recomputed, by the native derivatives.
+    A large softmax is rather recomputed, by the native derivatives. It may be a loop in which this runs.
     """
     if implementation is not None or {"scale", "bias"} & set(spec.names) or x.dtype != compute_dtype(x.dtype):
         return False
     has_sizes = all(isinstance(size, int) for size in x.shape)  # Not symbolic ones, as in exported programs.
-    return has_sizes and x.size < least_elements("derivative of logsumexp", x.shape, axis, in_loop=False)
+    return has_sizes and x.size < least_elements("derivative of logsumexp", x.shape, axis, in_loop=True)
 
 
 def lse_aval(x: ShapedArray, axis: int) -> ShapedArray:

@@ -2,9 +2,11 @@
 
 A call of a native kernel takes some 0.5 to 1.1 µs inside a compiled loop, in which XLA runs a whole small
 reduction with its neighbours in 0.1 µs. Outside loops every part of a program costs about as much, XLA's
-loops as well as native calls, and a native call is one part where the reference is three to seven: there,
-softmax, logsumexp and log_softmax of any size are native (8 elements: 1.01 to 1.13 times as fast as jax.nn's,
-(256,10): 2.2 to 3.0).
+loops as well as native calls, and a native call is one part where the reference is three to seven: there all
+is native (8 elements: 0.9 to 1.1 times as fast as jax.nn's; (256,10): 2.2 to 3.0, and with its derivative 1.5
+to 4.3; axis 0 of (64,64) with its derivative 1.1 to 2.5). The one exception are derivatives of logsumexp
+below the threshold of loops: they keep the softmax, since the loop may be one around them, and it is of no
+use to keep one that XLA cannot fuse.
 """
 
 import math
@@ -26,41 +28,40 @@ class Threshold(NamedTuple):
     """The numbers of elements from which on an operation is native.
 
     Attributes:
-      rows: along the last axis, for rows of fewer than 16, 64 and 256 elements, and for longer ones.
+      rows: along the last axis, for rows of fewer than 4, 16, 64 and 256 elements, and for longer ones.
       other_axes: along an axis that is not the last.
     """
 
-    rows: tuple[int, int, int, int]
+    rows: tuple[int, int, int, int, int]
     other_axes: int
 
 
-_ROW_LENGTHS = (16, 64, 256)
+_ROW_LENGTHS = (4, 16, 64, 256)
 
-_FORWARD = ("softmax", "logsumexp", "log_softmax")
-
-# In loops; of derivatives, elsewhere as well. Beside each: the time of jax.nn by that of the native kernel,
-# in float32 on a Zen 4 with AVX-512, of shapes on both sides of thresholds. benchmarks/thresholds.py
+# In loops. Beside each: the time of jax.nn by that of the native kernel, in float32 on a Zen 4 with AVX-512,
+# of shapes on both sides of thresholds; after a slash, the same of the reference. benchmarks/thresholds.py
 # measures them.
 THRESHOLDS: dict[Operation, Threshold] = {
     # (1000,3) 0.49, (256,10) 1.5; (16,16) 1.8, (1,128) 0.26, (1,256) 1.5; axis 0 of (16,16) 1.3
-    "softmax": Threshold(rows=(2**11, 2**8, 2**8, 2**8), other_axes=2**8),
+    "softmax": Threshold(rows=(2**12, 2**11, 2**8, 2**8, 2**8), other_axes=2**8),
     # (256,10) 1.0, (4000,4) 1.1; (16,16) 1.3, (1,128) 0.35, (1,256) 2.5; axis 0 of (32,32) 0.6, (64,64) 1.3
-    "logsumexp": Threshold(rows=(2**13, 2**8, 2**8, 2**8), other_axes=2**11),
+    "logsumexp": Threshold(rows=(2**13, 2**13, 2**8, 2**8, 2**8), other_axes=2**11),
     # (256,10) 0.79, (4000,4) 1.04; (16,16) 1.3, (1,128) 0.46, (1,256) 2.2; axis 0 of (64,64) 1.15
-    "log_softmax": Threshold(rows=(2**11, 2**8, 2**8, 2**8), other_axes=2**12),
-    # With softmax: (50000,7) 0.99; (4096,16) 1.3, (32,32) 0.96, (64,64) 0.97; axis 0 of (256,256) 0.91
-    "derivative of softmax": Threshold(rows=(2**18, 2**15, 2**15, 2**15), other_axes=2**18),
-    # With logsumexp: (50000,7) 0.61; (32,32) 1.3, (4096,16) 1.2; (128,128) 0.66, (8192,64) 1.0; (1,1024) 1.5;
-    # axis 0 of (1024,1024) 0.8, axis 1 of (4,21,128,128) 0.74, axis 0 of (2000,1500) 1.2
-    "derivative of logsumexp": Threshold(rows=(2**20, 2**10, 2**18, 2**16), other_axes=2**21),
-    # The loss outside loops, the time of the reference by that of the native kernel: (8,3) 0.95, (32,10) 1.4,
-    # (100,4) 1.1 to 1.4, (1000,3) 0.9, (4000,4) 1.4, (50000,7) 2.7, (200,16) 1.1, (100,100) 1.3, (2048,100)
-    # 1.25, (200,300) 1.6. Other axes as logsumexp.
-    "derivative of cross-entropy": Threshold(rows=(2**9, 2**10, 2**10, 2**14), other_axes=2**21),
-    # With log_softmax: (32,32) 0.71, (2048,18) 1.6; (128,1000) 2.1; axis 0 of (1024,1024) 1.0, axis 0 of
-    # (2000,1500) 1.8. Outside loops, the time of the reference by that of the native kernel: (32,10) 1.5,
-    # (256,10) 2.0 to 2.6, (4000,4) 1.9, (50000,7) 2.2, (100,100) 1.2 to 1.5, (2048,100) 1.0 to 1.2
-    "derivative of log_softmax": Threshold(rows=(2**9, 2**14, 2**13, 2**16), other_axes=2**20),
+    "log_softmax": Threshold(rows=(2**12, 2**11, 2**8, 2**8, 2**8), other_axes=2**12),
+    # With softmax: (1000,3) 0.49/0.68, (4000,3) 2.3; (256,10) 1.7/1.6, (500,8) 0.8/1.2, (1000,5) 1.9;
+    # (100,16) 1.6/1.6, (32,32) 1.4/1.7, (1024,16) 1.4/0.85; (32,64) 1.7/1.7; (8,256) 1.6/1.5; axis 0 of
+    # (64,64) 1.0/0.95, (256,256) 0.79/0.56
+    "derivative of softmax": Threshold(rows=(2**12, 2**12, 2**13, 2**11, 2**11), other_axes=2**12),
+    # With logsumexp: (1000,3) 0.34/1.1, (4000,3) 0.86/1.0; (32,10) 1.2/1.0, (256,10) 1.0/0.94, (1000,5)
+    # 0.85/0.67; (32,32) 1.1/1.0; (64,128) 0.68/0.86, (1024,100) 1.0/0.59; (8,256) 1.1/0.95; axis 0 of (64,64)
+    # 0.74/0.94, (128,128) 0.72/0.74, (256,256) 1.2/0.42
+    "derivative of logsumexp": Threshold(rows=(2**12, 2**8, 2**10, 2**13, 2**11), other_axes=2**14),
+    # (1000,3) 0.35/0.43, (4000,3) 0.84; (32,10) 1.3/0.48; (32,32) 1.2; (8,64) 0.79/0.94, (64,128) 0.75;
+    # (8,256) 1.1/0.70; axis 0 of (64,64) 0.74/0.47, (256,256) 1.1/0.85
+    "derivative of cross-entropy": Threshold(rows=(2**12, 2**8, 2**10, 2**10, 2**11), other_axes=2**11),
+    # With log_softmax: (1000,3) 0.22/0.24, (4000,3) 0.79; (32,10) 1.0/0.39; (32,32) 0.88/0.77; (8,64)
+    # 0.49/0.55, (64,128) 0.60; (8,256) 0.90/0.38; axis 0 of (64,64) 0.59/0.30, (256,256) 0.83/0.46
+    "derivative of log_softmax": Threshold(rows=(2**12, 2**8, 2**10, 2**12, 2**11), other_axes=2**11),
 }
 
 
@@ -83,7 +84,7 @@ def least_elements(operation: Operation, shape: tuple[int, ...], axis: int, *, i
       axis: along which the rows lie, negative.
       in_loop: whether it is in the body of a loop.
     """
-    if operation in _FORWARD and not in_loop:
+    if not in_loop and operation != "derivative of logsumexp":
         return 0
     threshold = THRESHOLDS[operation]
     if math.prod(shape[axis:][1:]) > 1:
