@@ -9,6 +9,7 @@ from comparison import normal
 import jax_softmax2p as s2p
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [d for d in ("int2", "uint2", "int4", "uint4") if hasattr(jnp, d)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_integers_below_8_bits(dtype, masked, implementation):
@@ -26,6 +27,7 @@ def test_integers_below_8_bits(dtype, masked, implementation):
     np.testing.assert_allclose(y, jax.nn.softmax(2.0 * numbers, where=where), rtol=2e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axis", [None, 0, -1])
 @pytest.mark.parametrize("x64", [False, True])
 def test_logsumexp_of_booleans(axis, x64, implementation):

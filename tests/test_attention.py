@@ -327,6 +327,7 @@ class TestTransforms:
         for g in jax.grad(f, (0, 1, 2, 3))(*inputs(), normal(1, 4, 7, 9)):
             np.testing.assert_array_equal(g, 0)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("in_axes", [(0, None, None, None), (1, 0, 0, 0), (None, None, None, 0)])
     @blocks_or_not
     def test_vmap(self, in_axes, block):

@@ -51,6 +51,7 @@ def arguments_of(case, option, dtype=np.float64):
     return arrays | CASES[case] | OPTIONS[option]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("case", "option"),
@@ -89,6 +90,7 @@ def test_dtypes(dtype, way):
 class TestInstructionSets:
     """The kernels on NumPy arrays, forward with few queries and with many, and the gradient."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize(("t", "s"), [(2, 77), (61, 70)])
     def test_values_and_gradients(self, t, s):
         @jax.jit

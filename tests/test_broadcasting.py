@@ -121,6 +121,7 @@ class TestLabels:
 class TestFactors:
     """logsumexp(a, b=…) broadcasts a, b and where, as in jax.nn."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("a", "b", "axis"),
         [

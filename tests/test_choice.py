@@ -143,6 +143,7 @@ def test_derivatives_of_the_loss_on_both_sides(shape):
     np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axis", [-1, 0])
 @pytest.mark.parametrize("n", [3, 40, 300])
 @pytest.mark.parametrize("name", FUNCTIONS)

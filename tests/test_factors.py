@@ -38,6 +38,7 @@ def assert_within_contract(actual, a, b, where=True):
 
 
 class TestAccuracy:
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("n", [1, 7, 300, 5000])
     @pytest.mark.parametrize("offset", [0.0, 1000.0])
@@ -93,6 +94,7 @@ SPECIAL = (NAN, INF, -INF, 0.0, 2.0)
 
 
 class TestSpecialValues:
+    @pytest.mark.long
     @pytest.mark.parametrize("where", [None, np.array([True, True, False]), np.array(False)], ids=str)
     @pytest.mark.parametrize("return_sign", [False, True])
     def test_equal_those_of_jax_nn(self, where, return_sign, implementation):
@@ -196,6 +198,7 @@ class TestTransforms:
         f = jax.jit(lambda a, b, f: logsumexp(a, -1, b, True, True, where, scale=1.5, bias=(f, 0.5))[0])
         check_grads(f, (normal(3, 4), b, normal(3, 1)), order=2, modes=("fwd", "rev"))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("n", [7, 300])
     def test_gradients_are_those_of_jax_nn(self, n, dtype, implementation):

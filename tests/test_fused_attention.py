@@ -104,6 +104,7 @@ class TestSizes:
         check(operands, dtype, return_residual=True)
         check(operands, dtype, is_causal=True)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("t", "n", "k"), [(1, 1, 1), (1, 8, 2), (3, 2, 1), (2, 3, 3), (5, 2, 2)])
     def test_few_queries(self, t, n, k, dtype):
@@ -217,6 +218,7 @@ def weighted(function, cotangent, *operands):
 class TestGradient:
     """In query, key and value, against that of jax.nn's definition in float64."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize("case", GRADIENT_CASES)
     def test_cases(self, case):
         options = GRADIENT_CASES[case]
@@ -233,6 +235,7 @@ class TestGradient:
             # Of large logits dP - delta cancels where a weight is nearly 1.
             assert_close(x, y, 1.5e-5 if case == "scale" else 4e-6)
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("b", "t", "s", "n", "k", "h"), [(1, 1, 1, 1, 1, 1), (1, 9, 1100, 2, 1, 8), (3, 50, 20, 6, 6, 37)]
     )

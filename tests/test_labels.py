@@ -77,6 +77,7 @@ def loss(implementation):
     return functools.partial(softmax_cross_entropy_with_integer_labels, implementation=implementation)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_classes", [3, 300])
 def test_edges_of_the_dtype(dtype, num_classes, loss):
@@ -84,11 +85,13 @@ def test_edges_of_the_dtype(dtype, num_classes, loss):
     check(jax.jit(losses_and_gradient_of(loss)), edges(dtype, num_classes), dtype, num_classes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["uint8", "uint32", "int64"])
 def test_eager(dtype, loss):
     check(losses_and_gradient_of(loss), edges(dtype, 200), dtype, 200)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
 def test_vmap(dtype, loss):
     """Both logits and labels are mapped over, or labels alone."""

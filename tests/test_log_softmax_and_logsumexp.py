@@ -74,6 +74,7 @@ class TestEdges:
             np.testing.assert_array_equal(actual, np.full(n, expected), err_msg=what)
             np.testing.assert_array_equal(actual, theirs, err_msg=what)
 
+    @pytest.mark.long
     def test_logsumexp_of_special_rows(self, n, dtype, implementation):
         rows = list(special_rows(n, dtype))
         x, y = call_rows(logsumexp, rows, dtype, axis=-1, implementation=implementation)
@@ -155,6 +156,7 @@ def test_half_precision_edges(dtype):
 AXES = [*range(-3, 3), (0, 1), (-1, 0), (1, -3), (0, 1, 2), None, ()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axis", AXES)
 def test_log_softmax_along_any_axis(axis, implementation):
     x = normal(4, 5, 6).astype(np.float32)
@@ -260,6 +262,7 @@ class TestLogsumexpArguments:
             assert ours.dtype == theirs.dtype
             np.testing.assert_allclose(ours, theirs, rtol=1e-14)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("b", [-0.5, np.array([1.0, -2, 0, 3]), np.array([[2.0], [-1]])])
     @pytest.mark.parametrize("return_sign", [False, True])
     def test_b(self, b, return_sign):

@@ -92,6 +92,7 @@ class TestIntegerLabels:
         losses = np.asarray(integer_loss(normal(8, n), labels))
         np.testing.assert_array_equal(np.isnan(losses), outside)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
     def test_dtypes_of_labels(self, dtype, integer_loss):
         """There are more classes than the labels' dtype has numbers."""
@@ -101,6 +102,7 @@ class TestIntegerLabels:
             losses = integer_loss(normal(4, 300), np.full(4, -1, dtype))
             np.testing.assert_allclose(losses, integer_loss(normal(4, 300), np.full(4, 299)), rtol=1e-14)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("shape", [(4, 6), (4, 1), (1, 6), (4,)])
     def test_masks(self, shape, integer_loss):
         """Masks have the logits' shape or the labels'. Labels are not masked; fully masked rows give 0."""
@@ -215,10 +217,12 @@ class TestSoftLabels:
             argnums=(0, 1),
         )
 
+    @pytest.mark.long
     @pytest.mark.parametrize("shape", [(6,), (1, 6), (4, 1), (2, 4, 6)])
     def test_labels_broadcast(self, shape, soft_loss):
         check(soft_loss, optax.softmax_cross_entropy, normal(4, 6), normal(*shape, seed=1), argnums=(0, 1))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("shape", [(4, 6), (1, 6), (4, 1), (4,)])
     def test_masks(self, shape, soft_loss):
         where = np.random.default_rng(3).random(shape) < 0.6

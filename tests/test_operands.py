@@ -38,6 +38,7 @@ def sized(shape, n):
 
 
 class TestWhere:
+    @pytest.mark.long
     @pytest.mark.parametrize("shape", MASK_SHAPES)
     @pytest.mark.parametrize(("implementation", "n"), [("reference", 7), ("native", 7), ("native", 300)])
     def test_broadcasts(self, shape, n, name, implementation):
@@ -55,6 +56,7 @@ class TestWhere:
         y = np.asarray(FUNCTIONS[name](x, where=mask, implementation=implementation))
         assert_close(name, y, exact(name, x, mask), dtype, np.where(mask, x, 0), implementation)
 
+    @pytest.mark.long
     @natively
     @pytest.mark.parametrize("axis", [0, 1, (0, 2), None])
     @pytest.mark.parametrize("shape", [(5,), (4, 1), (3, 4, 5)])
@@ -104,6 +106,7 @@ BIAS_SHAPES = [(0,), (3, 0), (2, 3, 0), (2, 1, 0), (1, 3, 1), (2, 1, 1), (), (2,
 
 
 class TestScaleAndBias:
+    @pytest.mark.long
     @pytest.mark.parametrize("shape", SCALE_SHAPES)
     @pytest.mark.parametrize(("implementation", "n"), [("reference", 7), ("native", 7), ("native", 300)])
     def test_scale_broadcasts(self, shape, n, name, implementation):
@@ -112,6 +115,7 @@ class TestScaleAndBias:
         z = scale * x
         assert_close(name, y, exact(name, z), np.float32, z, "reference")
 
+    @pytest.mark.long
     @pytest.mark.parametrize("shape", BIAS_SHAPES)
     @pytest.mark.parametrize(("implementation", "n"), [("reference", 7), ("native", 7), ("native", 300)])
     def test_bias_broadcasts(self, shape, n, name, implementation):
@@ -147,6 +151,7 @@ class TestScaleAndBias:
         z = scale * x + bias
         assert_close(name, y, exact(name, z), dtype, z, implementation)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("axis", [0, (0, 1), (1, 2), None])
     def test_any_axis(self, axis, name, implementation):
         x = normal(3, 4, 5)
@@ -164,6 +169,7 @@ class TestScaleAndBias:
             z = merged(scale * x + bias, axis)
             assert_close(name, actual, exact(name, z), np.float64, z, "reference")
 
+    @pytest.mark.long
     @pytest.mark.parametrize("n", [4, 130, 5000])
     def test_minus_infinity_in_bias_masks(self, n, name, implementation):
         bias = np.where(np.random.default_rng(0).random((3, n)) < 0.5, 0, -INF).astype(np.float32)
@@ -240,6 +246,7 @@ def band_mask(rows, n, before, after):
 
 
 class TestBand:
+    @pytest.mark.long
     @pytest.mark.parametrize(("before", "after"), BANDS)
     @pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
     def test_equals_the_explicit_mask(self, shape, before, after, name, implementation):

@@ -148,6 +148,7 @@ MASKS = {
 class TestSpecialValues:
     """Infinities and NaNs in x, in a row bias and in a bias of columns give what their sum gives."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize("mask", MASKS)
     @pytest.mark.parametrize("column", [None, *SPECIAL])
     def test_equal_those_of_the_formula(self, column, mask, name, implementation):

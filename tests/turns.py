@@ -1,7 +1,7 @@
 """What is exhaustive takes turns: of the tests marked ``long``, a run takes one part.
 
-The environment variable ``TEST_PART=K/N`` chooses the K-th of N parts, from 0; ``0/1`` is all. It is a variable,
-since tests start processes that run tests, and ``tests/selftest/run`` reads it too.
+The environment variable ``TEST_PART=K/N`` chooses the K-th of N parts, from 0; ``0/1`` is all. It is a
+variable, since tests start processes that run tests, and ``tests/selftest/run`` reads it too.
 """
 
 import os

@@ -44,6 +44,7 @@ CALLS = {
 class TestFlaxAttention:
     """The function itself, with all arguments that layers may pass."""
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "case",
         [pytest.param(case, marks=FLOAT64_ROWS_WITHOUT_A_KEY * (case == "float64")) for case in CALLS],

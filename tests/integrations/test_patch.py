@@ -283,6 +283,7 @@ class TestReach:
         with pytest.raises(TypeError):
             function(x=X)
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "options",
         [

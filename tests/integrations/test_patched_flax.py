@@ -122,6 +122,7 @@ class TestFunctions:
             actual.astype(np.float64), exact, rtol=tolerance, atol=tolerance * float(jnp.abs(exact).max())
         )
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
     @pytest.mark.parametrize(
         "place", ["flax.linen.dot_product_attention", "flax.linen.dot_product_attention_weights"]

@@ -115,6 +115,7 @@ class TestLikeness:
         np.testing.assert_allclose(f(X), ORIGINALS["jax.nn.softmax"](X, axis=0), rtol=1e-6)
         assert str(inspect.signature(f)).startswith("(x: 'ArrayLike', *, axis: 'Axis' = 0")
 
+    @pytest.mark.long
     @pytest.mark.parametrize(
         "transform",
         [

@@ -221,6 +221,7 @@ def run(program, given):
     return jax.jit(program, compiler_options={"xla_backend_optimization_level": 0})(given)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", TRACED)
 def test_traced(mode, program):
     with TRACED[mode]():

@@ -177,6 +177,7 @@ def test_callbacks(implementation):
     np.testing.assert_allclose(sums, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_jaxpr_that_is_evaluated(name):
     x = array(3, 5)

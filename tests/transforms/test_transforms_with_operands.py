@@ -117,6 +117,7 @@ def gradients(function):
     return jax.jit(jax.grad(lambda *operands: weighted_sum(function(*operands)), (0, 1, 2)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "masked"), [(7, False), (130, True), (5000, False), (5000, True)])
 def test_float32_gradients_equal_those_of_the_formula(n, masked, name):
     f = FUNCTIONS[name]
@@ -164,6 +165,7 @@ def test_gradients_along_any_axis(axis, name):
     assert_close(actual, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_gradients(dtype, name):
     operands = [array(3, 20), 1 + array(3, 1) / 4, array(20, seed=1)]
@@ -394,6 +396,7 @@ class TestControlFlow:
         cumulative = jax.jit(lambda s: jax.lax.associative_scan(lambda a, b: a.combine(b), s).log())(sums)
         assert_close(cumulative, np.logaddexp.accumulate(np.asarray(x)))
 
+    @pytest.mark.long
     def test_loops_and_branches(self, name, f):
         x, scale = array(2, 4), jnp.array([[0.5], [2.0]])
         g = lambda c: x + weighted_sum(f(c, scale=scale, where=MASK[0]))
