@@ -8,7 +8,7 @@ import os
 import re
 import zlib
 
-DEFAULT = "0/4"
+DEFAULT = "0/8"
 
 
 def chosen_part(text):
