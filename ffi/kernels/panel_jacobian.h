@@ -59,8 +59,7 @@ class PanelJacobianKernels {
     ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t first, std::int64_t rows) {
       const V lse_hi = access.Load(hi + at, 0);
       const RecomputeMinusLse<V> source(lse_hi, access.Load(lo + at, 0));
-      const MinusProbability<V> minus(NanUnlessFinite(access.Load(sums.hi + at, 0), lse_hi),
-                                      access.Load(sums.lo + at, 0));
+      const MinusProbability<V> minus(access.Load(sums.hi + at, 0), access.Load(sums.lo + at, 0), lse_hi);
       ForRows(rows, [&](auto count, std::int64_t i) {
         constexpr int K = decltype(count)::value;
         const T* const from = z + (first + i) * panel.stride + at;

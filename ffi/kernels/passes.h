@@ -127,13 +127,15 @@ struct LabelScaler {
   }
 };
 // t - p·sum for p = e^x/kFactor, where sum = hi + lo is the sum of all t. Where p is near 1 it is (t - sum) -
-// (p - 1)·sum, which loses no digits.
+// (p - 1)·sum, which loses no digits. It is NaN where the lse of a row is not finite: nothing of such a row
+// has a derivative.
 template <typename V>
 class MinusProbability {
   using T = typename V::Scalar;
 
  public:
-  SOFTMAX2P_INLINE MinusProbability(V hi, V lo) : hi_(hi), lo_(lo), scale_(DivideByFactor(hi)) {}
+  SOFTMAX2P_INLINE MinusProbability(V hi, V lo, V lse)
+      : hi_(hi + (lse - lse)), lo_(lo), scale_(DivideByFactor(hi_)) {}
   SOFTMAX2P_INLINE V operator()(V t, V expm1, V pow2) const {
     const V zero = V::Broadcast(0), one = V::Broadcast(kFactor<V>);
     // 1 for powers from 2^(-3/4) to 1, which are near it, and 0 below.
@@ -145,12 +147,6 @@ class MinusProbability {
  private:
   V hi_, lo_, scale_;
 };
-
-// sum, or NaN where the lse of a row is not finite: nothing of such a row has a derivative.
-template <typename V>
-SOFTMAX2P_INLINE V NanUnlessFinite(V sum, V lse) {
-  return sum + (lse - lse);
-}
 
 // The same of one vector of t after the other.
 template <typename V, typename Access, typename In>

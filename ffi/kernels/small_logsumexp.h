@@ -81,9 +81,9 @@ class SmallLogSumExpKernels {
       for (std::int64_t r = 0; r < outer; ++r) {
         const E* const row_t = t + r * n;
         const DoubleDouble<T> sum = Rounded<T>(JacobianKernels<V, E>::Sum(row_t, n));
-        const V total = NanUnlessFinite(V::Broadcast(sum.hi), V::Broadcast(hi[r]));
-        const MinusProbability<V> minus(total, V::Broadcast(sum.lo));
-        WriteRow(RecomputeMinusLse<V>(V::Broadcast(hi[r]), V::Broadcast(lo[r])), x + r * n, out + r * n, n,
+        const V lse_hi = V::Broadcast(hi[r]);
+        const MinusProbability<V> minus(V::Broadcast(sum.hi), V::Broadcast(sum.lo), lse_hi);
+        WriteRow(RecomputeMinusLse<V>(lse_hi, V::Broadcast(lo[r])), x + r * n, out + r * n, n,
                  [&](const auto& access, int at) {
                    return SubtractScaler<V, std::decay_t<decltype(access)>, E>{minus, access, row_t + at};
                  });
@@ -100,10 +100,10 @@ class SmallLogSumExpKernels {
       const V lse_hi = LoadRows(hi + first, count);
       const RecomputeMinusLse<V> source(lse_hi, LoadRows(lo + first, count));
       V sum_lo;
-      const V sum_hi = NanUnlessFinite(FastTwoSum(sum.sum, sum.rest, sum_lo), lse_hi);
+      const V sum_hi = FastTwoSum(sum.sum, sum.rest, sum_lo);
       WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, source, tile, Discard{}, tile, kAdjacent<V>,
                      kAdjacent<V>, Ahead<0>{}, n,
-                     SubtractScaler<V, FullVector<V>, T>{{sum_hi, sum_lo}, {}, cotangents});
+                     SubtractScaler<V, FullVector<V>, T>{{sum_hi, sum_lo, lse_hi}, {}, cotangents});
       Tile::Store(tile, count, n, out + first * n, false);
     }
   }
