@@ -167,8 +167,7 @@ def logsumexp_vjp(
     """
     if shares_forward:
         _, p, total = _exp_and_sum(_logits(x, operands, axis, fully_masked=-jnp.inf), axis)
-        is_long = not isinstance(x.shape[axis], int) or x.shape[axis] > MAX_PLAIN_LENGTH
-        y = p / (sum_of_blocks(p, axis) if is_long else jnp.expand_dims(total, axis))
+        y = p / jnp.expand_dims(total, axis)
     else:
         y = _probabilities(x, Lse(hi, lo), operands, axis)
     factor = jnp.expand_dims(factor, axis)
@@ -305,7 +304,8 @@ def _exp_and_sum(z: Array, axis: int) -> tuple[Array, Array, Array]:
     z_max = jax.lax.stop_gradient(jnp.max(z, axis, initial=-jnp.inf))
     shift = select(jnp.isfinite(z_max), z_max, 0)
     p = jnp.exp(z - jnp.expand_dims(shift, axis))
-    return shift, p, jnp.sum(p, axis)
+    is_long = not isinstance(z.shape[axis], int) or z.shape[axis] > MAX_PLAIN_LENGTH
+    return shift, p, jnp.squeeze(sum_of_blocks(p, axis), axis) if is_long else jnp.sum(p, axis)
 
 
 def _majority(z: Array, dtype: np.dtype, axis: int) -> Array:
