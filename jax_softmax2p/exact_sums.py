@@ -85,7 +85,7 @@ def _block_size(n: int) -> int:
 
 
 def _pairwise_sum(p: Array, axis: int) -> Array:
-    """The sum along the axis, which is not empty and stays with size 1: of halves, of their halves, and so on."""
+    """The sum along the axis, which is not empty and stays with size 1, by halves and their halves."""
     n = p.shape[axis]
     if n == 1:
         return p
