@@ -1,6 +1,6 @@
 """``python -m benchmarks.grokking``: does a network generalise once its training data is certain?
 
-A network learns a + b modulo 113 from 40% of all pairs, by full-batch Adam without weight decay, in float32.
+A network learns a + b modulo 113 from 80% of all pairs, by full-batch Adam without weight decay, in float32.
 It soon knows its training data and grows more certain of them. By optax's cross-entropy the gradients of
 samples whose logit stands 17 to 20 above the rest are exactly 0 at the label ("softmax collapse"), and
 training stops. The program trains once with each loss and seed: optax's, this package's, optax's of logits
@@ -29,7 +29,10 @@ from benchmarks import plots
 from jax_softmax2p.demo.environment import describe_environment, format_environment
 
 MODULUS = 113
-TRAINING_SHARE = 0.4
+TRAINING_SHARE = 0.8
+
+GRADIENT_SCALE = 2.0**60
+"""Adam does not see it but for its eps, and the squares of small gradients stay in the range of float32."""
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 Weights = dict[str, jax.Array]
@@ -53,7 +56,7 @@ class Setting(NamedTuple):
     learning_rate: float
 
 
-FULL = Setting(steps=10_000, interval=250, seeds=2, width=200, learning_rate=2e-3)
+FULL = Setting(steps=6_000, interval=100, seeds=2, width=200, learning_rate=5e-3)
 QUICK = Setting(steps=100, interval=50, seeds=1, width=32, learning_rate=2e-3)
 
 
@@ -129,11 +132,15 @@ def train(loss: Loss, setting: Setting, seed: int, advance: Callable[[], Any]) -
     x, others = (jnp.asarray(part) for part in pairs(seed))
     labels = sums(x)
     weights = initial_weights(setting.width, seed)
-    optimizer = optax.adam(setting.learning_rate)
+    # By optax's own eps of 1e-8 small gradients would hardly move the weights. The paper has 1e-25 and less.
+    optimizer = optax.adam(setting.learning_rate, b2=0.99, eps=1e-30 * GRADIENT_SCALE)
+
+    def scaled_loss(weights: Weights) -> jax.Array:
+        return loss(logits_of(weights, x), labels).mean().astype(jnp.float32) * GRADIENT_SCALE
 
     def step(state: Any, _: None) -> tuple[Any, None]:
         weights, moments = state
-        gradients = jax.grad(lambda w: loss(logits_of(w, x), labels).mean().astype(jnp.float32))(weights)
+        gradients = jax.grad(scaled_loss)(weights)
         updates, moments = optimizer.update(gradients, moments)
         return (optax.apply_updates(weights, updates), moments), None
 

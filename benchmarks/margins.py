@@ -3,8 +3,8 @@
     python -m benchmarks.margins
 
 Each row's label stands by a margin above the largest of the other logits. The table has, for each margin,
-the worst relative error of the losses and of all entries of their gradients: 1 where a 0 stands for what is not 0.
-Then the times of value and gradient, with ordinary and with nearly certain rows, by turns in one process.
+the worst relative error of the losses and of all entries of their gradients. It is 1 where a 0 stands for what
+is not 0. Then the times of value and gradient, with ordinary and with nearly certain rows, by turns in one process.
 """
 
 import argparse
