@@ -2,9 +2,10 @@
 
     python -m benchmarks.margins
 
-Each row's label stands by a margin above the largest of the other logits. The table has, for each margin,
-the worst relative error of the losses and of all entries of their gradients. It is 1 where a 0 stands for what
-is not 0. Then the times of value and gradient, with ordinary and with nearly certain rows, by turns in one process.
+Each row's label stands by a margin above the largest of the other logits. The table has, for each margin, the
+worst relative error of the losses and of all entries of their gradients; an error of 1 is a 0 that should not
+be one. Then the times of value and gradient, with ordinary and with nearly certain rows, by turns in one
+process.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def report_times(shape: tuple[int, int], rounds: int) -> None:
     """Prints the times of losses with gradients, of optax by ours, and of nearly certain rows by ordinary."""
     named = formulations()
     calls = {
-        (name, margin): functools.partial(named[name], *map(jnp.asarray, rows_with_margin(margin, shape)))
+        (name, margin): functools.partial(named[name], *jax.device_put(rows_with_margin(margin, shape)))
         for name in ("ours", "optax")
         for margin in (0, 40)
     }

@@ -99,8 +99,9 @@ def _sum_of_pairs(p: Array, errors: Array, axis: int) -> tuple[Array, Array]:
 
 def _add(terms: Sequence[Array], errors: Sequence[Array]) -> tuple[Array, Array]:
     """The sum of two terms, and what it lacks, with what these lack."""
-    total = terms[0] + terms[1]
-    return total, (errors[0] + errors[1]) + two_sum_error(*terms, total)
+    first, second = terms
+    total = first + second
+    return total, (errors[0] + errors[1]) + two_sum_error(first, second, total)
 
 
 def log_of_sum(p: Array, axis: int) -> Array:

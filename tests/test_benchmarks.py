@@ -6,12 +6,13 @@ import os
 import pathlib
 import signal
 
+import mpmath
 import numpy as np
 import pytest
 from processes import ROOT
 
 import jax_softmax2p
-from benchmarks import bits, compare, memory_traffic, plots, runner, scaling, sections
+from benchmarks import bits, compare, margins, memory_traffic, plots, runner, scaling, sections
 from benchmarks.backends import Backend, Ours, Torch
 from benchmarks.cases import Case
 from benchmarks.claims import claims
@@ -245,6 +246,24 @@ def test_grokking(tmp_path):
     assert record["loss"][1] < record["loss"][0]
     pytest.importorskip("matplotlib")
     plots.draw_grokking({name: [record] for name in grokking.LOSSES}, tmp_path / "grokking.png")
+
+
+def test_margins():
+    logits, labels = margins.rows_with_margin(20, (3, 5))
+    others = np.delete(logits[0].astype(float), labels[0])
+    assert logits[0, labels[0]] - others.max() >= 20
+    losses, gradient = margins.exact(logits, labels)
+    ratios = [mpmath.exp(float(other) - float(logits[0, labels[0]])) for other in others]
+    assert float(losses[0]) == pytest.approx(float(mpmath.log1p(sum(ratios))), rel=1e-14)
+    assert float(gradient[0, labels[0]]) == pytest.approx(float(-sum(ratios) / (1 + sum(ratios))), rel=1e-14)
+    errors = {
+        name: margins.worst_relative_error(compute(logits, labels)[1], gradient)
+        for name, compute in margins.formulations().items()
+    }
+    assert errors["ours"] < 5e-7
+    assert errors["ours, reference"] < 5e-7
+    assert errors["optax"] > 0.01
+    assert errors["optax, float64"] < 1e-6
 
 
 def test_bits_that_differ():
