@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_softmax2p.exact_sums import exact_sum, log_of_sum, sum_of_blocks, two_sum_error
+from jax_softmax2p.exact_sums import exact_sum, log_of_sum, sum_of_blocks, sums, two_sum_error
 
 Array = jax.Array
 T = TypeVar("T")
@@ -134,9 +134,8 @@ def log_softmax_vjp(
     # Of the element that has more than half of a row, if there is one, t - p·sum(t) is made of the others.
     # Two that are equal may both be above half by their roundings.
     most = p > 0.6
-    total = jnp.sum(t_wide, axis, keepdims=True)
+    total, others_p, others_t = sums([t_wide, *(select(~most, a, 0) for a in (p, t_wide))], axis)
     total = select(jnp.expand_dims(hi, axis) != jnp.inf, total, jnp.nan)
-    others_p, others_t = (jnp.sum(select(~most, a, 0), axis, keepdims=True) for a in (p, t_wide))
     y = select(most, total * others_p - others_t, t_wide - p * total).astype(t.dtype)
     return y if operands.where is None else select(operands.where, y, 0)
 
