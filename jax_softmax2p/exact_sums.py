@@ -45,7 +45,8 @@ def sums(terms: Sequence[Array], axis: int) -> Sequence[Array]:
     """
     shape = terms[0].shape
     is_static = all(isinstance(size, int) for size in shape)
-    if is_static and shape[axis] <= MAX_STACKED_LENGTH and math.prod(shape) <= MAX_STACKED_SIZE:
+    is_short = is_static and MAX_PLAIN_LENGTH < shape[axis] <= MAX_STACKED_LENGTH
+    if is_short and math.prod(shape) <= MAX_STACKED_SIZE:
         return list(jnp.sum(jnp.stack(terms), axis % len(shape) + 1, keepdims=True))
     return [jnp.sum(term, axis, keepdims=True) for term in terms]
 
@@ -54,7 +55,8 @@ def exact_sum(p: Array, axis: int) -> tuple[Array, Array]:
     """The sum of exponentials p, each from 0 to 1, along the axis, which stays with size 1.
 
     Every p is divided into a multiple of a power of two so large that multiples are added exactly, and the
-    rest. Added one after another, an exponential of 1 and a thousand small ones would lose 7 ULP.
+    rest. Added one after another, an exponential of 1 and a thousand small ones would lose 7 ULP. Very few
+    are added in pairs instead.
 
     Returns:
       The sum, rounded; and its error, which matters where all but one of the exponentials are small.
@@ -62,12 +64,13 @@ def exact_sum(p: Array, axis: int) -> tuple[Array, Array]:
     if jnp.iscomplexobj(p):
         return jnp.sum(p, axis, keepdims=True), jnp.zeros((), p.dtype)
     n = p.shape[axis] if isinstance(p.shape[axis], int) else MAX_EXACT_LENGTH
+    if 0 < n <= MAX_PLAIN_LENGTH:
+        return _fast_two_sum(*_sum_of_pairs(p, jnp.zeros_like(p), axis))
     bits = jnp.finfo(p.dtype).nmant + 1 - math.ceil(math.log2(max(n, 1)))
     unit = np.asarray(2.0 ** -max(bits, 0), p.dtype)
     multiple = jax.lax.round(p * (1 / unit), jax.lax.RoundingMethod.TO_NEAREST_EVEN) * unit
-    multiples, rests = sums([multiple, p - multiple], axis)
-    total = multiples + rests
-    return total, rests - (total - multiples)
+    larger, smaller = sums([multiple, p - multiple], axis)
+    return _fast_two_sum(larger, smaller)
 
 
 def sum_of_blocks(p: Array, axis: int) -> Array:
@@ -111,6 +114,12 @@ def _sum_of_pairs(p: Array, errors: Array, axis: int) -> tuple[Array, Array]:
     halves = [[part(a, 0, half), part(a, half, 2 * half)] for a in (p, errors)]
     total, error = _sum_of_pairs(*_add(*halves), axis)
     return _add((total, part(p, n - 1, n)), (error, part(errors, n - 1, n))) if n % 2 else (total, error)
+
+
+def _fast_two_sum(larger: Array, smaller: Array) -> tuple[Array, Array]:
+    """Their sum, rounded, and its error."""
+    total = larger + smaller
+    return total, smaller - (total - larger)
 
 
 def _add(terms: Sequence[Array], errors: Sequence[Array]) -> tuple[Array, Array]:
