@@ -65,12 +65,12 @@ def exact_sum(p: Array, axis: int) -> tuple[Array, Array]:
         return jnp.sum(p, axis, keepdims=True), jnp.zeros((), p.dtype)
     n = p.shape[axis] if isinstance(p.shape[axis], int) else MAX_EXACT_LENGTH
     if 0 < n <= MAX_PLAIN_LENGTH:
-        return _fast_two_sum(*_sum_of_pairs(p, jnp.zeros_like(p), axis))
+        return _rounded(*_sum_of_pairs(p, jnp.zeros_like(p), axis))
     bits = jnp.finfo(p.dtype).nmant + 1 - math.ceil(math.log2(max(n, 1)))
     unit = np.asarray(2.0 ** -max(bits, 0), p.dtype)
     multiple = jax.lax.round(p * (1 / unit), jax.lax.RoundingMethod.TO_NEAREST_EVEN) * unit
     larger, smaller = sums([multiple, p - multiple], axis)
-    return _fast_two_sum(larger, smaller)
+    return _rounded(larger, smaller)
 
 
 def sum_of_blocks(p: Array, axis: int) -> Array:
@@ -88,8 +88,7 @@ def sum_of_blocks(p: Array, axis: int) -> Array:
         axis %= p.ndim
         p = jnp.sum(p.reshape(*p.shape[:axis], size, n // size, *p.shape[axis + 1 :]), axis)
     if isinstance(n, int) and n // size <= MAX_PAIRWISE_LENGTH:
-        total, error = _sum_of_pairs(p, jnp.zeros_like(p), axis)
-        return total + error
+        return _rounded(*_sum_of_pairs(p, jnp.zeros_like(p), axis))[0]
     return exact_sum(p * (1 / MAX_PLAIN_LENGTH), axis)[0] * MAX_PLAIN_LENGTH
 
 
@@ -116,17 +115,18 @@ def _sum_of_pairs(p: Array, errors: Array, axis: int) -> tuple[Array, Array]:
     return _add((total, part(p, n - 1, n)), (error, part(errors, n - 1, n))) if n % 2 else (total, error)
 
 
-def _fast_two_sum(larger: Array, smaller: Array) -> tuple[Array, Array]:
-    """Their sum, rounded, and its error."""
-    total = larger + smaller
+def _rounded(larger: Array, smaller: Array) -> tuple[Array, Array]:
+    """Their sum, rounded, and its error. Of an infinite sum the smaller one is NaN, and left out."""
+    total = larger + jax.lax.select(larger != np.inf, smaller, jnp.zeros_like(smaller))
     return total, smaller - (total - larger)
 
 
 def _add(terms: Sequence[Array], errors: Sequence[Array]) -> tuple[Array, Array]:
-    """The sum of two terms, and what it lacks, with what these lack."""
+    """The sum of two terms, and what it lacks, with what these lack, which has no derivative."""
     first, second = terms
     total = first + second
-    return total, (errors[0] + errors[1]) + two_sum_error(first, second, total)
+    error = two_sum_error(*(jax.lax.stop_gradient(a) for a in (first, second, total)))
+    return total, (errors[0] + errors[1]) + error
 
 
 def log_of_sum(p: Array, axis: int) -> Array:

@@ -77,7 +77,14 @@ def log_softmax(
     return y, *logsumexp(x, operands, axis=axis, exact=True)
 
 
-def logsumexp(x: Array, operands: ScaleBiasMask[Array], *, axis: int, exact: bool = False) -> Lse:
+def logsumexp(
+    x: Array,
+    operands: ScaleBiasMask[Array],
+    *,
+    axis: int,
+    exact: bool = False,
+    for_derivative: bool = False,
+) -> Lse:
     """log(sum(exp(z))) of rows; -inf of a row without an element that takes part.
 
     Args:
@@ -86,6 +93,8 @@ def logsumexp(x: Array, operands: ScaleBiasMask[Array], *, axis: int, exact: boo
       axis: along which the rows lie.
       exact: whether hi + lo is to be so near that its difference from the largest logit is within 4 ULP of
         itself, however small.
+      for_derivative: whether a derivative is computed as well, which shares the sums: see
+        :func:`logsumexp_vjp`.
     """
     z = _logits(x, operands, axis, fully_masked=-jnp.inf)
     if exact:
@@ -93,7 +102,7 @@ def logsumexp(x: Array, operands: ScaleBiasMask[Array], *, axis: int, exact: boo
         shift, log = (jnp.squeeze(part, axis) for part in (terms.z_max, log_of_sum(terms.p, axis)))
         log = select(jnp.isfinite(log), log, 0)
     else:
-        shift, _, total = _exp_and_sum(z, axis)
+        shift, _, total = _exp_and_sum(z, axis, in_blocks=for_derivative)
         log = jnp.log(total)
     hi = shift + log
     # Infinities are replaced before they are added: a NaN is reported by JAX's checks.
@@ -165,7 +174,7 @@ def logsumexp_vjp(
         it finds both in one program, rather than computed from the lse.
     """
     if shares_forward:
-        _, p, total = _exp_and_sum(_logits(x, operands, axis, fully_masked=-jnp.inf), axis)
+        _, p, total = _exp_and_sum(_logits(x, operands, axis, fully_masked=-jnp.inf), axis, in_blocks=True)
         y = p / jnp.expand_dims(total, axis)
     else:
         y = _probabilities(x, Lse(hi, lo), operands, axis)
@@ -294,8 +303,13 @@ def _logits(x: Array, operands: ScaleBiasMask[Array], axis: int, fully_masked: f
     return select(where, z, masked)
 
 
-def _exp_and_sum(z: Array, axis: int) -> tuple[Array, Array, Array]:
+def _exp_and_sum(z: Array, axis: int, *, in_blocks: bool) -> tuple[Array, Array, Array]:
     """exp(z - shift) and its sum of rows, by the formula of jax.nn.logsumexp.
+
+    Args:
+      z: logits.
+      axis: along which the rows lie.
+      in_blocks: whether the sum is to be within 4 ULP, as derivatives want it. A logarithm does not show it.
 
     Returns:
       The shift of rows, which is the maximum or 0 where that is not finite; the exponentials; their sums.
@@ -303,7 +317,7 @@ def _exp_and_sum(z: Array, axis: int) -> tuple[Array, Array, Array]:
     z_max = jax.lax.stop_gradient(jnp.max(z, axis, initial=-jnp.inf))
     shift = select(jnp.isfinite(z_max), z_max, 0)
     p = jnp.exp(z - jnp.expand_dims(shift, axis))
-    return shift, p, jnp.squeeze(sum_of_blocks(p, axis), axis)
+    return shift, p, jnp.squeeze(sum_of_blocks(p, axis), axis) if in_blocks else jnp.sum(p, axis)
 
 
 def _majority(z: Array, dtype: np.dtype, axis: int) -> Array:

@@ -64,6 +64,19 @@ def call_rows(function, rows, dtype, **options):
     return x, np.asarray(function(x, **options))
 
 
+@pytest.mark.parametrize("n", [3, 5, 33, 100, 128, 300])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_logsumexp_with_its_gradient_of_special_rows_in_a_loop(n, dtype):
+    """Small rows in loops take the reference, whose value and derivative share a sum."""
+    rows = list(special_rows(n, dtype))
+    x = np.stack([row for _, row, *_ in rows])
+    values, gradients = jax.lax.map(jax.value_and_grad(lambda row: logsumexp(row, -1)), x)
+    theirs = jax.lax.map(jax.grad(jax.nn.logsumexp), x)
+    for (what, *_, expected), value, gradient, of_jax in zip(rows, values, gradients, theirs, strict=True):
+        np.testing.assert_array_equal(value, expected, err_msg=what)
+        np.testing.assert_array_equal(gradient, of_jax, err_msg=what)
+
+
 @every_length
 class TestEdges:
     def test_log_softmax_of_special_rows(self, n, dtype, implementation):

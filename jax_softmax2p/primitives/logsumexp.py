@@ -45,7 +45,8 @@ def logsumexp(
       x: of an inexact dtype.
       operands: those of ``spec``, see ``primitives.operands``.
       exact: as in :func:`reference.logsumexp`, if that runs.
-      for_derivative: whether a derivative is computed as well, which decides from which size on it is native.
+      for_derivative: whether a derivative is computed as well, which decides from which size on it is native,
+        and is as in :func:`reference.logsumexp`.
       params: axis (negative), spec, implementation.
     """
     return Lse(*bind(logsumexp_p, x, *operands, exact=exact, for_derivative=for_derivative, **params))
@@ -136,7 +137,7 @@ logsumexp_p = define_primitive(
         operation="logsumexp",
         target=native.LOG_SUM_TARGET,
         attributes=lse_attributes,
-        reference=reference_rule(reference.logsumexp, "exact"),
+        reference=reference_rule(reference.logsumexp, "exact", "for_derivative"),
         sharded_rule=logsumexp_sharded_rule,
     ),
 )
