@@ -1,7 +1,9 @@
 """Sums of exponentials whose roundings do not show: of one that is 1 beside many small ones, too."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,23 @@ MAX_EXACT_LENGTH = 2**12
 """Rows whose length is symbolic, in exported programs, are summed exactly up to this length."""
 
 
+_IN_LOOP = contextvars.ContextVar("_IN_LOOP", default=False)
+
+
+@contextlib.contextmanager
+def in_loop(value: bool = True) -> Iterator[None]:
+    """What is traced meanwhile is the body of a loop of XLA: few loops inside it are worth more operations.
+
+    Elsewhere nothing is sliced: XLA's CPU backend aborts on slices of exponentials in the computations of
+    reductions and scatters, for which the reference is traced too.
+    """
+    token = _IN_LOOP.set(value)
+    try:
+        yield
+    finally:
+        _IN_LOOP.reset(token)
+
+
 def two_sum_error(a: Array, b: Array, total: Array) -> Array:
     """a + b - total, exactly, for the rounded sum.
 
@@ -40,12 +59,12 @@ def two_sum_error(a: Array, b: Array, total: Array) -> Array:
 def sums(terms: Sequence[Array], axis: int) -> Sequence[Array]:
     """The sums of several arrays of one shape along the axis, which stays with size 1.
 
-    Small ones are stacked. XLA then computes once what they have in common, by vectors: the derivative of a
-    log_softmax of 16 elements in a loop takes 0.4 times as long (Zen 4, AVX-512).
+    Small ones in loops are stacked. XLA then computes once what they have in common, by vectors: the
+    derivative of a log_softmax of 16 elements takes 0.4 times as long (Zen 4, AVX-512).
     """
     shape = terms[0].shape
     is_static = all(isinstance(size, int) for size in shape)
-    is_short = is_static and MAX_PLAIN_LENGTH < shape[axis] <= MAX_STACKED_LENGTH
+    is_short = _IN_LOOP.get() and is_static and MAX_PLAIN_LENGTH < shape[axis] <= MAX_STACKED_LENGTH
     if is_short and math.prod(shape) <= MAX_STACKED_SIZE:
         return list(jnp.sum(jnp.stack(terms), axis % len(shape) + 1, keepdims=True))
     return [jnp.sum(term, axis, keepdims=True) for term in terms]
@@ -55,8 +74,8 @@ def exact_sum(p: Array, axis: int) -> tuple[Array, Array]:
     """The sum of exponentials p, each from 0 to 1, along the axis, which stays with size 1.
 
     Every p is divided into a multiple of a power of two so large that multiples are added exactly, and the
-    rest. Added one after another, an exponential of 1 and a thousand small ones would lose 7 ULP. Very few
-    are added in pairs instead.
+    rest. Added one after another, an exponential of 1 and a thousand small ones would lose 7 ULP. In loops,
+    very few are added in pairs instead.
 
     Returns:
       The sum, rounded; and its error, which matters where all but one of the exponentials are small.
@@ -64,7 +83,7 @@ def exact_sum(p: Array, axis: int) -> tuple[Array, Array]:
     if jnp.iscomplexobj(p):
         return jnp.sum(p, axis, keepdims=True), jnp.zeros((), p.dtype)
     n = p.shape[axis] if isinstance(p.shape[axis], int) else MAX_EXACT_LENGTH
-    if 0 < n <= MAX_PLAIN_LENGTH:
+    if _IN_LOOP.get() and 0 < n <= MAX_PLAIN_LENGTH:
         return _rounded(*_sum_of_pairs(p, jnp.zeros_like(p), axis))
     bits = jnp.finfo(p.dtype).nmant + 1 - math.ceil(math.log2(max(n, 1)))
     unit = np.asarray(2.0 ** -max(bits, 0), p.dtype)
@@ -77,7 +96,7 @@ def sum_of_blocks(p: Array, axis: int) -> Array:
     """As :func:`exact_sum`, but blocks of up to MAX_PLAIN_LENGTH are summed plainly before; within 4 ULP.
 
     So there is one addition of each p, where the exact sum has two. The elements of a block are far apart,
-    so that XLA adds vectors. What is left of short rows is summed in pairs, in one loop. The gradient of a
+    so that XLA adds vectors. In loops, what is left of short rows is summed in pairs. The gradient of a
     hidden Markov model of 128 states takes 0.85 of the time that it takes with the exact sum (Zen 4).
     """
     n = p.shape[axis]
@@ -87,7 +106,7 @@ def sum_of_blocks(p: Array, axis: int) -> Array:
     if size > 1:
         axis %= p.ndim
         p = jnp.sum(p.reshape(*p.shape[:axis], size, n // size, *p.shape[axis + 1 :]), axis)
-    if isinstance(n, int) and n // size <= MAX_PAIRWISE_LENGTH:
+    if _IN_LOOP.get() and isinstance(n, int) and n // size <= MAX_PAIRWISE_LENGTH:
         return _rounded(*_sum_of_pairs(p, jnp.zeros_like(p), axis))[0]
     return exact_sum(p * (1 / MAX_PLAIN_LENGTH), axis)[0] * MAX_PLAIN_LENGTH
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_softmax2p import jax_compat
+from jax_softmax2p import exact_sums, jax_compat
 from jax_softmax2p.primitives import dispatch, interpreters, nested_computations, partitioning
 from jax_softmax2p.primitives.dispatch import Choice
 from jax_softmax2p.primitives.thresholds import Operation
@@ -208,7 +208,8 @@ def _register_native_lowering(primitive: Primitive, lowering: KernelLowering) ->
         )
         match choice.lowering:
             case "reference":
-                return lower_to_reference(ctx, *operands, **params)
+                with exact_sums.in_loop(params["implementation"] == "in_loop"):
+                    return lower_to_reference(ctx, *operands, **params)
             case "sharded":
                 return lowering.lower_sharded(primitive, ctx, *operands, **params)
             case "native" if lower_composed and lowering.is_composed(ctx, params):

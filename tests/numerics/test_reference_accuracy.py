@@ -1,12 +1,14 @@
 """The reference, which small work takes, is held to 4 ULP, and loses nothing near certainty."""
 
+import functools
+
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_softmax2p import log_softmax, logsumexp, reference, softmax
+from jax_softmax2p import exact_sums, log_softmax, logsumexp, reference, softmax
 from jax_softmax2p.primitives.logsumexp_derivatives import no_labels
 
 pytestmark = pytest.mark.long
@@ -43,13 +45,23 @@ CLASSES = {
 }
 
 
-# One of each for all tests, so that every shape is compiled once.
-reference_softmax = jax.jit(lambda x: softmax(x, implementation="reference"))
-reference_log_softmax = jax.jit(lambda x: log_softmax(x, implementation="reference"))
-reference_logsumexp = jax.jit(lambda x: logsumexp(x, -1, implementation="reference"))
+def jitted(function):
+    """The function as it is outside loops and in them, by whether it is in one. One of each for all tests, so
+    that every shape is compiled once."""
+
+    def traced(in_loop, x):
+        with exact_sums.in_loop(in_loop):
+            return function(x)
+
+    return {in_loop: jax.jit(functools.partial(traced, in_loop)) for in_loop in (False, True)}
 
 
-@jax.jit
+reference_softmax = jitted(lambda x: softmax(x, implementation="reference"))
+reference_log_softmax = jitted(lambda x: log_softmax(x, implementation="reference"))
+reference_logsumexp = jitted(lambda x: logsumexp(x, -1, implementation="reference"))
+
+
+@jitted
 def reference_derivative(x):
     """From exponentials that the logsumexp has computed, as in the loops of hidden Markov models."""
     of_rows = jnp.ones(x.shape[0], x.dtype)
@@ -64,51 +76,55 @@ def rows_of(name, n, dtype):
     return make(np.random.default_rng(n), n).astype(dtype)
 
 
+@pytest.mark.parametrize("in_loop", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", CLASSES)
-def test_softmax_is_within_4_ulp(name, dtype):
+def test_softmax_is_within_4_ulp(name, dtype, in_loop):
     for n in LENGTHS:
         x = rows_of(name, n, dtype)
-        assert cases.ulp_error(np.asarray(reference_softmax(x)), cases.exact_softmax(x)) <= 4, n
+        assert cases.ulp_error(np.asarray(reference_softmax[in_loop](x)), cases.exact_softmax(x)) <= 4, n
 
 
+@pytest.mark.parametrize("in_loop", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", CLASSES)
-def test_logarithms_keep_the_contract(name, dtype):
+def test_logarithms_keep_the_contract(name, dtype, in_loop):
     """Twice that of the kernels: 4 ULP, or 2 ULP of the row's largest logit."""
     for n in LENGTHS:
         x = rows_of(name, n, dtype)
         largest = x.max(-1)
         minimum = cases.MIN_LOG_ERROR[np.dtype(dtype)]
         error = cases.log_error(
-            np.asarray(reference_logsumexp(x)), cases.exact_logsumexp(x), largest, minimum
+            np.asarray(reference_logsumexp[in_loop](x)), cases.exact_logsumexp(x), largest, minimum
         )
         assert error <= 2, n
         error = cases.log_error(
-            np.asarray(reference_log_softmax(x)), cases.exact_log_softmax(x), largest[:, None]
+            np.asarray(reference_log_softmax[in_loop](x)), cases.exact_log_softmax(x), largest[:, None]
         )
         assert error <= 2, n
 
 
+@pytest.mark.parametrize("in_loop", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", CLASSES)
-def test_derivative_of_logsumexp_is_within_4_ulp_of_the_largest_entry(name, dtype):
+def test_derivative_of_logsumexp_is_within_4_ulp_of_the_largest_entry(name, dtype, in_loop):
     for n in LENGTHS:
         x = rows_of(name, n, dtype)
         exact = cases.exact_softmax(x)
         unit = np.spacing(exact.max(-1, keepdims=True).astype(dtype)).astype(np.longdouble)
-        assert (np.abs(np.asarray(reference_derivative(x)) - exact) <= 4 * unit).all(), n
+        assert (np.abs(np.asarray(reference_derivative[in_loop](x)) - exact) <= 4 * unit).all(), n
 
 
+@pytest.mark.parametrize("in_loop", [False, True])
 @pytest.mark.parametrize("n", [2, 3, 10, 100, 1000])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_near_certainty(n, dtype):
+def test_near_certainty(n, dtype, in_loop):
     """The logarithm of a probability of nearly 1 is exact relative to itself, however near."""
     for margin in range(0, 84, 4):
         x = np.random.default_rng(margin).standard_normal((n, n)).astype(dtype)
         x[np.arange(n), np.arange(n)] += margin
         exact = np.diagonal(cases.exact_log_softmax(x))
-        actual = np.diagonal(np.asarray(reference_log_softmax(x))).astype(np.longdouble)
+        actual = np.diagonal(np.asarray(reference_log_softmax[in_loop](x))).astype(np.longdouble)
         relative = np.abs(actual - exact) / -exact
         allowed = 8 * 2.0**-24 if dtype == np.float32 else 2.0**-8
         assert (relative <= allowed).all(), (margin, relative.max())

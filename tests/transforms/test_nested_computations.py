@@ -59,6 +59,13 @@ REDUCERS = {
         "lambda f: jax.lax.reduce(row, 0.0, lambda a, b: f(jnp.full(3000, a) / 2, 0) + b, (0,))"
     ),
     "reduce_window": "lambda f: jax.lax.reduce_window(x, -jnp.inf, add(f), (2, 2), (1, 1), 'VALID')",
+    "reduce, by three of each": (
+        "lambda f: jax.lax.reduce(row, 0.0, lambda a, b: f(jnp.stack([a, b] * 3), 0), (0,))"
+    ),
+    "the same in a loop": (
+        "lambda f: jax.lax.fori_loop(0, 3, lambda _, x: x + jax.lax.reduce(x, 0.0,"
+        " lambda a, b: f(jnp.stack([a, b] * 3), 0), (0,)), row)"
+    ),
     "reduce_window of several operands": (
         "lambda f: jax.lax.reduce_window((row, -row), (-jnp.inf, -jnp.inf),"
         " lambda a, b: (add(f)(a[0], b[0]), add(f)(a[1], b[1])), (2,), (1,), 'VALID')"
