@@ -12,8 +12,6 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +22,7 @@ import optax
 
 import jax_softmax2p as s2p
 from jax_softmax2p.demo.environment import describe_environment, format_environment
+from jax_softmax2p.measure import alternating_medians
 
 MARGINS = (0, 5, 10, 15, 17, 20, 25, 30, 40, 60, 80)
 
@@ -63,12 +62,14 @@ def differentiated(loss: Callable[[Any, Any], Any]) -> LossAndGradient:
     return compute
 
 
-def in_float64(logits: Any, labels: Any) -> Any:
-    """optax's losses of logits cast to float64."""
-    with jax.enable_x64(True):
-        return differentiated(optax.softmax_cross_entropy_with_integer_labels)(
-            np.asarray(logits, np.float64), labels
-        )
+def in_float64(compute: LossAndGradient) -> LossAndGradient:
+    """The same of logits cast to float64."""
+
+    def wide(logits: Rows, labels: Rows) -> tuple[Rows, Rows]:
+        with jax.enable_x64(True):
+            return compute(logits.astype(np.float64), labels)
+
+    return wide
 
 
 def by_torch(logits: Any, labels: Any) -> tuple[Rows, Rows]:
@@ -83,11 +84,12 @@ def by_torch(logits: Any, labels: Any) -> tuple[Rows, Rows]:
 def formulations() -> dict[str, LossAndGradient]:
     """Those that can run here."""
     ours = s2p.softmax_cross_entropy_with_integer_labels
+    optax_loss = differentiated(optax.softmax_cross_entropy_with_integer_labels)
     named: dict[str, LossAndGradient] = {
         "ours": differentiated(ours),
         "ours, reference": differentiated(functools.partial(ours, implementation="reference")),
-        "optax": differentiated(optax.softmax_cross_entropy_with_integer_labels),
-        "optax, float64": in_float64,
+        "optax": optax_loss,
+        "optax, float64": in_float64(optax_loss),
     }
     if importlib.util.find_spec("torch"):
         named["torch"] = by_torch
@@ -118,21 +120,18 @@ def report_times(shape: tuple[int, int], rounds: int) -> None:
     """Prints the times of losses with gradients, of optax by ours, and of nearly certain rows by ordinary."""
     named = formulations()
     calls = {
-        (name, margin): functools.partial(named[name], *jax.device_put(rows_with_margin(margin, shape)))
+        f"{name}, margin {margin}": functools.partial(
+            named[name], *jax.device_put(rows_with_margin(margin, shape))
+        )
         for name in ("ours", "optax")
         for margin in (0, 40)
     }
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
-    for _ in range(rounds + 2):
-        for key, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[key].append(time.perf_counter() - start)
-    medians = {key: statistics.median(of_call[2:]) for key, of_call in seconds.items()}
+    medians = alternating_medians(calls, rounds=rounds)
     for margin in (0, 40):
-        ours, ratio = medians["ours", margin], medians["optax", margin] / medians["ours", margin]
-        print(f"{shape}, margin {margin}: ours {1e3 * ours:.3f} ms, optax / ours {ratio:.2f}")
-    print(f"{shape}: ours, margin 40 / margin 0: {medians['ours', 40] / medians['ours', 0]:.2f}")
+        ours, theirs = (medians[f"{name}, margin {margin}"] for name in ("ours", "optax"))
+        print(f"{shape}, margin {margin}: ours {1e3 * ours:.3f} ms, optax / ours {theirs / ours:.2f}")
+    ratio = medians["ours, margin 40"] / medians["ours, margin 0"]
+    print(f"{shape}: ours, margin 40 / margin 0: {ratio:.2f}")
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -194,7 +194,7 @@ def _speed_up(results: Results, file: pathlib.Path) -> bool:
         return False
     rows = [row for row in tables[0].rows if row.case.dtype == "float32"]
     labels = [" × ".join(f"{size:,}" for size in row.case.shape) for row in rows]
-    others = [name for name in ("jax.nn", "torch") if any(f"{name} / ours" in row.ratios for row in rows)]
+    others = _measured(("jax.nn", "torch"), rows)
     title = f"softmax in float32: how much faster than {' and '.join(others)}, by shape"
     return _others_by_ours(file, 4.4, rows, labels, others, title)
 
@@ -206,9 +206,14 @@ def _peers(results: Results, file: pathlib.Path) -> bool:
     rows = [row for table in tables for row in table.rows if row.case.dtype == "float32"]
     labels = [row.case.name.removesuffix(" float32") for row in rows]
     labels = [f"softmax {label}" if label.startswith("(") else label for label in labels]
-    others = [name for name in STYLES if any(f"{name} / ours" in row.ratios for row in rows)]
+    others = _measured(STYLES, rows)
     title = "How much faster than other libraries, by operation and shape"
     return _others_by_ours(file, 5.4, rows, labels, others, title)
+
+
+def _measured(names: Iterable[str], rows: Sequence[Row]) -> list[str]:
+    """Those of the names whose times by ours are in any of the rows."""
+    return [name for name in names if any(f"{name} / ours" in row.ratios for row in rows)]
 
 
 def _others_by_ours(

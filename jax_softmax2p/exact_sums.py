@@ -34,8 +34,8 @@ _IN_LOOP = contextvars.ContextVar("_IN_LOOP", default=False)
 
 
 @contextlib.contextmanager
-def in_loop(value: bool = True) -> Iterator[None]:
-    """What is traced meanwhile is the body of a loop of XLA: few loops inside it are worth more operations.
+def in_loop(value: bool) -> Iterator[None]:
+    """Whether what is traced meanwhile is the body of a loop: few loops inside it are worth more operations.
 
     Elsewhere nothing is sliced: XLA's CPU backend aborts on slices of exponentials in the computations of
     reductions and scatters, for which the reference is traced too.
@@ -88,8 +88,7 @@ def exact_sum(p: Array, axis: int) -> tuple[Array, Array]:
     bits = jnp.finfo(p.dtype).nmant + 1 - math.ceil(math.log2(max(n, 1)))
     unit = np.asarray(2.0 ** -max(bits, 0), p.dtype)
     multiple = jax.lax.round(p * (1 / unit), jax.lax.RoundingMethod.TO_NEAREST_EVEN) * unit
-    larger, smaller = sums([multiple, p - multiple], axis)
-    return _rounded(larger, smaller)
+    return _rounded(*sums([multiple, p - multiple], axis))
 
 
 def sum_of_blocks(p: Array, axis: int) -> Array:
