@@ -9,10 +9,9 @@
 
 namespace jax_softmax2p {
 
-// 2^k for k <= 0; zero below the normal range of double.
+// 2^k for k <= 0; zero below the normal range of double. Without a branch, so that compilers vectorise it.
 SOFTMAX2P_INLINE double PowerOfTwo(int k) {
-  if (k < -1022) return 0.0;
-  return BitCast<double>(static_cast<std::uint64_t>(k + 1023) << 52);
+  return BitCast<double>(static_cast<std::uint64_t>(k < -1023 ? 0 : k + 1023) << 52);
 }
 
 // A sum of doubles with twice their digits, hi + lo (Ogita, Rump & Oishi's Sum2: see base/error_free.h).

@@ -9,37 +9,73 @@
 
 namespace jax_softmax2p {
 
-// Of every lane, log(sum) over its largest term as log + rest. The log is NaN where the sum is no number,
-// where its exponent is not to be trusted, and where the lane is nearly certain (kNearCertainty).
+// Of every lane, log(sum) over its largest term as log + rest: LSE = largest + log + rest, where `largest` is
+// the largest x. The log is NaN where the sum is no number, and where its exponent is not to be trusted.
 template <typename V>
 struct LaneLog {
   using T = typename V::Scalar;
 
   T log[V::kLanes], rest[V::kLanes];
 
-  // `largest` is the largest x whose e^x is in the sum, with which LSE = largest + log + rest.
+  // Of sums of n terms. The log is also NaN where the lane is nearly certain (NearCertainty).
+  SOFTMAX2P_INLINE LaneLog(const LaneSums<V>& sum, V largest, std::int64_t n) {
+    const LargestTerms terms(sum.exponent, largest);
+    const Lanes lanes(sum);
+    const auto others = [&](int l) {
+      return SumOfOthers(lanes.hi[l], lanes.lo[l], terms.powers[l], terms.mantissas[l]);
+    };
+    Set(others, terms, lanes, NearCertainty<T>(n, n));
+  }
+
+  // Of sums without the largest terms.
   SOFTMAX2P_INLINE LaneLog(const LaneSums<V>& sum, V largest) {
-    const V x[1] = {largest};
-    const ExtExp<V, 1> of_largest = ExtExpKernel<V>(sum.exponent)(x);
-    T sums[V::kLanes], rests[V::kLanes], exponents[V::kLanes], powers[V::kLanes], mantissas[V::kLanes];
-    double others[V::kLanes], largests[V::kLanes], logs[V::kLanes], log_rests[V::kLanes];
-    sum.hi.Store(sums);
-    sum.lo.Store(rests);
-    sum.exponent.Store(exponents);
-    of_largest.pow2[0].Store(powers);
-    of_largest.expm1[0].Store(mantissas);
+    const LargestTerms terms(LaneAccumulator<V>(largest).reference(), largest);
+    const Lanes lanes(sum);
+    const auto others = [&](int l) {
+      return (static_cast<double>(lanes.hi[l]) + static_cast<double>(lanes.lo[l])) *
+             PowerOfTwo(static_cast<int>(lanes.exponents[l] - terms.exponents[l]));
+    };
+    Set(others, terms, lanes, 0);
+  }
+
+ private:
+  struct Lanes {
+    T hi[V::kLanes], lo[V::kLanes], exponents[V::kLanes];
+    explicit SOFTMAX2P_INLINE Lanes(const LaneSums<V>& sum) {
+      sum.hi.Store(hi);
+      sum.lo.Store(lo);
+      sum.exponent.Store(exponents);
+    }
+  };
+  struct LargestTerms {
+    T exponents[V::kLanes], powers[V::kLanes], mantissas[V::kLanes];
+    SOFTMAX2P_INLINE LargestTerms(V exponent, V largest) {
+      const V x[1] = {largest};
+      const ExtExp<V, 1> e = ExtExpKernel<V>(exponent)(x);
+      exponent.Store(exponents);
+      e.pow2[0].Store(powers);
+      e.expm1[0].Store(mantissas);
+    }
+  };
+
+  // Others of less than `least` of the largest term give NaN.
+  template <typename OthersOf>
+  SOFTMAX2P_INLINE void Set(const OthersOf& others_of, const LargestTerms& terms, const Lanes& lanes,
+                            double least) {
+    double others[V::kLanes], largests[V::kLanes], logs[V::kLanes], rests[V::kLanes];
     for (int l = 0; l < V::kLanes; ++l) {
-      others[l] = SumOfOthers(sums[l], rests[l], powers[l], mantissas[l]);
-      largests[l] = LargestTerm(powers[l], mantissas[l]);
-      logs[l] = LogOfSum<T>(others[l], largests[l], log_rests[l]);
+      others[l] = others_of(l);
+      largests[l] = LargestTerm(terms.powers[l], terms.mantissas[l]);
+      logs[l] = LogOfSum<T>(others[l], largests[l], rests[l]);
     }
     for (int l = 0; l < V::kLanes; ++l) {
-      const T size = exponents[l] < 0 ? -exponents[l] : exponents[l];
-      const bool certain = others[l] < kNearCertainty<T> * largests[l];
+      const T size = terms.exponents[l] < 0 ? -terms.exponents[l] : terms.exponents[l];
+      const bool certain = others[l] < least * largests[l];
       const bool exact = size < ReductionFor<V>::kMaxExponent - 1 && !certain;
-      // sums - sums is NaN where the sum is no number.
-      log[l] = exact ? static_cast<T>(logs[l]) + (sums[l] - sums[l]) : kMinusInfinity<V> - kMinusInfinity<V>;
-      rest[l] = static_cast<T>((logs[l] - static_cast<double>(log[l])) + log_rests[l]);
+      // hi - hi is NaN where the sum is no number.
+      log[l] = exact ? static_cast<T>(logs[l]) + (lanes.hi[l] - lanes.hi[l])
+                     : kMinusInfinity<V> - kMinusInfinity<V>;
+      rest[l] = static_cast<T>((logs[l] - static_cast<double>(log[l])) + rests[l]);
     }
   }
 };

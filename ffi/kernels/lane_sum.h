@@ -28,6 +28,15 @@ struct LaneSums {
     exponent = highest;
   }
 
+  // Gives all lanes the highest exponent.
+  SOFTMAX2P_INLINE void Align() {
+    const V highest = V::Broadcast(exponent.ReduceMax());
+    const V power = PowerOfTwo<V>(exponent - highest);
+    hi = hi * power;
+    lo = lo * power;
+    exponent = highest;
+  }
+
   // The sum of the lanes, which have one exponent, without kUnit.
   SOFTMAX2P_INLINE ExtendedSum ReduceSum() const {
     constexpr int kMax = ReductionFor<V>::kMaxExponent;

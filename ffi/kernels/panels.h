@@ -57,18 +57,19 @@ class PanelKernels {
     });
   }
 
-  static void Lse(const PanelSums<T>& sums, const T* maximum, const T* subtract, int width, T* hi, T* lo,
-                  T* log) {
+  static void Lse(const PanelSums<T>& sums, const T* maximum, const T* subtract, std::int64_t n, int width,
+                  T* hi, T* lo, T* log) {
     ForVectors<V>(width, [&](int, int at, const auto& access) {
       const V largest = access.Load(maximum + at, 0);
       const V read = subtract != nullptr ? largest - access.Load(subtract + at, 0) : largest;
-      const LaneLog<V> of_sum(Load(access, sums, at), read);
-      const V of_lanes = V::Load(of_sum.log);
-      V error, rest;
-      const V sum = TwoSum(largest, of_lanes, error);
-      access.Store(FastTwoSum(sum, error + V::Load(of_sum.rest), rest), hi + at);
-      access.Store(rest, lo + at);
-      access.Store(of_lanes, log + at);
+      StoreLse(access, largest, LaneLog<V>(Load(access, sums, at), read, n), hi + at, lo + at, log + at);
+    });
+  }
+
+  static void LseOfOthers(const PanelSums<T>& sums, const T* maximum, int width, T* hi, T* lo, T* log) {
+    ForVectors<V>(width, [&](int, int at, const auto& access) {
+      const V largest = access.Load(maximum + at, 0);
+      StoreLse(access, largest, LaneLog<V>(Load(access, sums, at), largest), hi + at, lo + at, log + at);
     });
   }
 
@@ -166,6 +167,17 @@ class PanelKernels {
       Store(access, stretch.last ? accumulators[v].Sums() : accumulators[v].State(), sums, at);
       if (largest != nullptr) access.Store(maxima[v], largest + at);
     });
+  }
+
+  template <typename Access>
+  static SOFTMAX2P_INLINE void StoreLse(const Access& access, V largest, const LaneLog<V>& of_sum, T* hi,
+                                        T* lo, T* log) {
+    const V of_lanes = V::Load(of_sum.log);
+    V error, rest;
+    const V sum = TwoSum(largest, of_lanes, error);
+    access.Store(FastTwoSum(sum, error + V::Load(of_sum.rest), rest), hi);
+    access.Store(rest, lo);
+    access.Store(of_lanes, log);
   }
 
   template <typename Access>

@@ -129,6 +129,24 @@ class RowKernels {
     WriteFrom(NoExp<V, SubtractLse<V>>{minus}, x, Discard{}, y, n, NoScaler<V>{}, non_temporal);
   }
 
+ protected:
+  static SOFTMAX2P_INLINE V MaxOfBlock(const E* x, std::int64_t size) {
+    const std::int64_t vectors = size / V::kLanes;
+    const Tail<V> rest{static_cast<int>(size % V::kLanes)};
+    const V maximum = MaxColumn<V>(FullVector<V>{}, x, kAdjacent<V>, vectors);
+    return rest.count == 0 ? maximum : Max(rest.Load(x + vectors * V::kLanes), maximum);
+  }
+
+  template <typename Values, typename Read>
+  static SOFTMAX2P_INLINE void AddBlock(const E* x, Values kept, std::int64_t size, const Read& read,
+                                        LaneAccumulator<V>& sum) {
+    const std::int64_t vectors = size / V::kLanes, end = vectors * V::kLanes;
+    const Tail<V> rest{static_cast<int>(size % V::kLanes)};
+    // The incomplete vector comes first: the others hide how long it takes.
+    if (rest.count != 0) AddColumn(rest, x + end, kept + end, kAdjacent<V>, Ahead<0>{}, 1, read, sum);
+    AddColumn(FullVector<V>{}, x, kept, kAdjacent<V>, SumAhead{}, vectors, read, sum);
+  }
+
  private:
   // `maximum` is null, or that of the whole row, as read.
   template <typename Kept, typename Read>
@@ -166,23 +184,6 @@ class RowKernels {
       i = after;
     } while (i < n);
     return {sum.Sums().ReduceSum(), highest.ReduceMax()};
-  }
-
-  static SOFTMAX2P_INLINE V MaxOfBlock(const E* x, std::int64_t size) {
-    const std::int64_t vectors = size / V::kLanes;
-    const Tail<V> rest{static_cast<int>(size % V::kLanes)};
-    const V maximum = MaxColumn<V>(FullVector<V>{}, x, kAdjacent<V>, vectors);
-    return rest.count == 0 ? maximum : Max(rest.Load(x + vectors * V::kLanes), maximum);
-  }
-
-  template <typename Values, typename Read>
-  static SOFTMAX2P_INLINE void AddBlock(const E* x, Values kept, std::int64_t size, const Read& read,
-                                        LaneAccumulator<V>& sum) {
-    const std::int64_t vectors = size / V::kLanes, end = vectors * V::kLanes;
-    const Tail<V> rest{static_cast<int>(size % V::kLanes)};
-    // The incomplete vector comes first: the others hide how long it takes.
-    if (rest.count != 0) AddColumn(rest, x + end, kept + end, kAdjacent<V>, Ahead<0>{}, 1, read, sum);
-    AddColumn(FullVector<V>{}, x, kept, kAdjacent<V>, SumAhead{}, vectors, read, sum);
   }
 
   static SOFTMAX2P_INLINE T* ValuesOf(const KeptRow<T>& kept, std::int64_t at) { return kept.values + at; }

@@ -148,7 +148,7 @@ class SmallLogSumExpKernels {
       sums[i] = SumOf(tile, n, largest[i]);
     }
     for (std::int64_t first = 0, i = 0; first < rows; first += V::kLanes, ++i) {
-      const LaneLog<V> of_sum(sums[i], largest[i]);
+      const LaneLog<V> of_sum(sums[i], largest[i], n);
       const int count = Tile::RowsOf(rows - first);
       StoreRows(largest[i], count, maximum + first);
       StoreRows(V::Load(of_sum.log), count, log + first);
@@ -165,41 +165,24 @@ class SmallLogSumExpKernels {
   }
 
   // Fills in the logarithms that are NaN because a row is nearly certain: from sums without the largest
-  // elements. Out of line, since tiles need it rarely.
+  // elements, of which such a row has one. Out of line, since tiles need it rarely.
   template <typename In>
   static __attribute__((noinline)) void LogOfCertain(const In* x, std::int64_t rows, int n, V largest, T* log,
                                                      T* rest) {
-    const V zero = V::Broadcast(0), one = V::Broadcast(1);
+    const V minus_infinity = V::Broadcast(kMinusInfinity<V>);
     T tile[kMaxSmall * V::kLanes];
     Tile::Load(x, rows, n, tile);
-    V taken = zero;
+    V second = minus_infinity;
     for (int i = 0; i < n; ++i) {
-      const V v = V::Load(tile + i * V::kLanes);
-      const V takes = WhereEqual(v, largest, one - taken, zero);
-      WhereEqual(takes, one, V::Broadcast(kMinusInfinity<V>), v).Store(tile + i * V::kLanes);
-      taken = taken + takes;
+      const V v = V::Load(tile + i * V::kLanes), other = WhereEqual(v, largest, minus_infinity, v);
+      second = Max(other, second);
+      other.Store(tile + i * V::kLanes);
     }
-    const LaneSums<V> sum = SumOf(tile, n, MaxColumn<V>(FullVector<V>{}, tile, kAdjacent<V>, n));
-    const V reference = LaneAccumulator<V>(largest).reference(), elements[1] = {largest};
-    const ExtExp<V, 1> e = ExtExpKernel<V>(reference)(elements);
-    T hi[V::kLanes], lo[V::kLanes], exponents[V::kLanes], references[V::kLanes], powers[V::kLanes],
-        mantissas[V::kLanes];
-    sum.hi.Store(hi);
-    sum.lo.Store(lo);
-    sum.exponent.Store(exponents);
-    reference.Store(references);
-    e.pow2[0].Store(powers);
-    e.expm1[0].Store(mantissas);
+    const LaneLog<V> of_sum(SumOf(tile, n, second), largest);
     for (int l = 0; l < Tile::RowsOf(rows); ++l) {
-      const T size = references[l] < 0 ? -references[l] : references[l];
-      if (log[l] == log[l] || !(size < ReductionFor<V>::kMaxExponent - 1) || hi[l] - hi[l] != 0) continue;
-      const double others = (static_cast<double>(hi[l]) + static_cast<double>(lo[l])) *
-                            PowerOfTwo(static_cast<int>(exponents[l] - references[l]));
-      double exact_lo;
-      const double exact_hi = LogOfSum<T>(others, LargestTerm(powers[l], mantissas[l]), exact_lo);
-      const DoubleDouble<T> of_lane = ToDoubleDouble<T>(exact_hi, exact_lo);
-      log[l] = of_lane.hi;
-      rest[l] = of_lane.lo;
+      if (log[l] == log[l]) continue;
+      log[l] = of_sum.log[l];
+      rest[l] = of_sum.rest[l];
     }
   }
 

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "ffi/base/error_free.h"
 #include "ffi/base/half.h"
@@ -164,6 +165,27 @@ struct RowSum {
     sum.Combine(other.sum);
     if (other.maximum > maximum) maximum = other.maximum;
   }
+  SOFTMAX2P_INLINE int Exponent() const { return sum.exponent; }
+  SOFTMAX2P_INLINE void SetNan() { sum.mantissa.hi = __builtin_nan(""); }
+};
+
+// The sum of e^x of a row in two parts: its largest element's, largest·2^exponent, and the others'. So the
+// others keep their digits however few they are. NaNs are passed over for the maximum. A monoid under
+// Combine.
+template <typename T>
+struct SplitSum {
+  double largest = 0;
+  int exponent = ExtendedSum::kLowestExponent;
+  T maximum = static_cast<T>(-__builtin_huge_val());
+  ExtendedSum others;
+
+  SOFTMAX2P_INLINE void Combine(SplitSum other) {
+    if (other.maximum > maximum) std::swap(*this, other);
+    others.Combine(other.others);
+    others.Combine({{other.largest, 0}, other.exponent});
+  }
+  SOFTMAX2P_INLINE int Exponent() const { return exponent; }
+  SOFTMAX2P_INLINE void SetNan() { others.mantissa.hi = __builtin_nan(""); }
 };
 
 // The logsumexp of a row, as maximum + log + rest. The log is NaN where the row has no softmax.
@@ -206,6 +228,8 @@ struct KernelTable {
   // has arrays, they are filled for row_write; its values may be y. It is ignored where the maximum is
   // subtracted.
   RowSum<T> (*row_sum)(const E* x, const KeptRow<T>& kept, std::int64_t n, const KnownMaximum<T>& maximum);
+  // The same sum in parts, each to 2^-26 of itself.
+  SplitSum<T> (*row_split_sum)(const E* x, std::int64_t n, const KnownMaximum<T>& maximum);
   // Pass 2: y[n] as RowScale says. Where `kept` has arrays, it takes e^x from there.
   void (*row_write)(const E* x, const KeptRow<T>& kept, E* y, std::int64_t n, const RowScale<T>& scale,
                     bool non_temporal);
@@ -242,11 +266,14 @@ struct KernelTable {
   void (*panel_merge)(const PanelSums<T>& into, const PanelSums<T>& from, int width);
   // Replaces the sums by the scales that panel_write takes, for `width` columns. The exponents stay.
   void (*panel_invert)(const PanelSums<T>& sums, int width);
-  // The lse of `width` columns as hi + lo, hi its rounding, and `log`, as lse = maximum + log, all [width].
-  // `sums` are those of panel_sum with `subtract`, `maximum` those of x. The errors are those of small_lse;
-  // hi, lo and log are NaN where the sum is no number, or the column nearly certain (kNearCertainty).
-  void (*panel_lse)(const PanelSums<T>& sums, const T* maximum, const T* subtract, int width, T* hi, T* lo,
-                    T* log);
+  // The lse of `width` columns of n elements as hi + lo, hi its rounding, and `log`, as lse = maximum + log,
+  // all [width]. `sums` are those of panel_sum with `subtract`, `maximum` those of x. The errors are those of
+  // small_lse; hi, lo and log are NaN where the sum is no number, or the column nearly certain
+  // (NearCertainty).
+  void (*panel_lse)(const PanelSums<T>& sums, const T* maximum, const T* subtract, std::int64_t n, int width,
+                    T* hi, T* lo, T* log);
+  // The same from sums without the largest elements and without `subtract`, however near to certainty.
+  void (*panel_lse_of_others)(const PanelSums<T>& sums, const T* maximum, int width, T* hi, T* lo, T* log);
   // Pass 2: y = (hi + lo)·2^-exponent·e^x, with the column's scale.
   void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelSums<T>& scales,
                       const T* subtract);

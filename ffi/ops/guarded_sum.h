@@ -32,11 +32,13 @@ namespace jax_softmax2p {
 // What pass 1 finds: the sum of e^z, or of e^(z - maximum) where `subtract`, with z the logits of a row. The
 // sum is a member, so that pass 1 writes it where it stays: a copy would have to wait for its parts to be
 // stored.
-template <typename T>
-struct GuardedRowSum {
-  RowSum<T> of;
+template <typename Sum>
+struct Guarded {
+  Sum of;
   bool subtract = false;
 };
+template <typename T>
+using GuardedRowSum = Guarded<RowSum<T>>;
 
 // The largest element of a row, NaNs passed over.
 template <typename E>
@@ -46,34 +48,59 @@ ComputeOf<E> MaximumOfRow(const LogitsRow<E>& row, const Segments& segments) {
                             [](T& a, T b) { a = std::max(a, b); });
 }
 
-// Pass 1 without the guard, of the elements from `first` on that the segments are of.
-template <typename E>
-RowSum<ComputeOf<E>> SumOfRow(const LogitsRow<E>& row, const Segments& segments,
-                              const KeptRow<ComputeOf<E>>& kept, const KnownMaximum<ComputeOf<E>>& known,
-                              std::int64_t first = 0) {
-  using Sum = RowSum<ComputeOf<E>>;
-  return segments.Reduce<Sum>(
-      [&](std::int64_t at, std::int64_t size) { return row.Sum(first + at, size, kept + at, known); },
-      [](Sum& a, const Sum& b) { a.Combine(b); });
+// Pass 1 of a sum without the guard: merges what sum_of(first, number of elements) finds for every segment.
+template <typename Sum, typename SumOf>
+Sum SumOfSegments(const Segments& segments, const SumOf& sum_of) {
+  return segments.Reduce<Sum>(sum_of, [](Sum& a, const Sum& b) { a.Combine(b); });
 }
 
-// Pass 1 with the guard. With `maximum_first` the maximum is found before, as three passes have it. What is
-// kept is not to be used where the result says `subtract`.
+template <typename E>
+RowSum<ComputeOf<E>> SumOfRow(const LogitsRow<E>& row, const Segments& segments,
+                              const KeptRow<ComputeOf<E>>& kept, const KnownMaximum<ComputeOf<E>>& known) {
+  return SumOfSegments<RowSum<ComputeOf<E>>>(
+      segments, [&](std::int64_t at, std::int64_t size) { return row.Sum(at, size, kept + at, known); });
+}
+
+// Pass 1 with the guard, where sum_with(known maximum) is pass 1 without it.
+template <typename Sum, typename T, typename SumWith>
+Guarded<Sum> WithGuard(int max_exponent, const KnownMaximum<T>& known, const SumWith& sum_with) {
+  Guarded<Sum> result{sum_with(known)};
+  if (std::abs(result.of.Exponent()) < max_exponent) return result;
+  result.subtract = true;
+  const T maximum = result.of.maximum;
+  if (std::isinf(maximum)) {
+    result.of.SetNan();
+  } else {
+    result.of = sum_with({KnownMaximum<T>::kSubtract, maximum});
+    result.of.maximum = maximum;
+  }
+  return result;
+}
+
+// With `maximum_first` the maximum is found before, as three passes have it. What is kept is not to be used
+// where the result says `subtract`.
 template <typename E>
 GuardedRowSum<ComputeOf<E>> GuardedSum(const LogitsRow<E>& row, const Segments& segments, int max_exponent,
                                        const KeptRow<ComputeOf<E>>& kept, bool maximum_first) {
   using T = ComputeOf<E>;
   KnownMaximum<T> known;
   if (maximum_first) known = {KnownMaximum<T>::kReference, MaximumOfRow(row, segments)};
-  GuardedRowSum<T> result{SumOfRow(row, segments, kept, known)};
-  if (std::abs(result.of.sum.exponent) < max_exponent) return result;
-  result.subtract = true;
-  if (std::isinf(result.of.maximum)) {
-    result.of.sum.mantissa.hi = std::numeric_limits<double>::quiet_NaN();
-  } else {
-    result.of.sum = SumOfRow<E>(row, segments, {}, {KnownMaximum<T>::kSubtract, result.of.maximum}).sum;
-  }
-  return result;
+  return WithGuard<RowSum<T>>(max_exponent, known, [&](const KnownMaximum<T>& maximum) {
+    return SumOfRow(row, segments, kept, maximum);
+  });
+}
+
+template <typename E>
+SplitSum<ComputeOf<E>> GuardedSplitSum(const LogitsRow<E>& row, const Segments& segments, int max_exponent) {
+  using Sum = SplitSum<ComputeOf<E>>;
+  using Maximum = KnownMaximum<ComputeOf<E>>;
+  return WithGuard<Sum>(max_exponent, Maximum{},
+                        [&](const Maximum& maximum) {
+                          return SumOfSegments<Sum>(segments, [&](std::int64_t at, std::int64_t size) {
+                            return row.SumInParts(at, size, maximum);
+                          });
+                        })
+      .of;
 }
 
 }  // namespace jax_softmax2p

@@ -79,6 +79,16 @@ class LogitsRow {
     return sum;
   }
 
+  // As KernelTable::row_split_sum. The maximum is known where it is to be subtracted alone.
+  SplitSum<T> SumInParts(std::int64_t at, std::int64_t size, const KnownMaximum<T>& known) const {
+    if (!has_operands_) return kernels_->Of<E>().row_split_sum(args_.x + at, size, known);
+    SplitSum<T> sum;
+    ForBlocks(at, size, [&](std::int64_t, const T* z, std::int64_t count, T) {
+      sum.Combine(kernels_->Of<T>().row_split_sum(z, count, known));
+    });
+    return sum;
+  }
+
   // Pass 2, as KernelTable::row_write. y is where the first of these elements' results go.
   void Write(std::int64_t at, std::int64_t size, const KeptRow<T>& kept, E* y, const RowScale<T>& scale,
              bool non_temporal) const {
@@ -120,18 +130,6 @@ class LogitsRow {
   // Whether element i, counted from the row's first, is masked.
   bool IsMasked(std::int64_t i) const {
     return i < begin_ || i >= end_ || (where_ != nullptr && where_[i * where_step_] == 0);
-  }
-
-  // The place of the first element that is `value`, or size().
-  std::int64_t Find(T value) const {
-    T z[kLogitsBlock];
-    for (std::int64_t i = 0; i < size(); i += kLogitsBlock) {
-      const std::int64_t count = std::min(kLogitsBlock, size() - i);
-      ApplyOperands(i, count, z);
-      const T* const found = std::find(z, z + count, value);
-      if (found != z + count) return i + (found - z);
-    }
-    return size();
   }
 
   bool HasNan() const {

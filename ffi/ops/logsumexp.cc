@@ -14,42 +14,19 @@
 namespace jax_softmax2p {
 namespace {
 
-// The sum of a row without its largest element.
-template <typename E>
-ExtendedSum SumWithoutLargest(const LogitsRow<E>& row, const Segments& segments,
-                              const GuardedRowSum<ComputeOf<E>>& row_sum) {
-  using T = ComputeOf<E>;
-  const KnownMaximum<T> known{row_sum.subtract ? KnownMaximum<T>::kSubtract : KnownMaximum<T>::kUnknown,
-                              row_sum.of.maximum};
-  const std::int64_t at = row.Find(row_sum.of.maximum), after = std::min(at + 1, row.size());
-  RowSum<T> sum = SumOfRow<E>(row, segments.OfPart(at), {}, known);
-  sum.Combine(SumOfRow<E>(row, segments.OfPart(row.size() - after), {}, known, after));
-  return sum.sum;
-}
-
 // log(sum) is taken over the row's largest term, log1p(the sum of the others), so that it keeps its digits
 // where one element carries nearly all of the sum.
 template <typename E>
 LseTerms<ComputeOf<E>> LseOfRow(const KernelTable<E>& kernels, const LogitsRow<E>& row,
                                 const Segments& segments) {
   using T = ComputeOf<E>;
-  const GuardedRowSum<T> row_sum = GuardedSum<E>(row, segments, kernels.max_exponent, {}, false);
-  const T maximum = row_sum.of.maximum;
-  const ExtendedSum& sum = row_sum.of.sum;
-  if (std::isnan(sum.mantissa.hi)) return {maximum, std::numeric_limits<T>::quiet_NaN(), 0};
-  const T largest_as_summed = row_sum.subtract ? 0 : maximum;
-  T expm1, pow2;
-  kernels.exponentials(&largest_as_summed, 1, sum.exponent, &expm1, &pow2);
-  const double largest = LargestTerm(pow2, expm1);
-  double others = SumOfOthers(sum.mantissa.hi, sum.mantissa.lo, pow2, expm1);
-  if (others < kNearCertainty<T> * largest) {
-    const ExtendedSum rest = SumWithoutLargest(row, segments, row_sum);
-    others = rest.mantissa.hi * PowerOfTwo(rest.exponent - sum.exponent);
-  }
+  const SplitSum<T> sum = GuardedSplitSum<E>(row, segments, kernels.max_exponent);
+  if (std::isnan(sum.others.mantissa.hi)) return {sum.maximum, std::numeric_limits<T>::quiet_NaN(), 0};
+  const double others = sum.others.mantissa.hi * PowerOfTwo(sum.others.exponent - sum.exponent);
   double exact_lo;
-  const double exact_hi = LogOfSum<T>(others, largest, exact_lo);
+  const double exact_hi = LogOfSum<T>(others, sum.largest, exact_lo);
   const DoubleDouble<T> log = ToDoubleDouble<T>(exact_hi, exact_lo);
-  return {maximum, log.hi, log.lo};
+  return {sum.maximum, log.hi, log.lo};
 }
 
 // Adds the terms up. As in jax.nn's logsumexp, an infinite maximum is the lse, unless the row has a NaN,

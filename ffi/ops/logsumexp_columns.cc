@@ -1,8 +1,11 @@
 // logsumexp and log_softmax along an axis that is not the last: panels of columns, without a transpose.
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "ffi/base/error_free.h"
@@ -14,6 +17,38 @@
 namespace jax_softmax2p {
 namespace {
 
+// A panel of logits without the largest element of every column, for GuardedPanelSum.
+template <typename E>
+class PanelWithoutLargest {
+  using T = ComputeOf<E>;
+
+ public:
+  PanelWithoutLargest(const LogitsPanel<E>& logits, const T* maximum) : logits_(logits), maximum_(maximum) {}
+
+  template <typename Body>
+  void ForBlocks(const ColumnPanel::Segment& segment, const Body& body) const {
+    const ColumnPanel& panel = logits_.panel();
+    logits_.ForBlocks(segment, [&](const T* z, const Panel& rows, std::int64_t begin) {
+      alignas(64) T others[kPanelBlock * kPanelWidth];
+      for (std::int64_t at = 0; at < rows.rows; at += kPanelBlock) {
+        const std::int64_t count = std::min(kPanelBlock, rows.rows - at);
+        for (std::int64_t i = 0; i < count; ++i) {
+          const T* const from = z + (at + i) * rows.stride;
+          T* const to = others + i * kPanelWidth;
+          for (int c = 0; c < panel.width(); ++c) to[c] = from[c] == maximum_[c] ? kMinusInfinity : from[c];
+        }
+        body(others, panel.Rows(segment, count, kPanelWidth), begin + at);
+      }
+    });
+  }
+
+ private:
+  static constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
+
+  const LogitsPanel<E>& logits_;
+  const T* maximum_;
+};
+
 // The lse of panels of z, and y = z - lse unless y is null.
 template <typename E>
 class LogSumExpPanel {
@@ -22,11 +57,12 @@ class LogSumExpPanel {
  public:
   LogSumExpPanel(const Kernels& kernels, const Logits<E>& logits, const ColumnPanel& panel, E* y, Lse<T> lse)
       : kernels_(kernels.Of<E>()),
+        kernels_of_z_(kernels.Of<T>()),
         logits_(kernels, logits, panel),
         has_mask_(logits.HasMask()),
         y_(y),
         lse_(lse),
-        sum_(kernels.Of<T>(), panel),
+        sum_(kernels_of_z_, panel),
         log_(static_cast<std::size_t>(panel.width())) {}
 
   void Compute(std::int64_t p) {
@@ -34,18 +70,49 @@ class LogSumExpPanel {
     const ColumnPanel& panel = logits_.panel();
     const std::int64_t row = panel.row();
     sum_.Compute(panel, logits_, nullptr, PanelMaximum::kInPass1);
-    kernels_.panel_lse(sum_.Sums(), sum_.maximum(), sum_.subtract(), panel.width(), lse_.hi + row,
-                       lse_.lo + row, log_.data());
+    kernels_.panel_lse(sum_.Sums(), sum_.maximum(), sum_.subtract(),
+                       std::min(panel.layout().n, kMaxPanelRows), panel.width(), lse_.hi + row, lse_.lo + row,
+                       log_.data());
+    if (HasColumn([&](int c) { return HasNoLog(c) && std::isfinite(sum_.maximum()[c]); }))
+      WriteNearlyCertain();
     for (int c = 0; c < panel.width(); ++c) {
-      if (std::isnan(log_[static_cast<std::size_t>(c)])) WriteWithoutKernel(c, row + c);
+      if (HasNoLog(c)) WriteWithoutKernel(c, row + c);
     }
     if (y_ != nullptr) WriteLogSoftmax();
   }
 
  private:
-  // The lse of column c where the kernel has none. As in jax.nn's logsumexp, an infinite maximum is the lse,
-  // unless the column has a NaN, which the maximum passes over. Otherwise the column is nearly certain: the
-  // logarithm is that of 1 + the others over the largest.
+  bool HasNoLog(int c) const { return std::isnan(log_[static_cast<std::size_t>(c)]); }
+  template <typename Is>
+  bool HasColumn(const Is& is) const {
+    for (int c = 0; c < logits_.panel().width(); ++c) {
+      if (is(c)) return true;
+    }
+    return false;
+  }
+
+  // The lse of the columns that are nearly certain, from sums without their largest elements.
+  void WriteNearlyCertain() {
+    const ColumnPanel& panel = logits_.panel();
+    if (!others_.has_value()) {
+      others_.emplace(kernels_of_z_, panel);
+      lse_of_others_.resize(3 * log_.size());
+    }
+    others_->Compute(panel, PanelWithoutLargest<E>(logits_, sum_.maximum()), nullptr, PanelMaximum::kNone);
+    T* const hi = lse_of_others_.data();
+    T *const lo = hi + log_.size(), *const log = lo + log_.size();
+    kernels_.panel_lse_of_others(others_->Sums(), sum_.maximum(), panel.width(), hi, lo, log);
+    for (int c = 0; c < panel.width(); ++c) {
+      if (!HasNoLog(c) || (others_->subtract() != nullptr && others_->subtract()[c] != 0)) continue;
+      lse_.hi[panel.row() + c] = hi[c];
+      lse_.lo[panel.row() + c] = lo[c];
+      log_[static_cast<std::size_t>(c)] = log[c];
+    }
+  }
+
+  // The lse of column c where no kernel has it. As in jax.nn's logsumexp, an infinite maximum is the lse,
+  // unless the column has a NaN, which the maximum passes over. Otherwise the column is nearly certain, and
+  // its elements, or all but the largest, are too large to be summed as they are.
   void WriteWithoutKernel(int c, std::int64_t row) {
     T &hi = lse_.hi[row], &lo = lse_.lo[row];
     const T maximum = sum_.maximum()[c];
@@ -82,19 +149,22 @@ class LogSumExpPanel {
       });
     });
     for (int c = 0; has_mask_ && c < panel.width(); ++c) {
-      if (std::isnan(log_[static_cast<std::size_t>(c)])) {
+      if (HasNoLog(c)) {
         logits_.FillMasked(c, y_, FromDouble<E>(-std::numeric_limits<double>::infinity()));
       }
     }
   }
 
   const KernelTable<E>& kernels_;
+  const KernelTable<T>& kernels_of_z_;
   LogitsPanel<E> logits_;
   bool has_mask_;
   E* y_;
   Lse<T> lse_;
   GuardedPanelSum<T> sum_;
   std::vector<T> log_;
+  std::optional<GuardedPanelSum<T>> others_;
+  std::vector<T> lse_of_others_;
 };
 
 }  // namespace

@@ -41,9 +41,6 @@ class Segments {
  public:
   Segments(Executor& executor, std::int64_t n) : executor_(executor), n_(n) {}
 
-  // Those of a part of the row, of n elements.
-  Segments OfPart(std::int64_t n) const { return {executor_, n}; }
-
   // Calls body(first element, number of elements) for every segment.
   template <typename Body>
   void ForEach(Order order, const Body& body) const {

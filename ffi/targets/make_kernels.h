@@ -8,6 +8,7 @@
 #include "ffi/kernels/jacobian.h"
 #include "ffi/kernels/panel_jacobian.h"
 #include "ffi/kernels/panels.h"
+#include "ffi/kernels/row_split_sum.h"
 #include "ffi/kernels/rows.h"
 #include "ffi/kernels/scale_bias_mask.h"
 #include "ffi/kernels/small_jacobian.h"
@@ -33,6 +34,7 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.exponentials = Rows::Exponentials;
   table.row_max = Rows::Maximum;
   table.row_sum = Rows::Sum;
+  table.row_split_sum = RowSplitSumKernels<V, E>::Sum;
   table.row_write = Rows::template Write<E>;
   table.row_write_log = Rows::template WriteLog<E>;
   table.block_rows = Rows::BlockRows;
@@ -45,6 +47,7 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.panel_merge = Panels::Merge;
   table.panel_invert = Panels::Invert;
   table.panel_lse = Panels::Lse;
+  table.panel_lse_of_others = Panels::LseOfOthers;
   table.panel_write = Panels::Write;
   table.logits_panel_write = Panels::WriteLogits;
   table.panel_minus_lse = Panels::MinusLse;

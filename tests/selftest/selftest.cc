@@ -35,6 +35,7 @@
 #include "tests/selftest/family.h"
 #include "tests/selftest/halves.h"
 #include "tests/selftest/lse_classes.h"
+#include "tests/selftest/lse_margins.h"
 #include "tests/selftest/memory.h"
 #include "tests/selftest/support.h"
 
@@ -612,6 +613,7 @@ void CheckElement(const Options& options, Report& report) {
   if (!options.emulated_x86 || !std::is_same_v<E, Float16>)
     CheckJacobian<E>(options.kernels, options.scope, report);
   CheckLseClasses<E>(options.kernels, options.scope, report);
+  CheckLseMargins<E>(options.kernels, options.scope, report);
   CheckFamily<E>(options.kernels, options.scope, report);
   CheckColumnBits<E>(options.kernels, options.scope, report);
 }
