@@ -207,7 +207,7 @@ class ExtExpKernel {
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) t[k] = Fnma(n[k], V::Broadcast(R::kLn2Lo / kSteps), t[k]);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.pow2[k] = Power(e.pow2[k]);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) q[k] = V::Broadcast(P::kCoefficients[kTerms - 1]);
-    for (int i = kTerms - 2; i >= 0; --i) {
+    SOFTMAX2P_UNROLL for (int i = kTerms - 2; i >= 0; --i) {
       SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) q[k] = Fma(q[k], t[k], V::Broadcast(P::kCoefficients[i]));
     }
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) e.expm1[k] = Fma(t[k] * t[k], q[k], t[k]);

@@ -75,7 +75,9 @@ struct Vector {
 
   template <typename Half>
   static SOFTMAX2P_INLINE Vector Load(const Half* p) {
-    return LoadPartial(p, kLanes, 0);
+    Vector r;
+    SOFTMAX2P_UNROLL for (int i = 0; i < kLanes; ++i) r.v[i] = Widen(p[i]);
+    return r;
   }
   template <typename Half>
   static SOFTMAX2P_INLINE Vector LoadPartial(const Half* p, int count, T fill) {
@@ -85,7 +87,7 @@ struct Vector {
   }
   template <typename Half>
   SOFTMAX2P_INLINE void Store(Half* p) const {
-    StorePartial(p, kLanes);
+    SOFTMAX2P_UNROLL for (int i = 0; i < kLanes; ++i) Narrow(v[i], p[i]);
   }
   template <typename Half>
   SOFTMAX2P_INLINE void StorePartial(Half* p, int count) const {
@@ -98,23 +100,23 @@ struct Vector {
 
   static SOFTMAX2P_INLINE void LoadTransposed(const T* p, std::int64_t stride,
                                               Vector (&columns)[kTransposeRows]) {
-    for (int c = 0; c < kTransposeRows; ++c) {
+    SOFTMAX2P_UNROLL for (int c = 0; c < kTransposeRows; ++c) {
       T lanes[kLanes];
-      for (int l = 0; l < kLanes; ++l) lanes[l] = p[l * stride + c];
+      SOFTMAX2P_UNROLL for (int l = 0; l < kLanes; ++l) lanes[l] = p[l * stride + c];
       columns[c] = Load(lanes);
     }
   }
   static SOFTMAX2P_INLINE void StoreTransposed(const Vector (&columns)[kTransposeRows], T* p,
                                                std::int64_t stride) {
-    for (int c = 0; c < kTransposeRows; ++c) {
+    SOFTMAX2P_UNROLL for (int c = 0; c < kTransposeRows; ++c) {
       T lanes[kLanes];
       columns[c].Store(lanes);
-      for (int l = 0; l < kLanes; ++l) p[l * stride + c] = lanes[l];
+      SOFTMAX2P_UNROLL for (int l = 0; l < kLanes; ++l) p[l * stride + c] = lanes[l];
     }
   }
 
   static SOFTMAX2P_INLINE Vector Where(const std::uint8_t* where, Vector a, Vector b) {
-    for (int i = 0; i < kLanes; ++i) a.v[i] = where[i] != 0 ? a.v[i] : b.v[i];
+    SOFTMAX2P_UNROLL for (int i = 0; i < kLanes; ++i) a.v[i] = where[i] != 0 ? a.v[i] : b.v[i];
     return a;
   }
 
@@ -136,14 +138,14 @@ struct Vector {
   }
   friend SOFTMAX2P_INLINE bool AnyGreater(Vector a, Vector b) {
     const Integers greater = a.v > b.v;
-    for (int i = 0; i < kLanes; ++i) {
+    SOFTMAX2P_UNROLL for (int i = 0; i < kLanes; ++i) {
       if (greater[i]) return true;
     }
     return false;
   }
   SOFTMAX2P_INLINE T ReduceMax() const {
     T max = v[0];
-    for (int i = 1; i < kLanes; ++i) max = v[i] > max ? v[i] : max;
+    SOFTMAX2P_UNROLL for (int i = 1; i < kLanes; ++i) max = v[i] > max ? v[i] : max;
     return max;
   }
   friend SOFTMAX2P_INLINE double ReduceSum(Vector hi, Vector lo) {
