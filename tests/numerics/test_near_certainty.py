@@ -100,7 +100,7 @@ def test_long_rows(check, n):
 @pytest.mark.parametrize(("n", "axis"), [(100, -1), (300, -1), (5000, -1), (100, 0), (1000, 0)])
 @pytest.mark.parametrize("check", CHECKS)
 def test_equal_others(check, n, axis):
-    """Additions of equal terms have the same rounding, so that errors do not cancel. tests/selftest has more."""
+    """Additions of equal terms have the same rounding: errors do not cancel. tests/selftest has more."""
     margins = np.arange(1, 40, dtype=np.float32)
     z = np.repeat(-margins[:, None] * np.float32(1.03), n, axis=1)
     labels = np.arange(len(margins)) * 7 % n
