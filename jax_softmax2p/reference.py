@@ -83,7 +83,7 @@ def logsumexp(
     *,
     axis: int,
     exact: bool = False,
-    for_derivative: bool = False,
+    for_derivative: str | None = None,
 ) -> Lse:
     """log(sum(exp(z))) of rows; -inf of a row without an element that takes part.
 
@@ -93,7 +93,7 @@ def logsumexp(
       axis: along which the rows lie.
       exact: whether hi + lo is to be so near that its difference from the largest logit is within 4 ULP of
         itself, however small.
-      for_derivative: whether a derivative is computed as well, which shares the sums: see
+      for_derivative: which derivative is computed as well, that shares the sums: see
         :func:`logsumexp_vjp`.
     """
     z = _logits(x, operands, axis, fully_masked=-jnp.inf)
@@ -102,7 +102,7 @@ def logsumexp(
         shift, log = (jnp.squeeze(part, axis) for part in (terms.z_max, log_of_sum(terms.p, axis)))
         log = select(jnp.isfinite(log), log, 0)
     else:
-        shift, _, total = _exp_and_sum(z, axis, in_blocks=for_derivative)
+        shift, _, total = _exp_and_sum(z, axis, in_blocks=for_derivative is not None)
         log = jnp.log(total)
     hi = shift + log
     # Infinities are replaced before they are added: a NaN is reported by JAX's checks.
@@ -171,19 +171,19 @@ def logsumexp_vjp(
       operands: of the logsumexp.
       axis: of the logsumexp.
       shares_forward: whether the exponentials are those of the logsumexp, which XLA then computes once where
-        it finds both in one program, rather than computed from the lse.
+        it finds both in one program, rather than computed from the lse. With labels, that of an exact
+        logsumexp, without operands.
     """
+    at_label = one_hot(labels, x.shape, axis) if labels.size else None
     if shares_forward:
-        _, p, total = _exp_and_sum(_logits(x, operands, axis, fully_masked=-jnp.inf), axis, in_blocks=True)
-        y = p / jnp.expand_dims(total, axis)
+        y = _derivative_of_shared(x, at_label, operands, axis)
     else:
         y = _probabilities(x, Lse(hi, lo), operands, axis)
     factor = jnp.expand_dims(factor, axis)
     counts = operands.where
     if operands.where is not None:
         y = select(operands.where, y, 0)
-    if labels.size:
-        at_label = one_hot(labels, x.shape, axis)
+    if at_label is not None and not shares_forward:
         log_p, _ = _log_probabilities(x, Lse(hi, lo), operands, axis)
         if operands.where is not None:
             log_p = select(operands.where, log_p, -jnp.inf)
@@ -192,6 +192,22 @@ def logsumexp_vjp(
         counts = None if operands.where is None else operands.where | at_label
     y = (factor * y).astype(x.dtype)
     return y if counts is None else select(counts, y, 0)
+
+
+def _derivative_of_shared(
+    x: Array, at_label: Array | None, operands: ScaleBiasMask[Array], axis: int
+) -> Array:
+    """What :func:`logsumexp_vjp` multiplies by the factor, of the exponentials and sums of the logsumexp."""
+    if at_label is None:
+        _, p, total = _exp_and_sum(_logits(x, operands, axis, fully_masked=-jnp.inf), axis, in_blocks=True)
+        return p / jnp.expand_dims(total, axis)
+    terms = _exp_of_shifted(_logits(x, operands, axis), x.dtype, axis)
+    total, error = exact_sum(terms.p, axis)
+    # Minus the others at the label. Where these are few, its exponential is 1, and nothing is rounded.
+    y = select(at_label, (terms.p - total) - error, terms.p) / total
+    # In a row with +inf the derivative is NaN there alone.
+    beside_infinity = (terms.z_max - x) == np.inf
+    return select(beside_infinity, -at_label.astype(y.dtype), y)
 
 
 def logsumexp_jvp(

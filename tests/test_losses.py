@@ -92,6 +92,23 @@ class TestIntegerLabels:
         losses = np.asarray(integer_loss(normal(8, n), labels))
         np.testing.assert_array_equal(np.isnan(losses), outside)
 
+    @pytest.mark.parametrize("n", [3, 33])
+    def test_special_rows_in_a_loop(self, n):
+        """Small rows in loops keep the derivative. It is NaN where optax's is."""
+        kinds = [(NAN,), (INF,), (-INF,), (INF, NAN), (INF, -INF), (-INF,) * n, (INF,) * n]
+        rows = [np.concatenate([kind, normal(n)[len(kind) :]]).astype(np.float32) for kind in kinds]
+        for label in (0, 1, n - 1, n):
+            operands = np.stack(rows), np.full(len(rows), label)
+
+            def in_loop(loss, *operands):
+                return jax.lax.map(lambda row: jax.value_and_grad(loss)(*row), operands)
+
+            actual = in_loop(softmax_cross_entropy_with_integer_labels, *operands)
+            expected = in_loop(optax.softmax_cross_entropy_with_integer_labels, *operands)
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected
+            )
+
     @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
     def test_dtypes_of_labels(self, dtype, integer_loss):

@@ -16,7 +16,7 @@ from jax.interpreters import ad
 from jax.sharding import PartitionSpec
 
 from jax_softmax2p import native, reference
-from jax_softmax2p.primitives import collectives
+from jax_softmax2p.primitives import collectives, thresholds
 from jax_softmax2p.primitives.logsumexp_derivatives import (
     PARAMS,
     logsumexp_jvp,
@@ -27,14 +27,14 @@ from jax_softmax2p.primitives.logsumexp_derivatives import (
 from jax_softmax2p.primitives.mask_to_zero import tangent_from_operands
 from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
-from jax_softmax2p.primitives.thresholds import least_elements
+from jax_softmax2p.primitives.thresholds import Operation
 from jax_softmax2p.reference import Lse, compute_dtype
 
 Array = jax.Array
 
 
 def logsumexp(
-    x: Array, *operands: Array, exact: bool = False, for_derivative: bool = False, **params: Any
+    x: Array, *operands: Array, exact: bool = False, for_derivative: Operation | None = None, **params: Any
 ) -> Lse:
     """The lse of the logits' rows: of x's shape without the axis, in the dtype that x is computed in.
 
@@ -45,22 +45,32 @@ def logsumexp(
       x: of an inexact dtype.
       operands: those of ``spec``, see ``primitives.operands``.
       exact: as in :func:`reference.logsumexp`, if that runs.
-      for_derivative: whether a derivative is computed as well, which decides from which size on it is native,
-        and is as in :func:`reference.logsumexp`.
+      for_derivative: which derivative is computed as well, which decides from which size on it is native, and
+        is as in :func:`reference.logsumexp`.
       params: axis (negative), spec, implementation.
     """
     return Lse(*bind(logsumexp_p, x, *operands, exact=exact, for_derivative=for_derivative, **params))
 
 
-def _keeps_softmax(x: Array, *, axis: int, spec: OperandSpec, implementation: Any, **_: Any) -> bool:
-    """Whether the derivative keeps the softmax of x, so that it is products that XLA fuses.
+def keeps_derivative(
+    x: Array, operation: Operation, *, axis: int, spec: OperandSpec, implementation: Any, **_: Any
+) -> bool:
+    """Whether the derivative in x is kept, a softmax or what a loss makes of it, so that it is products that
+    XLA fuses.
 
-    A large softmax is rather recomputed, by the native derivatives. It may be a loop in which this runs.
+    A large one is rather recomputed, by the native derivatives. It may be a loop in which this runs.
+
+    Args:
+      x: the logits before the operands.
+      operation: a derivative.
+      axis: a parameter of the primitives, as the others.
+      spec: as axis.
+      implementation: as axis.
     """
     if implementation is not None or {"scale", "bias"} & set(spec.names) or x.dtype != compute_dtype(x.dtype):
         return False
     has_sizes = all(isinstance(size, int) for size in x.shape)  # Not symbolic ones, as in exported programs.
-    return has_sizes and x.size < least_elements("derivative of logsumexp", x.shape, axis, in_loop=True)
+    return has_sizes and thresholds.keeps_derivative(operation, x.shape, axis)
 
 
 def lse_aval(x: ShapedArray, axis: int) -> ShapedArray:
@@ -85,14 +95,15 @@ def logsumexp_jvp_rule(
     tangents: Sequence[Tangent],
     *,
     exact: bool,
-    for_derivative: bool,
+    for_derivative: Operation | None,
     **params: Any,
 ) -> tuple[Lse, tuple[Array, ad.Zero]]:
     """The whole derivative is that of hi."""
     x, *operands = primals
-    lse = logsumexp(*primals, exact=exact, for_derivative=True, **params)
+    operation: Operation = "derivative of logsumexp"
+    lse = logsumexp(*primals, exact=exact, for_derivative=operation, **params)
     t = tangent_from_operands(primals, tangents, params["spec"])
-    if _keeps_softmax(x, **params):
+    if keeps_derivative(x, operation, **params):
         one = jnp.ones_like(lse.hi)
         p = logsumexp_vjp(x, *lse, no_labels(), one, *operands, shares_forward=True, **params)
         hi_dot = jnp.sum(p * t, params["axis"])

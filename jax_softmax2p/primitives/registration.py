@@ -95,7 +95,7 @@ class NativeLowering(KernelLowering):
         """What the primitive computes of operands of these avals."""
         if self.labelled_operation is not None and avals[3].size:
             return self.labelled_operation
-        return "derivative of logsumexp" if params.get("for_derivative") else self.operation
+        return params.get("for_derivative") or self.operation
 
     def choose_on_device(self, avals: Sequence[Any], params: Mapping[str, Any], *, on_cpu: bool) -> Choice:
         """By the operation and the size of the first operand."""

@@ -97,6 +97,17 @@ def test_long_rows(check, n):
     CHECKS[check](z, labels, np.float32, implementation="native")
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 33, 100, 300])
+def test_rows_in_a_loop(n):
+    """Small ones keep the derivative, which the reference computes with the loss."""
+    z, labels = rows_of(n, np.float32)
+    f = softmax_cross_entropy_with_integer_labels
+    losses, g = jax.jit(lambda x: jax.lax.map(lambda row: jax.value_and_grad(f)(*row), (x, labels)))(z)
+    expected_losses, expected_g = exact_loss(z, labels)
+    assert_exact(losses, expected_losses, np.float32)
+    assert_exact(g, expected_g, np.float32)
+
+
 @pytest.mark.parametrize(("n", "axis"), [(100, -1), (300, -1), (5000, -1), (100, 0), (1000, 0)])
 @pytest.mark.parametrize("check", CHECKS)
 def test_equal_others(check, n, axis):
