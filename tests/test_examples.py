@@ -13,6 +13,8 @@ import pytest
 from processes import ROOT
 from versions import since
 
+pytestmark = pytest.mark.long
+
 FOLDER = ROOT / "docs" / "examples"
 
 

@@ -96,7 +96,7 @@ def test_value_and_gradients(arrays, dtype, implementation, cotangent):
             truth = lambda x, w, b: total(plain, x, w, b, where=where, **options)
             exact = [a.astype(jnp.float64) for a in (x, w, b)]
             value, gradients = jax.jit(jax.value_and_grad(call, (0, 1, 2)))(x, w, b)
-            expected, expected_gradients = jax.value_and_grad(truth, (0, 1, 2))(*exact)
+            expected, expected_gradients = jax.jit(jax.value_and_grad(truth, (0, 1, 2)))(*exact)
             scale = float(jnp.abs(plain(*exact[:2], labels, bias=exact[2])).max() * np.abs(c).sum())
             assert abs(value - expected) <= TOLERANCE[dtype] * scale
             assert_near(gradients, expected_gradients, dtype)
@@ -153,12 +153,11 @@ def test_vmap_of_shared_and_of_own_weights(arrays):
             lambda loss, xs, w: (jax.vmap(loss, (0, w_axis, None))(xs, w, labels).mean(1) * c).sum(),
             lambda loss, xs, w: jax.vmap(loss, (0, w_axis, None))(xs, w, labels).mean(),
         ):
-            result = jax.grad(loss_of_batch, (1, 2))
+            result = jax.jit(jax.grad(loss_of_batch, (1, 2)), static_argnums=0)
             assert_near(result(ours, xs, weights), result(plain, xs, weights), "float32", 4)
         # Gradients of each element of the batch.
-        each = lambda loss: jax.vmap(jax.grad(lambda x, w: loss(x, w, labels).mean(), (0, 1)), (0, w_axis))(
-            xs, weights
-        )
+        for_one = lambda loss: jax.grad(lambda x, w: loss(x, w, labels).mean(), (0, 1))
+        each = lambda loss: jax.jit(jax.vmap(for_one(loss), (0, w_axis)))(xs, weights)
         assert_near(each(ours), each(plain), "float32", 4)
 
 
@@ -185,9 +184,9 @@ def test_checkpoint_scan_and_second_derivatives(arrays):
         lambda loss: lambda x, w: jax.jvp(lambda w: loss(x, w, labels).mean(), (w,), (w**2,))[1],
         lambda loss: lambda x, w: (loss(x, w, labels) ** 2).sum(),
     ):
-        result = jax.jit(jax.value_and_grad(wrap(ours), (0, 1)))(x, w)
-        assert_near(result, jax.value_and_grad(wrap(plain), (0, 1))(x, w), "float32", 20)
-    hessian = lambda loss: jax.hessian(lambda x: loss(x, w, labels[:2]).sum())(x[:2])
+        result, expected = (jax.jit(jax.value_and_grad(wrap(loss), (0, 1)))(x, w) for loss in (ours, plain))
+        assert_near(result, expected, "float32", 20)
+    hessian = lambda loss: jax.jit(jax.hessian(lambda x: loss(x, w, labels[:2]).sum()))(x[:2])
     assert_near(hessian(ours), hessian(plain), "float32", 20)
 
 

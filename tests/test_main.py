@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from processes import ROOT
 
 from jax_softmax2p import native
@@ -19,6 +20,7 @@ def run(*arguments, cwd):
     )
 
 
+@pytest.mark.long  # .ci/run runs the program itself.
 def test_json(tmp_path):
     result = run("--json", "--steps", "3", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

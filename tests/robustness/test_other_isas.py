@@ -12,6 +12,7 @@ TESTS = pathlib.Path(__file__).parent.parent
 OTHERS = [isa for isa in native.supported_isas() if isa != native.active_isa()]
 
 
+@pytest.mark.long
 @pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="this is already such a run")
 @pytest.mark.parametrize("isa", OTHERS)
 def test_through_xla(isa):
