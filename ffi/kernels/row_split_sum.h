@@ -98,7 +98,7 @@ class RowSplitSumKernels : RowKernels<V, E> {
     split.maximum = lanes.largest.ReduceMax();
     split.exponent = total.exponent;
     split.others = total;
-    if (!(total.exponent < -kLowest)) return split;
+    if (!(total.exponent < -kLowest)) return split;  // The guard subtracts the maximum.
     const V v[1] = {read(V::Broadcast(split.maximum))};
     // The reference takes kUnit off.
     const ExtExp<V, 1> e =
