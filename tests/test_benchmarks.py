@@ -220,6 +220,7 @@ def test_plots(stored, tmp_path):
     assert plots.draw(results(), tmp_path) == []
 
 
+@pytest.mark.long
 def test_grokking(tmp_path):
     pytest.importorskip("tqdm")
     from benchmarks import grokking
