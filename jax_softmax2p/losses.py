@@ -25,7 +25,7 @@ from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, choose_path
 from jax_softmax2p.primitives.log_softmax import log_softmax_jvp
 from jax_softmax2p.primitives.logsumexp import keeps_derivative, logsumexp
-from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_jvp, logsumexp_vjp, no_labels
+from jax_softmax2p.primitives.logsumexp_derivatives import jvp_of_kept, logsumexp_jvp, no_labels
 from jax_softmax2p.primitives.mask_to_zero import mask_to_zero
 from jax_softmax2p.primitives.thresholds import Operation
 from jax_softmax2p.reference import Lse, compute_dtype
@@ -311,13 +311,10 @@ def _lse_minus_label_logit_jvp(
 ) -> tuple[Array, Array]:
     x, labels, *operands = primals
     named = dict(params)
-    axis = named["axis"]
     operation: Operation = "derivative of cross-entropy"
     keeps = not operands and keeps_derivative(x, operation, **named)
     lse = logsumexp(x, *operands, exact=True, for_derivative=operation if keeps else None, **named)
-    loss = _subtract_label_logit(lse, x, labels, axis)
+    loss = _subtract_label_logit(lse, x, labels, named["axis"])
     if keeps:
-        one = jnp.ones_like(lse.hi)
-        y = logsumexp_vjp(x, *lse, labels, one, shares_forward=True, **named)
-        return loss, jnp.sum(y * tangents[0], axis)
+        return loss, jvp_of_kept(x, lse, labels, tangents[0], **named)
     return loss, logsumexp_jvp(x, *lse, labels, tangents[0], *operands, **named)

@@ -99,15 +99,10 @@ class RowSplitSumKernels : RowKernels<V, E> {
     split.exponent = total.exponent;
     split.others = total;
     if (!(total.exponent < -kLowest)) return split;  // The guard subtracts the maximum.
-    const V v[1] = {read(V::Broadcast(split.maximum))};
-    // The reference takes kUnit off.
-    const ExtExp<V, 1> e =
-        ExtExpKernel<V>(V::Broadcast(static_cast<T>(total.exponent + kUnitExponent<V>)))(v);
-    T expm1[V::kLanes], pow2[V::kLanes];
-    e.expm1[0].Store(expm1);
-    e.pow2[0].Store(pow2);
-    split.largest = LargestTerm(pow2[0], expm1[0]);
-    const double others = SumOfOthers(total.mantissa.hi, total.mantissa.lo, pow2[0], expm1[0]);
+    T expm1, pow2;
+    Rows::TermOf(read(V::Broadcast(split.maximum)), total, expm1, pow2);
+    split.largest = LargestTerm(pow2, expm1);
+    const double others = SumOfOthers(total.mantissa.hi, total.mantissa.lo, pow2, expm1);
     const std::int64_t block = n < kBlock ? n : kBlock;
     if (others < NearCertainty<T>(block, block / V::kLanes) * split.largest) {
       split.others = SumWithoutLargest(x, n, read, lanes, split.maximum);

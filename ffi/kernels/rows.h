@@ -130,6 +130,19 @@ class RowKernels {
   }
 
  protected:
+  // The term of a sum, (1 + expm1)·pow2, that the element in all lanes of v, as read, has.
+  static SOFTMAX2P_INLINE void TermOf(V v, const ExtendedSum& sum, T& expm1, T& pow2) {
+    // The reference takes kUnit off.
+    const T reference = static_cast<T>(sum.exponent + kUnitExponent<V>);
+    const V elements[1] = {v};
+    const ExtExp<V, 1> e = ExtExpKernel<V>(V::Broadcast(reference))(elements);
+    T expm1s[V::kLanes], pow2s[V::kLanes];
+    e.expm1[0].Store(expm1s);
+    e.pow2[0].Store(pow2s);
+    expm1 = expm1s[0];
+    pow2 = pow2s[0];
+  }
+
   static SOFTMAX2P_INLINE V MaxOfBlock(const E* x, std::int64_t size) {
     const std::int64_t vectors = size / V::kLanes;
     const Tail<V> rest{static_cast<int>(size % V::kLanes)};
@@ -224,14 +237,9 @@ class RowKernels {
 
   // Whether the largest element of a row carries its whole sum.
   static SOFTMAX2P_INLINE bool RowIsDominated(T maximum, const ExtendedSum& total) {
-    const V v[1] = {V::Broadcast(maximum)};
-    // The reference takes kUnit off.
-    const T reference = static_cast<T>(total.exponent + kUnitExponent<V>);
-    const ExtExp<V, 1> e = ExtExpKernel<V>(V::Broadcast(reference))(v);
-    T expm1[V::kLanes], pow2[V::kLanes];
-    e.expm1[0].Store(expm1);
-    e.pow2[0].Store(pow2);
-    return IsDominated(total.mantissa.hi, total.mantissa.lo, pow2[0], expm1[0]);
+    T expm1, pow2;
+    TermOf(V::Broadcast(maximum), total, expm1, pow2);
+    return IsDominated(total.mantissa.hi, total.mantissa.lo, pow2, expm1);
   }
 
   // Gives the element of y that dominates its row 1, in float: where results are rounded to 16 bits, it is

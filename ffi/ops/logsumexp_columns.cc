@@ -73,8 +73,7 @@ class LogSumExpPanel {
     kernels_.panel_lse(sum_.Sums(), sum_.maximum(), sum_.subtract(),
                        std::min(panel.layout().n, kMaxPanelRows), panel.width(), lse_.hi + row, lse_.lo + row,
                        log_.data());
-    if (HasColumn([&](int c) { return HasNoLog(c) && std::isfinite(sum_.maximum()[c]); }))
-      WriteNearlyCertain();
+    if (HasNearlyCertain()) WriteNearlyCertain();
     for (int c = 0; c < panel.width(); ++c) {
       if (HasNoLog(c)) WriteWithoutKernel(c, row + c);
     }
@@ -83,10 +82,9 @@ class LogSumExpPanel {
 
  private:
   bool HasNoLog(int c) const { return std::isnan(log_[static_cast<std::size_t>(c)]); }
-  template <typename Is>
-  bool HasColumn(const Is& is) const {
+  bool HasNearlyCertain() const {
     for (int c = 0; c < logits_.panel().width(); ++c) {
-      if (is(c)) return true;
+      if (HasNoLog(c) && std::isfinite(sum_.maximum()[c])) return true;
     }
     return false;
   }

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.interpreters import ad
@@ -19,8 +18,8 @@ from jax_softmax2p import native, reference
 from jax_softmax2p.primitives import collectives, thresholds
 from jax_softmax2p.primitives.logsumexp_derivatives import (
     PARAMS,
+    jvp_of_kept,
     logsumexp_jvp,
-    logsumexp_vjp,
     lse_attributes,
     no_labels,
 )
@@ -104,9 +103,7 @@ def logsumexp_jvp_rule(
     lse = logsumexp(*primals, exact=exact, for_derivative=operation, **params)
     t = tangent_from_operands(primals, tangents, params["spec"])
     if keeps_derivative(x, operation, **params):
-        one = jnp.ones_like(lse.hi)
-        p = logsumexp_vjp(x, *lse, no_labels(), one, *operands, shares_forward=True, **params)
-        hi_dot = jnp.sum(p * t, params["axis"])
+        hi_dot = jvp_of_kept(x, lse, no_labels(), t, *operands, **params)
     else:
         hi_dot = logsumexp_jvp(x, *lse, no_labels(), t, *operands, **params)
     return lse, (hi_dot, ad.Zero(jax.typeof(lse.lo).to_tangent_aval()))

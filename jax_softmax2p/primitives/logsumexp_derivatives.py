@@ -24,6 +24,7 @@ from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.mask_to_zero import tangent_of_logits
 from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front, reference_rule
 from jax_softmax2p.primitives.registration import NativeLowering, Rule, bind, define_primitive
+from jax_softmax2p.reference import Lse
 
 Array = jax.Array
 
@@ -71,6 +72,13 @@ def logsumexp_vjp(
     """
     operands = (x, hi, lo, labels, factor, *operands)
     return bind(logsumexp_vjp_p, *operands, shares_forward=shares_forward, **params)
+
+
+def jvp_of_kept(x: Array, lse: Lse, labels: Array, t: Array, *operands: Array, **params: Any) -> Array:
+    """:func:`logsumexp_jvp` by a derivative that is kept, made with the lse: XLA fuses its product."""
+    one = jnp.ones_like(lse.hi)
+    kept = logsumexp_vjp(x, *lse, labels, one, *operands, shares_forward=True, **params)
+    return jnp.sum(kept * t, params["axis"])
 
 
 def no_labels() -> Array:
