@@ -153,6 +153,17 @@ class TestMasks:
         np.testing.assert_array_equal(y[:, :2], expected[:, :2])
 
 
+    @pytest.mark.parametrize("t", [1, 3, 140])
+    @pytest.mark.parametrize("length", [1, 61, 77])
+    def test_padded_keys(self, t, length):
+        """They are not read, whatever they hold, and leave no trace in the bits."""
+        q, k, v = operands_of(2, t, 150, 6, 3, 24)
+        expected = fused(q, k[:, :length], v[:, :length])
+        k[:, length:] = v[:, length:] = np.nan
+        y = fused(q, k, v, key_value_seq_lengths=lengths(length, length))
+        np.testing.assert_array_equal(y, expected)
+
+
 class TestLogits:
     """Of all magnitudes."""
 

@@ -349,15 +349,16 @@ struct KernelTable {
   std::int64_t (*attention_scratch)(const AttentionArgs<E>& args, std::int64_t rows);
   // Output and lse of the rows from `begin` to `end`.
   void (*attention)(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, T* scratch);
-  // The same for few rows, up to attention_few_rows, in chunks of the keys. attention_few leaves in `partial`
-  // the result of the keys from `begin`, a multiple of 64, to `end`, attention_few_size elements a row; with
-  // `resume` it adds to what is there and in the scratch memory. attention_few_combine takes the results of
-  // `count` chunks, one after the other, and writes output and lse.
+  // The same for few rows, up to attention_few_rows, in chunks of the keys, and for adjacent heads of keys of
+  // one example, whose keys and values lie side by side. attention_few leaves the result of head k and of the
+  // keys from `begin`, a multiple of 64, to `end` at partials[k * stride], attention_few_size elements a row;
+  // it takes attention_few_scratch elements a head. attention_few_combine takes the results of `count` chunks
+  // of a head, one after the other, and writes output and lse.
   std::int64_t attention_few_rows;
   std::int64_t (*attention_few_size)(const AttentionArgs<E>& args);
   std::int64_t (*attention_few_scratch)(const AttentionArgs<E>& args);
-  void (*attention_few)(const AttentionArgs<E>& args, std::int64_t begin, std::int64_t end, bool resume,
-                        T* partial, T* scratch);
+  void (*attention_few)(const AttentionArgs<E>* heads, std::int64_t count, std::int64_t begin,
+                        std::int64_t end, T* partials, std::int64_t stride, T* scratch);
   void (*attention_few_combine)(const AttentionArgs<E>& args, T* partials, std::int64_t count);
   // The gradient for the keys from `begin` to `end`, `begin` a multiple of 64, as AttentionGradientArgs says.
   // That of the queries, a sum over all keys, is written to `partial`, [rows][size], where that is not null.

@@ -72,43 +72,7 @@ std::int64_t RowsOfBlock(const KernelTable<E>& kernels, const Executor& executor
   return CeilDiv(CeilDiv(rows, CeilDiv(rows, panels * panel)), panel) * panel;
 }
 
-// The keys of a chunk for adjacent heads of one example: all heads of a tile before the next tile, since the
-// heads of one key lie side by side. Head by head every key would be on a page that has been forgotten again.
-template <typename E>
-class FewQueriesTask {
-  using T = ComputeOf<E>;
-
- public:
-  FewQueriesTask(const KernelTable<E>& kernels, const Attention<E>& attention, std::int64_t unit,
-                 std::int64_t heads)
-      : kernels_(kernels) {
-    for (std::int64_t k = 0; k < heads; ++k) args_.push_back(ArgsOf(attention, unit + k));
-    scratch_size_ = kernels.attention_few_scratch(args_[0]);
-    scratch_.reset(new T[heads * scratch_size_]);
-  }
-
-  // The result of head k is left at partial[k * stride].
-  void Compute(std::int64_t begin, std::int64_t end, T* partial, std::int64_t stride) const {
-    const auto heads = static_cast<std::int64_t>(args_.size());
-    for (std::int64_t s = begin; s < end; s += kTile) {
-      const std::int64_t tile_end = std::min(end, s + kTile);
-      for (std::int64_t k = 0; k < heads; ++k) {
-        kernels_.attention_few(args_[k], s, tile_end, s != begin, partial + k * stride,
-                               scratch_.get() + k * scratch_size_);
-      }
-    }
-  }
-
- private:
-  static constexpr std::int64_t kTile = 64;
-
-  const KernelTable<E>& kernels_;
-  std::vector<AttentionArgs<E>> args_;
-  std::int64_t scratch_size_;
-  std::unique_ptr<T[]> scratch_;
-};
-
-// Few rows: tasks of chunks of keys, and then the chunks of every unit combined.
+// Few rows: tasks of chunks of keys and of adjacent heads, and then the chunks of every unit combined.
 template <typename E>
 void AttendFew(const KernelTable<E>& kernels, Executor& executor, const Attention<E>& attention) {
   using T = ComputeOf<E>;
@@ -126,9 +90,15 @@ void AttendFew(const KernelTable<E>& kernels, Executor& executor, const Attentio
   const auto compute = [&](std::int64_t task) {
     const std::int64_t chunk = task / groups % chunks, head = task % groups * heads;
     const std::int64_t unit = task / (groups * chunks) * attention.key_heads + head;
-    FewQueriesTask<E>(kernels, attention, unit, std::min(heads, attention.key_heads - head))
-        .Compute(chunk * kChunk, std::min(args.keys, (chunk + 1) * kChunk),
-                 partials.get() + (unit * chunks + chunk) * size, chunks * size);
+    std::vector<AttentionArgs<E>> args_of_heads;
+    for (std::int64_t k = head; k < std::min(head + heads, attention.key_heads); ++k) {
+      args_of_heads.push_back(ArgsOf(attention, unit + k - head));
+    }
+    const auto count = static_cast<std::int64_t>(args_of_heads.size());
+    const std::unique_ptr<T[]> scratch(new T[count * kernels.attention_few_scratch(args)]);
+    kernels.attention_few(args_of_heads.data(), count, chunk * kChunk,
+                          std::min(args.keys, (chunk + 1) * kChunk),
+                          partials.get() + (unit * chunks + chunk) * size, chunks * size, scratch.get());
   };
   ParallelFor(executor, CeilDiv(tasks, grain), [&](std::int64_t i) {
     const ScopedFloatMode mode;
