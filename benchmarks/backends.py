@@ -298,6 +298,22 @@ class ReadAndCopy(Backend):
         return call
 
 
+class MultiplyAdds(Backend):
+    """As many multiply-adds as the products of the operation, as fast as the machine can."""
+
+    name = "multiply-adds"
+    computes = False
+
+    def __init__(self, threads: int):
+        memory.require()
+        self._threads = threads
+
+    def _bind(self, case, x, out):
+        count = OPERATIONS[case.operation].multiply_adds
+        assert count is not None
+        return functools.partial(memory.multiply_add, count(case), self._threads)
+
+
 class MemoryLoop(Backend):
     """One of ``memory.LOOPS`` over the same arrays."""
 

@@ -62,7 +62,17 @@ _TEN_SHAPES = (
     (1, 2**26),
 )
 
-_ATTENTION_SHAPES = ((4, 1024, 12, 64), (1, 4096, 8, 64))
+_ATTENTION_SHAPES = (
+    (4, 1024, 12, 64),
+    (1, 4096, 8, 64),
+    (3, 1000, 12, 64),
+    (16, 197, 12, 64),
+    (1, 300, 8, 128),
+    (40, 60, 4, 16),
+)
+"""Long sequences, in whole tiles and not, images of 197 patches, and short sequences."""
+
+_GROUPED_SHAPE = (1, 900, 24, 96)
 
 SMALL_CALL = Case((1, 1024))
 """The case in which the cost of a call is compared with that of jit(x + 1)."""
@@ -106,15 +116,27 @@ CASES = {
     "cross-entropy": _in_both_dtypes("cross-entropy and gradient", (512, 32000), (256, 128256), (256, 1000)),
     "gradient": _in_both_dtypes("softmax and VJP", (1024, 1024), (49152, 512), (64, 128256)),
     "masked": _in_both_dtypes("masked softmax", (8, 12, 512, 512)),
-    "attention": tuple(
-        Case(shape, operation=operation)
-        for operation in ("attention", "causal attention")
-        for shape in _ATTENTION_SHAPES
+    "attention": (
+        *(
+            Case(shape, operation=operation)
+            for operation in ("attention", "causal attention")
+            for shape in _ATTENTION_SHAPES
+        ),
+        Case(_GROUPED_SHAPE, operation="causal attention, 4 heads a key"),
+        *(Case(shape, dtype="bfloat16", operation="attention") for shape in _ATTENTION_SHAPES),
     ),
-    "gradient of attention": tuple(
-        Case(shape, operation=operation)
-        for operation in ("gradient of attention", "gradient of causal attention")
-        for shape in _ATTENTION_SHAPES
+    "gradient of attention": (
+        *(
+            Case(shape, operation=operation)
+            for operation in ("gradient of attention", "gradient of causal attention")
+            for shape in _ATTENTION_SHAPES
+        ),
+        Case(_GROUPED_SHAPE, operation="gradient of causal attention, 4 heads a key"),
+        *(Case(shape, dtype="bfloat16", operation="gradient of attention") for shape in _ATTENTION_SHAPES),
+    ),
+    "decode": (
+        *_in_both_dtypes("decode", (4, 7000, 16, 64), (1, 500, 12, 64)),
+        *_in_both_dtypes("decode, 4 heads a key", (1, 4000, 8, 128)),
     ),
     "kernels, out of cache": (Case((1, 2**26)),),
     "kernels, in cache": (

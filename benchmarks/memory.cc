@@ -1,4 +1,5 @@
-// Reading, copying and scaling an array: what memory itself allows, for kernels to be held against.
+// Reading, copying and scaling an array, and multiplying and adding: what memory and the arithmetic units
+// themselves allow, for kernels to be held against.
 //
 // Compiled by benchmarks/memory.py. Arrays are aligned to 64 bytes and hold a multiple of 16 floats.
 
@@ -83,6 +84,56 @@ void Scale(const float* x, float* out, std::size_t n) {
 
 #endif
 
+// At least `count` multiply-adds of floats in chains that do not wait for each other: as many chains as hide
+// the latency of two units, and with their operands fit the registers. They stay within ±4.
+template <typename Vector>
+[[gnu::always_inline]] inline float MultiplyAdd(std::size_t count) {
+  constexpr int kChains = 12;
+  constexpr std::size_t kPerTurn = kChains * sizeof(Vector) / sizeof(float);
+  Vector factor, term, chains[kChains];
+  for (std::size_t lane = 0; lane < sizeof(Vector) / sizeof(float); ++lane) {
+    factor[lane] = -0.5F;
+    term[lane] = 1;
+  }
+  for (Vector& chain : chains) chain = term;
+  for (std::size_t i = 0; i < count; i += kPerTurn) {
+#pragma GCC unroll 12
+    for (Vector& chain : chains) chain = chain * factor + term;
+  }
+  float sum = 0;
+  for (const Vector& chain : chains) sum += chain[0];
+  return sum;
+}
+
+using MultiplyAddLoop = float (*)(std::size_t count);
+
+template <int kBytes>
+struct FloatVector {
+  typedef float Type __attribute__((vector_size(kBytes)));
+};
+
+#if defined(__x86_64__)
+
+[[gnu::target("avx512f,fma")]] float MultiplyAddAvx512(std::size_t count) {
+  return MultiplyAdd<FloatVector<64>::Type>(count);
+}
+
+[[gnu::target("avx2,fma")]] float MultiplyAddAvx2(std::size_t count) {
+  return MultiplyAdd<FloatVector<32>::Type>(count);
+}
+
+MultiplyAddLoop FastestMultiplyAdd() {
+  if (__builtin_cpu_supports("avx512f")) return MultiplyAddAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return MultiplyAddAvx2;
+  return MultiplyAdd<FloatVector<16>::Type>;
+}
+
+#else
+
+MultiplyAddLoop FastestMultiplyAdd() { return MultiplyAdd<FloatVector<16>::Type>; }
+
+#endif
+
 }  // namespace
 
 // Calls body(first, end) for a stretch of whole lines on each thread; the caller's is the last.
@@ -122,6 +173,14 @@ extern "C" void stream_copy_all(const float* x, float* out, std::size_t n, std::
 
 extern "C" void scale_all(const float* x, float* out, std::size_t n, std::size_t copies, int threads) {
   Run(Scale, x, out, n, copies, threads);
+}
+
+// Divided among the threads. The sum keeps the work from being left out.
+extern "C" float multiply_add(std::size_t count, int threads) {
+  const MultiplyAddLoop loop = FastestMultiplyAdd();
+  std::atomic<float> sum{0};
+  OnThreads(count, threads, [&](std::size_t first, std::size_t end) { sum = sum + loop(end - first); });
+  return sum;
 }
 
 // Additions that wait for each other, a cycle each on every CPU: their time tells the clock.

@@ -47,6 +47,11 @@ def run(loop: str, x: np.ndarray, out: np.ndarray, threads: int) -> None:
         function(_pointer(x), _pointer(out), _count(x), copies, threads)
 
 
+def multiply_add(count: int, threads: int) -> None:
+    """Multiplies and adds so many floats, as fast as the machine can."""
+    _library().multiply_add(count, threads)
+
+
 def cycles_per_second() -> float:
     """The clock of the core that this thread is on, at this moment."""
     cycles, best = 2**18, math.inf
@@ -89,6 +94,8 @@ def _library() -> ctypes.CDLL:
     for function in (library.copy_all, library.stream_copy_all, library.scale_all):
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *sizes]
         function.restype = None
+    library.multiply_add.argtypes = [ctypes.c_size_t, ctypes.c_int]
+    library.multiply_add.restype = ctypes.c_float
     library.count_cycles.argtypes = [ctypes.c_size_t]
     library.count_cycles.restype = None
     return library

@@ -4,6 +4,7 @@ Worker processes import this module, with an older revision of jax_softmax2p und
 uses public names of that package only, and those when an operation is used.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ class Operation(NamedTuple):
       scipy: makes the function of NumPy arrays, where SciPy has one.
       onnx: makes ONNX nodes from ``onnx.helper.make_node`` and the case, where ONNX has the operation. Their
         input is "x", or "x", "operand 0" and so on; their output is "y".
+      multiply_adds: how many the operation's matrix products have, from the case.
     """
 
     operands: Callable[[Case], Sequence[np.ndarray]]
@@ -40,6 +42,7 @@ class Operation(NamedTuple):
     torch: Callable[[int], Function] | None = None
     scipy: Callable[[int], Function] | None = None
     onnx: Callable[[Function, Case], Sequence[Any]] | None = None
+    multiply_adds: Callable[[Case], int] | None = None
 
 
 def _with_common_name(name: str, onnx: Callable[[Function, Case], Sequence[Any]]) -> Operation:
@@ -151,12 +154,30 @@ def _torch_masked(axis: int) -> Function:
     return lambda x, bias, mask: _torch().softmax((x * SCALE + bias).masked_fill(~mask, -jnp.inf), axis)
 
 
-def _key_and_value(case: Case) -> Sequence[np.ndarray]:
+def _key_and_value(case: Case, group: int = 1) -> Sequence[np.ndarray]:
+    """A key and a value like the query (B, T, N, H), with one head for a group of the query's."""
+    return _normal((*case.shape[:2], case.shape[2] // group, case.shape[3]), case.dtype, 2)
+
+
+def _value_and_query(case: Case, group: int = 1) -> Sequence[np.ndarray]:
+    """A value like the key (B, S, K, H), and the query (B, 1, N, H) of a step of decoding, N = K·group."""
+    batch, _, heads, size = case.shape
+    return *_normal(case.shape, case.dtype, 1), *_normal((batch, 1, heads * group, size), case.dtype, 1)
+
+
+def _normal(shape: tuple[int, ...], dtype: str, count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(1)
-    return [rng.standard_normal(case.shape, np.float32).astype(case.dtype) for _ in range(2)]
+    return [rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(count)]
 
 
-def _attention(causal: bool, gradient: bool) -> Operation:
+def _torch_attention(q, k, v, **options):
+    """torch's attention of arrays (B, T, N, H)."""
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    attention = _torch().nn.functional.scaled_dot_product_attention
+    return attention(*heads_first, enable_gqa=k.shape[2] < q.shape[2], **options).transpose(1, 2)
+
+
+def _attention(causal: bool, gradient: bool, group: int = 1) -> Operation:
     """Attention of a query of shape (B, T, N, H), or its gradient in query, key and value."""
 
     def of(library: Callable[[], Any]) -> Callable[[int], Function]:
@@ -165,10 +186,7 @@ def _attention(causal: bool, gradient: bool) -> Operation:
         return lambda axis: jax.grad(loss, (0, 1, 2)) if gradient else function
 
     def of_torch(axis: int) -> Function:
-        def forward(*operands):
-            heads_first = (x.transpose(1, 2) for x in operands)
-            attention = _torch().nn.functional.scaled_dot_product_attention
-            return attention(*heads_first, is_causal=causal).transpose(1, 2)
+        forward = functools.partial(_torch_attention, is_causal=causal)
 
         def backward(*operands):
             leaves = [x.detach().requires_grad_() for x in operands]
@@ -177,14 +195,31 @@ def _attention(causal: bool, gradient: bool) -> Operation:
 
         return backward if gradient else lambda *operands: forward(*operands).contiguous()
 
-    has_scipy_and_onnx = not (causal or gradient)
+    def multiply_adds(case: Case) -> int:
+        batch, length, heads, size = case.shape
+        scores = batch * heads * (length * (length + 1) // 2 if causal else length**2)
+        return scores * size * (7 if gradient else 2)  # Of seven, two are those of the output.
+
+    has_scipy_and_onnx = not (causal or gradient or group > 1)
     return Operation(
-        _key_and_value,
+        functools.partial(_key_and_value, group=group),
         of(lambda: jax_softmax2p),
         of(lambda: jax.nn),
         of_torch,
         (lambda axis: _scipy_attention) if has_scipy_and_onnx else None,
         _onnx_attention if has_scipy_and_onnx else None,
+        multiply_adds,
+    )
+
+
+def _decode(group: int = 1) -> Operation:
+    """Attention of one query a head to a key of shape (B, S, K, H)."""
+    of = lambda library: lambda axis: lambda k, v, q: library().dot_product_attention(q, k, v)
+    return Operation(
+        functools.partial(_value_and_query, group=group),
+        of(lambda: jax_softmax2p),
+        of(lambda: jax.nn),
+        lambda axis: lambda k, v, q: _torch_attention(q, k, v).contiguous(),
     )
 
 
@@ -229,6 +264,10 @@ OPERATIONS = {
     "causal attention": _attention(causal=True, gradient=False),
     "gradient of attention": _attention(causal=False, gradient=True),
     "gradient of causal attention": _attention(causal=True, gradient=True),
+    "causal attention, 4 heads a key": _attention(causal=True, gradient=False, group=4),
+    "gradient of causal attention, 4 heads a key": _attention(causal=True, gradient=True, group=4),
+    "decode": _decode(),
+    "decode, 4 heads a key": _decode(group=4),
 }
 """Operations by the name that a case gives."""
 
@@ -237,5 +276,6 @@ GRADIENTS = {
     "cross-entropy and gradient",
     "gradient of attention",
     "gradient of causal attention",
+    "gradient of causal attention, 4 heads a key",
 }
 """The names of the operations that differentiate."""

@@ -5,6 +5,7 @@ from benchmarks.runner import Ratio
 JAX_OVER_OURS = Ratio("jax.nn / ours", ("jax.nn",), "ours")
 TORCH_OVER_OURS = Ratio("torch / ours", ("torch",), "ours")
 OURS_OVER_READ = Ratio("ours / read", ("ours",), "read")
+MULTIPLY_ADDS_OVER_OURS = Ratio("multiply-adds / ours", ("multiply-adds",), "ours")
 OURS_OVER_PLAIN = Ratio("ours / plain", ("ours",), "plain")
 OURS_OVER_ADD = Ratio("ours / (x + 1)", ("ours",), "x + 1")
 
