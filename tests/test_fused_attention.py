@@ -152,7 +152,6 @@ class TestMasks:
         np.testing.assert_array_equal(np.isnan(y[0, :, 0, 0]), np.arange(t) >= 2)
         np.testing.assert_array_equal(y[:, :2], expected[:, :2])
 
-
     @pytest.mark.parametrize("t", [1, 3, 140])
     @pytest.mark.parametrize("length", [1, 61, 77])
     def test_padded_keys(self, t, length):

@@ -32,34 +32,42 @@ struct PanelPlan {
   std::int64_t panels;
 };
 
+// The most columns of a panel: kPanelWidth, but every thread should find panels, though narrow ones touch
+// more pages.
+inline std::int64_t PanelWidth(const Executor& executor, const Layout& layout) {
+  constexpr std::int64_t kNarrowest = 64;
+  const std::int64_t threads = executor.Helpers() + 1;
+  std::int64_t width = kPanelWidth;
+  if (layout.outer * layout.n * layout.inner >= kMinParallel) {
+    while (width > kNarrowest && layout.outer * CeilDiv(layout.inner, width) < 2 * threads) width /= 2;
+  }
+  return std::min(width, layout.inner);
+}
+
 // Panels in which the bits of a column depend on n alone.
 inline PanelPlan PlanPanels(const Executor& executor, const Layout& layout, int lanes) {
   // What is done once a panel takes as long as some hundred elements.
   constexpr std::int64_t kSmallMatrix = 1024, kNarrowPanel = 64;
-  const std::int64_t inner = layout.inner, threads = executor.Helpers() + 1;
+  const std::int64_t inner = layout.inner;
   const bool is_small = layout.n * inner <= kSmallMatrix;
   const std::int64_t wanted = is_small ? kPanelWidth : inner < lanes ? kNarrowPanel : 1;
   const std::int64_t group = std::max<std::int64_t>(1, std::min(layout.outer, wanted / inner));
-  // Every thread should find panels, though narrow ones touch more pages.
-  std::int64_t most = kPanelWidth;
-  if (layout.outer * layout.n * inner >= kMinParallel) {
-    while (most > kNarrowPanel && layout.outer * CeilDiv(inner, most) < 2 * threads) most /= 2;
-  }
-  const std::int64_t width = group > 1 ? group * inner : std::min(most, inner);
+  const std::int64_t width = group > 1 ? group * inner : PanelWidth(executor, layout);
   const std::int64_t per_matrix = group > 1 ? 1 : CeilDiv(inner, width);
   return {group,       1,          static_cast<int>(width),
           kPanelBlock, per_matrix, CeilDiv(layout.outer, group) * per_matrix};
 }
 
 // Panels of softmax without operands, where matrices are folded.
-inline PanelPlan PlanFoldedPanels(const Layout& layout, int lanes) {
+inline PanelPlan PlanFoldedPanels(const Executor& executor, const Layout& layout, int lanes) {
   const std::int64_t inner = layout.inner;
   const int fold = inner >= lanes ? 1 : lanes / std::gcd(static_cast<int>(inner), lanes);
   // Wide, also where a panel then leaves the second-level cache between the passes: every row of a narrow one
   // is another page.
-  const int width = static_cast<int>(std::min<std::int64_t>(kPanelWidth, inner * fold));
+  const std::int64_t width =
+      fold > 1 ? std::min<std::int64_t>(kPanelWidth, inner * fold) : PanelWidth(executor, layout);
   const std::int64_t per_matrix = fold > 1 ? 1 : CeilDiv(inner, width);
-  return {1, fold, width, 0, per_matrix, layout.outer * per_matrix};
+  return {1, fold, static_cast<int>(width), 0, per_matrix, layout.outer * per_matrix};
 }
 
 // One panel of a plan after the other: columns side by side, in segments of up to kMaxPanelRows rows, so that
@@ -127,9 +135,7 @@ class ColumnPanel {
 
   // Those rows of a segment for a kernel, which reads them from an array with that stride.
   Panel Rows(const Segment& segment, std::int64_t rows, std::int64_t stride) const {
-    constexpr std::int64_t kBlockElements = 4096;
-    const std::int64_t block = plan_.block != 0 ? plan_.block : kBlockElements / width_;
-    return {rows, stride, width_, segment.tail, block};
+    return {rows, stride, width_, segment.tail, plan_.block != 0 ? plan_.block : BlockOfWidest()};
   }
 
   // Calls merge(place, columns) for what is to be merged into the first columns of an array [segments,
@@ -148,6 +154,13 @@ class ColumnPanel {
 
  private:
   std::int64_t Matrix() const { return layout_.n * layout_.inner; }
+  // How many rows fill half of a first-level cache, of the panel that the columns would be in if panels were
+  // as wide as they can be: so the bits of a column do not depend on the number of threads.
+  std::int64_t BlockOfWidest() const {
+    constexpr std::int64_t kBlockElements = 4096;
+    const std::int64_t column = row_ % layout_.inner, left = stride() - column / kPanelWidth * kPanelWidth;
+    return kBlockElements / std::min<std::int64_t>(kPanelWidth, left);
+  }
 
   Executor& executor_;
   Layout layout_;

@@ -2,7 +2,9 @@
 // transpose.
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "ffi/ops/column_panels.h"
 #include "ffi/ops/label.h"
@@ -109,6 +111,64 @@ class LogSumExpJvpPanel {
   PanelDotSum<E> dot_;
 };
 
+// Writes factor·e^(z - lse). e^z is multiplied by a scale of the column's own, which takes half of the
+// operations that e^(z - lse) takes; columns beyond the kernels' exact range, and those whose lse or factor
+// is not finite, take the latter.
+template <typename E>
+class WeightsPanel {
+  using T = ComputeOf<E>;
+
+ public:
+  explicit WeightsPanel(const LsePanel<E>& panel)
+      : in_(panel), scales_(new T[static_cast<std::size_t>(3 * panel.panel().max_width())]) {}
+
+  void Move(const T* factor) {
+    factor_ = factor;
+    in_.kernels.panel_scale_from_lse(in_.hi(), in_.lo(), factor, width(), ScalesFrom(0));
+    has_others_ = false;
+    for (int c = 0; c < width(); ++c) has_others_ = has_others_ || !HasScale(c);
+  }
+
+  // Of rows of z.
+  void Write(const T* z, const Panel& rows, E* y, std::int64_t y_stride) const {
+    if (!has_others_) return WriteScaled(z, rows, y, y_stride, 0);
+    for (int begin = 0, end = 0; begin < width(); begin = end) {
+      const bool has_scale = HasScale(begin);
+      while (end < width() && HasScale(end) == has_scale) ++end;
+      Panel some = rows;
+      some.width = end - begin;
+      if (has_scale) {
+        WriteScaled(z + begin, some, y + begin, y_stride, begin);
+      } else {
+        in_.kernels.panel_minus_lse(z + begin, y + begin, some, y_stride, in_.hi() + begin, in_.lo() + begin,
+                                    factor_ + begin);
+      }
+    }
+  }
+
+ private:
+  int width() const { return in_.panel().width(); }
+  PanelSums<T> ScalesFrom(int column) const {
+    const std::int64_t size = in_.panel().max_width();
+    T* const first = scales_.get() + column;
+    return {first, first + size, first + 2 * size};
+  }
+  // Not so where the lse is NaN.
+  bool HasScale(int c) const {
+    constexpr double kLn2 = 0x1.62e42fefa39efp-1;
+    const T limit = static_cast<T>((in_.kernels.max_exponent - 4) * kLn2);
+    return std::abs(in_.hi()[c]) < limit && std::isfinite(factor_[c]);
+  }
+  void WriteScaled(const T* z, const Panel& rows, E* y, std::int64_t y_stride, int column) const {
+    in_.kernels.logits_panel_write(z, y, rows, y_stride, ScalesFrom(column), nullptr);
+  }
+
+  const LsePanel<E>& in_;
+  const T* factor_ = nullptr;
+  std::unique_ptr<T[]> scales_;
+  bool has_others_ = false;
+};
+
 template <typename E>
 class LogSumExpVjpPanel {
   using T = ComputeOf<E>;
@@ -117,6 +177,7 @@ class LogSumExpVjpPanel {
   LogSumExpVjpPanel(const Kernels& kernels, const Logits<E>& logits, const ColumnPanel& panel,
                     const LabelledLse<E>& lse, const T* factor, E* y)
       : in_(kernels, logits, panel, lse),
+        weights_(in_),
         labels_(in_),
         has_labels_(lse.labels != nullptr),
         in_place_(y == logits.x),
@@ -127,13 +188,14 @@ class LogSumExpVjpPanel {
     in_.logits.Move(p);
     const ColumnPanel& panel = in_.panel();
     const T* const factor = factor_ + panel.row();
+    weights_.Move(factor);
     // In place the labels' logits are needed before they are written over; otherwise they are in a cache
     // later.
     if (has_labels_ && in_place_) labels_.Read();
     panel.ForSegments([&](const ColumnPanel::Segment& segment) {
       PanelRows<E> y(panel, y_);
       in_.logits.ForBlocks(segment, [&](const T* z, const Panel& rows, std::int64_t begin) {
-        in_.kernels.panel_minus_lse(z, y.Begin(begin), rows, y.stride(), in_.hi(), in_.lo(), factor);
+        weights_.Write(z, rows, y.Begin(begin), y.stride());
         y.Store(begin, rows.rows);
       });
     });
@@ -146,6 +208,7 @@ class LogSumExpVjpPanel {
 
  private:
   LsePanel<E> in_;
+  WeightsPanel<E> weights_;
   PanelLabels<E> labels_;
   const bool has_labels_, in_place_;
   const T* factor_;

@@ -133,7 +133,7 @@ void SoftmaxColumns(const Kernels& kernels, Executor& executor, const SoftmaxPla
   if (layout.n <= kMaxSmallColumn && layout.inner >= table.lanes) {
     return SmallColumns(table, executor, logits.x, y, layout);
   }
-  ForColumnPanels(executor, layout, PlanFoldedPanels(layout, table.lanes),
+  ForColumnPanels(executor, layout, PlanFoldedPanels(executor, layout, table.lanes),
                   [&](const ColumnPanel& panel) { return SoftmaxPanel<E>(table, panel, plan, logits.x, y); });
 }
 

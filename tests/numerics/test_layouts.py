@@ -1,5 +1,7 @@
 """Axes that are not the last, as arrays [outer, n, inner] of every shape that a kernel treats differently."""
 
+import functools
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,31 @@ def test_non_finite_columns_do_not_affect_others(dtype, isa, algorithm):
         y = softmax_into(x, isa=isa, algorithm=algorithm)
         assert np.isnan(y[..., :3]).all(), layout
         np.testing.assert_array_equal(y[..., 3:], expected[..., 3:])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [7, 300])
+def test_gradients_beyond_the_exact_range(dtype, n):
+    """The weights of logsumexp, near columns that need no third pass, whose bits stay."""
+
+    @jax.jit
+    def weights(x, cotangent):
+        logsumexp = functools.partial(jax_softmax2p.logsumexp, axis=0, implementation="native")
+        return jax.vjp(logsumexp, x)[1](cotangent)[0]
+
+    x, cotangent = make("normal", (1, n, 90), dtype)[0][0], np.linspace(0.5, 2, 90, dtype=dtype)
+    ordinary = np.asarray(weights(x, cotangent))
+    far = np.arange(90) % 4 == 1
+    x[:, far] = (x[:, far].astype(np.float64) + 1e7).astype(dtype)
+    y = np.asarray(weights(x, cotangent))
+    np.testing.assert_array_equal(y[:, ~far], ordinary[:, ~far])
+    exact = cases.exact_softmax(np.ascontiguousarray(x.T)) * cotangent[:, None]
+    assert cases.ulp_error(np.ascontiguousarray(y.T), exact) <= 4
+    for value in (np.nan, np.inf, -np.inf):
+        x[n // 2, far] = value
+        np.testing.assert_array_equal(weights(x, cotangent)[:, ~far], ordinary[:, ~far])
+    y = np.asarray(weights(x, np.where(far, np.inf, cotangent).astype(dtype)))
+    np.testing.assert_array_equal(y[:, ~far], ordinary[:, ~far])
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 4), (3, 1000, 3), (2, 300, 5, 7)])
