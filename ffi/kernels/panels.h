@@ -7,6 +7,7 @@
 
 #include "ffi/base/inline.h"
 #include "ffi/kernels/lane_log.h"
+#include "ffi/kernels/lane_scale.h"
 #include "ffi/kernels/panel_blocks.h"
 #include "ffi/kernels/passes.h"
 #include "ffi/kernels/table.h"
@@ -73,28 +74,8 @@ class PanelKernels {
     });
   }
 
-  static void ScaleFromLse(const T* hi, const T* lo, const T* factor, int width, const PanelSums<T>& scales) {
-    constexpr double kInverse = 1 / (static_cast<double>(kFactor<V>) * static_cast<double>(kFactor<V>));
-    constexpr T kInverseHi = static_cast<T>(kInverse), kInverseLo = static_cast<T>(kInverse - kInverseHi);
-    ForVectors<V>(width, [&](int, int at, const auto& access) {
-      const V lse = access.Load(hi + at, 0), factors = access.Load(factor + at, 0);
-      const V half = Floor(lse * V::Broadcast(Format<T>::kLog2E / 2)), exponent = half + half;
-      const V rest = Fnma(exponent, V::Broadcast(ReductionFor<V>::kLn2Hi), lse);
-      const V rest_lo = Fnma(exponent, V::Broadcast(ReductionFor<V>::kLn2Lo), access.Load(lo + at, 0));
-      V missing, error, factor_error;
-      const V x[1] = {TwoSum(V::Broadcast(0) - rest, V::Broadcast(0) - rest_lo, missing)};
-      // K·e^x, divided by K for its own factor and for that of the e^z which it multiplies.
-      const ExtExp<V, 1> e = ExtExpKernel<V>(V::Broadcast(0))(x);
-      const V expm1 = e.expm1[0] + Fma(e.expm1[0], missing, missing);
-      const V power = e.pow2[0] * V::Broadcast(1 / kUnit<V>);
-      const V divided = TwoProd(power, V::Broadcast(kInverseHi), error);
-      error = Fma(power, V::Broadcast(kInverseLo), error);
-      const V scaled = TwoProd(divided, factors, factor_error);
-      LaneSums<V> scale{};
-      scale.hi = FastTwoSum(scaled, Fma(scaled, expm1, Fma(error, factors, factor_error)), scale.lo);
-      scale.exponent = exponent;
-      Store(access, scale, scales, at);
-    });
+  static void Scales(const T* hi, const T* lo, const T* factor, int width, const PanelSums<T>& scales) {
+    ScalesFromLse<V>(hi, lo, factor, width, scales);
   }
 
   static void Write(const E* x, const T* kept, E* y, const Panel& panel, const PanelSums<T>& scales,

@@ -103,14 +103,13 @@ template <typename V>
 using MantissaScaler = std::conditional_t<kTakesValues<V>, TableScaler<V>, Scaler<V>>;
 
 // Scaler, less `probability.hi`·kFactor in the element whose number is the label: hi·kFactor·(p - 1), for p =
-// e^x/kFactor. Near 1 the power is kFactor, and expm1 the difference. The vectors are to be taken in their
-// order: `place` has the numbers of the first's elements, and `step` is what the next's are higher by.
+// e^x/kFactor. Near 1 the power is kFactor, and expm1 the difference. The vectors are a row each of a tile,
+// from the first on.
 template <typename V>
 struct LabelScaler {
   Scaler<V> probability;
   V label;
-  mutable V place;
-  V step;
+  mutable V place = V::Broadcast(0);
 
   template <int K>
   SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
@@ -122,7 +121,7 @@ struct LabelScaler {
     probability(e, y);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
       y[k] = WhereEqual(place, label, at_label[k], y[k]);
-      place = place + step;
+      place = place + V::Broadcast(1);
     }
   }
 };

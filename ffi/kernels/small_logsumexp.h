@@ -8,6 +8,7 @@
 #include "ffi/kernels/compensated_lanes.h"
 #include "ffi/kernels/jacobian.h"
 #include "ffi/kernels/lane_log.h"
+#include "ffi/kernels/lane_scale.h"
 #include "ffi/kernels/passes.h"
 #include "ffi/kernels/small_tile.h"
 #include "ffi/kernels/table.h"
@@ -34,17 +35,9 @@ class SmallLogSumExpKernels {
   static void MinusLse(const In* x, E* y, std::int64_t outer, int n, const T* hi, const T* lo,
                        const T* factor, const std::int32_t* labels) {
     if (n >= kLongRow && factor != nullptr) {
-      for (std::int64_t r = 0; r < outer; ++r) {
-        const RecomputeMinusLse<V> source(V::Broadcast(hi[r]), V::Broadcast(lo[r]));
-        const Scaler<V> scaler{DivideByFactor(V::Broadcast(factor[r])), V::Broadcast(0)};
-        if (labels == nullptr) {
-          WriteRow(source, x + r * n, y + r * n, n, [&](const auto&, int) { return scaler; });
-        } else {
-          WriteRow(source, x + r * n, y + r * n, n, [&](const auto&, int at) {
-            return LabelScaler<V>{scaler, V::Broadcast(static_cast<T>(labels[r] - at)), Places(),
-                                  V::Broadcast(V::kLanes)};
-          });
-        }
+      for (std::int64_t first = 0; first < outer; first += V::kLanes) {
+        WriteLongRows(x + first * n, y + first * n, Tile::RowsOf(outer - first), n, hi + first, lo + first,
+                      factor + first, labels == nullptr ? nullptr : labels + first);
       }
       return;
     }
@@ -65,8 +58,7 @@ class SmallLogSumExpKernels {
         if (labels == nullptr) {
           write(source, scaler);
         } else {
-          write(source,
-                LabelScaler<V>{scaler, LoadLabels(labels + first, count), V::Broadcast(0), V::Broadcast(1)});
+          write(source, LabelScaler<V>{scaler, LoadLabels(labels + first, count)});
         }
       }
       Tile::Store(tile, count, n, y + first * n, false);
@@ -113,12 +105,45 @@ class SmallLogSumExpKernels {
   // the transpositions.
   static constexpr int kLongRow = 2 * V::kLanes;
 
-  // The numbers of a vector's elements.
-  static SOFTMAX2P_INLINE V Places() {
-    T places[V::kLanes];
-    for (int l = 0; l < V::kLanes; ++l) places[l] = static_cast<T>(l);
-    return V::Load(places);
+  // As MinusLse, of up to kLanes rows, each by itself.
+  template <typename In, typename E>
+  static void WriteLongRows(const In* x, E* y, int count, int n, const T* hi, const T* lo, const T* factor,
+                            const std::int32_t* labels) {
+    T scale_hi[V::kLanes], scale_lo[V::kLanes], exponents[V::kLanes];
+    ScalesFromLse<V>(hi, lo, factor, count, {scale_hi, scale_lo, exponents});
+    E at_labels[V::kLanes];
+    // y may be x.
+    if (labels != nullptr) ComputeAtLabels(x, at_labels, count, n, hi, lo, factor, labels);
+    for (int r = 0; r < count; ++r, x += n, y += n) {
+      if (scale_hi[r] == scale_hi[r]) {
+        const MantissaScaler<V> scaler{V::Broadcast(scale_hi[r]), V::Broadcast(scale_lo[r])};
+        WriteRow(Recompute<V, Identity>(V::Broadcast(exponents[r]), Identity{}), x, y, n,
+                 [&](const auto&, int) { return scaler; });
+      } else {
+        const Scaler<V> scaler{DivideByFactor(V::Broadcast(factor[r])), V::Broadcast(0)};
+        WriteRow(RecomputeMinusLse<V>(V::Broadcast(hi[r]), V::Broadcast(lo[r])), x, y, n,
+                 [&](const auto&, int) { return scaler; });
+      }
+      if (labels != nullptr && HasElement(n, labels[r])) y[labels[r]] = at_labels[r];
+    }
   }
+
+  // factor·(e^(x - hi - lo) - 1) of every row's label.
+  template <typename In, typename E>
+  static SOFTMAX2P_INLINE void ComputeAtLabels(const In* x, E* at_labels, int count, int n, const T* hi,
+                                               const T* lo, const T* factor, const std::int32_t* labels) {
+    In logits[V::kLanes] = {};
+    for (int r = 0; r < count; ++r) {
+      if (HasElement(n, labels[r])) logits[r] = x[r * n + labels[r]];
+    }
+    const Scaler<V> scaler{DivideByFactor(LoadRows(factor, count)), V::Broadcast(0)};
+    const FullVector<V> full;
+    WriteVectors<1, V>(full, full, RecomputeMinusLse<V>(LoadRows(hi, count), LoadRows(lo, count)), logits,
+                       Discard{}, at_labels, kAdjacent<V>, kAdjacent<V>, Ahead<0>{},
+                       LabelScaler<V>{scaler, V::Broadcast(0)});
+  }
+
+  static SOFTMAX2P_INLINE bool HasElement(int n, std::int32_t label) { return label >= 0 && label < n; }
 
   // Writes scaler(source(x)) to y, both of n elements, with scaler = scaler_from(access, at) for the vectors
   // from element `at` on.

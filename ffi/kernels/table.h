@@ -274,10 +274,9 @@ struct KernelTable {
                     T* hi, T* lo, T* log);
   // The same from sums without the largest elements and without `subtract`, however near to certainty.
   void (*panel_lse_of_others)(const PanelSums<T>& sums, const T* maximum, int width, T* hi, T* lo, T* log);
-  // Scales of factor·e^(x - hi - lo) for panel_write, of columns whose lse and factor are finite and whose
-  // exponent is at most max_exponent - 4.
-  void (*panel_scale_from_lse)(const T* hi, const T* lo, const T* factor, int width,
-                               const PanelSums<T>& scales);
+  // Scales for panel_write, with which it writes factor·e^(x - hi - lo). Their hi is NaN where the lse or the
+  // factor is not finite, or the lse beyond the exact range: there is no scale.
+  void (*panel_scales)(const T* hi, const T* lo, const T* factor, int width, const PanelSums<T>& scales);
   // Pass 2: y = (hi + lo)·2^-exponent·e^x, with the column's scale.
   void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelSums<T>& scales,
                       const T* subtract);

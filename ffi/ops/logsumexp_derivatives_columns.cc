@@ -112,8 +112,7 @@ class LogSumExpJvpPanel {
 };
 
 // Writes factor·e^(z - lse). e^z is multiplied by a scale of the column's own, which takes half of the
-// operations that e^(z - lse) takes; columns beyond the kernels' exact range, and those whose lse or factor
-// is not finite, take the latter.
+// operations that e^(z - lse) takes; columns that have none take the latter.
 template <typename E>
 class WeightsPanel {
   using T = ComputeOf<E>;
@@ -124,7 +123,7 @@ class WeightsPanel {
 
   void Move(const T* factor) {
     factor_ = factor;
-    in_.kernels.panel_scale_from_lse(in_.hi(), in_.lo(), factor, width(), ScalesFrom(0));
+    in_.kernels.panel_scales(in_.hi(), in_.lo(), factor, width(), ScalesFrom(0));
     has_others_ = false;
     for (int c = 0; c < width(); ++c) has_others_ = has_others_ || !HasScale(c);
   }
@@ -153,12 +152,7 @@ class WeightsPanel {
     T* const first = scales_.get() + column;
     return {first, first + size, first + 2 * size};
   }
-  // Not so where the lse is NaN.
-  bool HasScale(int c) const {
-    constexpr double kLn2 = 0x1.62e42fefa39efp-1;
-    const T limit = static_cast<T>((in_.kernels.max_exponent - 4) * kLn2);
-    return std::abs(in_.hi()[c]) < limit && std::isfinite(factor_[c]);
-  }
+  bool HasScale(int c) const { return !std::isnan(scales_[c]); }
   void WriteScaled(const T* z, const Panel& rows, E* y, std::int64_t y_stride, int column) const {
     in_.kernels.logits_panel_write(z, y, rows, y_stride, ScalesFrom(column), nullptr);
   }

@@ -48,7 +48,7 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.panel_invert = Panels::Invert;
   table.panel_lse = Panels::Lse;
   table.panel_lse_of_others = Panels::LseOfOthers;
-  table.panel_scale_from_lse = Panels::ScaleFromLse;
+  table.panel_scales = Panels::Scales;
   table.panel_write = Panels::Write;
   table.logits_panel_write = Panels::WriteLogits;
   table.panel_minus_lse = Panels::MinusLse;
