@@ -11,7 +11,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "ffi/base/inline.h"
 #include "ffi/base/layout.h"
@@ -44,7 +43,7 @@ class FewQueriesKernels {
   // Of rows, as many as this at most.
   static constexpr std::int64_t kMaxRows = 8;
 
-  // Of each head.
+  // The elements that each head takes.
   static std::int64_t Scratch(const AttentionArgs<E>& args) {
     return RoundUp(1 + kMaxRows * (Depth(args) + kKeys), kLine);
   }
@@ -179,10 +178,10 @@ class FewQueriesKernels {
     }
   }
 
-  // The products of keys and rows, each a vector whose lanes are still to be added up: that of row r and key
-  // k goes to sums[(r * kLanes + k) * kLanes].
+  // The products of keys and rows, each a vector whose lanes are still to be added up: products[rows][kLanes]
+  // of them, of which the first `count` of each row are written.
   template <int rows, int count>
-  SOFTMAX2P_INLINE void MultiplyKeys(const E* const (&keys)[count], const T* queries, T* to) const {
+  SOFTMAX2P_INLINE void MultiplyKeys(const E* const (&keys)[count], const T* queries, T* products) const {
     V sums[rows][count];
     SOFTMAX2P_UNROLL for (int r = 0; r < rows; ++r) {
       SOFTMAX2P_UNROLL for (int k = 0; k < count; ++k) sums[r][k] = V::Broadcast(0);
@@ -196,7 +195,8 @@ class FewQueriesKernels {
       }
     });
     SOFTMAX2P_UNROLL for (int r = 0; r < rows; ++r) {
-      SOFTMAX2P_UNROLL for (int k = 0; k < count; ++k) sums[r][k].Store(to + (r * V::kLanes + k) * V::kLanes);
+      SOFTMAX2P_UNROLL for (int k = 0; k < count; ++k) sums[r][k].Store(products +
+                                                                        (r * V::kLanes + k) * V::kLanes);
     }
   }
 
