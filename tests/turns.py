@@ -8,7 +8,7 @@ import os
 import re
 import zlib
 
-DEFAULT = "0/8"
+DEFAULT = "0/16"
 
 
 def chosen_part(text):
