@@ -45,7 +45,7 @@ class FewQueriesKernels {
 
   // The elements that each head takes.
   static std::int64_t Scratch(const AttentionArgs<E>& args) {
-    return RoundUp(1 + kMaxRows * (Depth(args) + kKeys), kLine);
+    return kMaxRows * (Depth(args) + kKeys) + V::kLanes;
   }
 
   // What is kept of a row for a chunk of keys.
@@ -97,8 +97,6 @@ class FewQueriesKernels {
 
   // The values that a head takes before the next head.
   static constexpr std::int64_t kValues = 8;
-  // Elements of a cache line.
-  static constexpr std::int64_t kLine = 64 / sizeof(T);
 
   FewQueriesKernels(const AttentionArgs<E>& args, T* partial, T* scratch)
       : args_(args),
@@ -282,7 +280,7 @@ class FewQueriesKernels {
     if (*attending_ == kNobody) return;
     std::int64_t r = 0;
     if (*attending_ == kAll) {
-      for (; r + 4 <= rows_; r += 4) AddRows<4, false>(s, range, r);
+      for (; r + kMaxTogether <= rows_; r += kMaxTogether) AddRows<kMaxTogether, false>(s, range, r);
       for (; r + 2 <= rows_; r += 2) AddRows<2, false>(s, range, r);
       if (r < rows_) AddRows<1, false>(s, range, r);
       return;

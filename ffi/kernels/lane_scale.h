@@ -3,7 +3,6 @@
 // difference x - lse, and spares its roundings.
 #pragma once
 
-#include <cstdint>
 #include <limits>
 
 #include "ffi/base/error_free.h"

@@ -2,9 +2,7 @@
 // transpose.
 
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
-#include <memory>
 
 #include "ffi/ops/column_panels.h"
 #include "ffi/ops/label.h"
@@ -118,8 +116,7 @@ class WeightsPanel {
   using T = ComputeOf<E>;
 
  public:
-  explicit WeightsPanel(const LsePanel<E>& panel)
-      : in_(panel), scales_(new T[static_cast<std::size_t>(3 * panel.panel().max_width())]) {}
+  explicit WeightsPanel(const LsePanel<E>& panel) : in_(panel) {}
 
   void Move(const T* factor) {
     factor_ = factor;
@@ -129,7 +126,7 @@ class WeightsPanel {
   }
 
   // Of rows of z.
-  void Write(const T* z, const Panel& rows, E* y, std::int64_t y_stride) const {
+  void Write(const T* z, const Panel& rows, E* y, std::int64_t y_stride) {
     if (!has_others_) return WriteScaled(z, rows, y, y_stride, 0);
     for (int begin = 0, end = 0; begin < width(); begin = end) {
       const bool has_scale = HasScale(begin);
@@ -147,19 +144,15 @@ class WeightsPanel {
 
  private:
   int width() const { return in_.panel().width(); }
-  PanelSums<T> ScalesFrom(int column) const {
-    const std::int64_t size = in_.panel().max_width();
-    T* const first = scales_.get() + column;
-    return {first, first + size, first + 2 * size};
-  }
-  bool HasScale(int c) const { return !std::isnan(scales_[c]); }
-  void WriteScaled(const T* z, const Panel& rows, E* y, std::int64_t y_stride, int column) const {
+  PanelSums<T> ScalesFrom(int column) { return {hi_ + column, lo_ + column, exponents_ + column}; }
+  bool HasScale(int c) const { return !std::isnan(hi_[c]); }
+  void WriteScaled(const T* z, const Panel& rows, E* y, std::int64_t y_stride, int column) {
     in_.kernels.logits_panel_write(z, y, rows, y_stride, ScalesFrom(column), nullptr);
   }
 
   const LsePanel<E>& in_;
   const T* factor_ = nullptr;
-  std::unique_ptr<T[]> scales_;
+  T hi_[kPanelWidth], lo_[kPanelWidth], exponents_[kPanelWidth];
   bool has_others_ = false;
 };
 
