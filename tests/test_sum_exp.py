@@ -26,6 +26,7 @@ def assert_logs_close(total, expected, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 class TestSumExp:
+    @pytest.mark.long
     @pytest.mark.parametrize("size", [1, 50, 1e4, 9e4, 1e6, 5e7, 1e12])
     def test_log(self, size, dtype):
         """Logits of every size, one by one and together; float32 rounds the exponents from 90,000 on."""
@@ -100,6 +101,7 @@ class TestSumExp:
         np.testing.assert_array_equal(parts.log(), jax.nn.logsumexp(x, -1))
         np.testing.assert_array_equal(sum_exp(x[:, :, None]).reduce(1).log(), jax.nn.logsumexp(x, -1))
 
+    @pytest.mark.long
     @pytest.mark.parametrize("value", [800, 8e4, 1e5, 1e30, 2.3e38, -8e4, -1e5, -1e30, -2.3e38])
     def test_huge_values_never_overflow(self, value, dtype):
         value = dtype(value)

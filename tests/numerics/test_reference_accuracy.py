@@ -85,6 +85,7 @@ def test_softmax_is_within_4_ulp(name, dtype, in_loop):
         assert cases.ulp_error(np.asarray(reference_softmax[in_loop](x)), cases.exact_softmax(x)) <= 4, n
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("in_loop", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", CLASSES)
@@ -104,6 +105,7 @@ def test_logarithms_keep_the_contract(name, dtype, in_loop):
         assert error <= 2, n
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("in_loop", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", CLASSES)

@@ -110,6 +110,7 @@ def close(actual, expected, tolerance=1e-6):
     np.testing.assert_allclose(actual, rounded, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("operation", OURS)
 @pytest.mark.parametrize("name", SPECS)
 def test_forward_takes_one_all_gather(name, operation):
@@ -195,6 +196,7 @@ def on_eight(f):
     return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P(None, "v"), out_specs=P(None, "v")))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("n", [8, 40_000])
 def test_accuracy(n, dtype):

@@ -131,6 +131,7 @@ ATTENTION = {
 OURS = {"query_block_size", "implementation"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name, axis_type):

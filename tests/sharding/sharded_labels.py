@@ -42,6 +42,7 @@ def test_explicitly_sharded_classes(dtype, implementation):
     check(function, edges(dtype, CLASSES), dtype, CLASSES)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["int8", "uint32", "int64"])
 @pytest.mark.parametrize(
     ("axis_type", "x_spec", "labels_spec"),
@@ -74,6 +75,7 @@ def test_axis_name_where_a_row_has_many_labels():
     check_one_row(jax.jit(losses_and_gradient_of(sharded_over(mesh, loss))))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
     ("x_spec", "labels_spec"), [(P(None, "devices"), P()), (P(), P("devices"))], ids=["classes", "labels"]

@@ -193,14 +193,16 @@ def test_linearize_of_a_vmapped_sharded_call():
         lambda x: s2p.log_softmax(x, axis_name="classes"), mesh=mesh, in_specs=spec, out_specs=spec
     )
     x, t = array(2, 3, 5), array(2, 3, 5, seed=1)
-    value, pushforward = jax.linearize(jax.vmap(sharded), x)
-    (pulled,) = jax.linear_transpose(pushforward, x)(t)
+
+    @jax.jit  # Eagerly each of some hundred operations would be compiled for the mesh.
+    def ours(x, t):
+        value, pushforward = jax.linearize(jax.vmap(sharded), x)
+        (pulled,) = jax.linear_transpose(pushforward, x)(t)
+        return value, pushforward(t), pulled
+
     plain = jax.nn.log_softmax
-    for actual, expected in (
-        (value, plain(x)),
-        (pushforward(t), jax.jvp(plain, (x,), (t,))[1]),
-        (pulled, jax.vjp(plain, x)[1](t)[0]),
-    ):
+    theirs = (*jax.jvp(plain, (x,), (t,)), jax.vjp(plain, x)[1](t)[0])
+    for actual, expected in zip(ours(x, t), theirs, strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
