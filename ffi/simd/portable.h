@@ -38,7 +38,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
+#include "ffi/base/bit_cast.h"
 #include "ffi/base/half.h"
 #include "ffi/base/inline.h"
 
@@ -49,6 +51,8 @@ struct Vector {
   using Scalar = T;
   typedef T Register __attribute__((vector_size(16)));
   typedef Bits Integers __attribute__((vector_size(16)));
+  typedef std::make_unsigned_t<Bits> Words __attribute__((vector_size(16)));
+  typedef std::uint16_t Halves __attribute__((vector_size(2 * (16 / sizeof(T)))));
   static constexpr int kLanes = 16 / sizeof(T);
   static constexpr int kTransposeRows = kLanes;
   static constexpr int kTableBits = 0;
@@ -75,9 +79,9 @@ struct Vector {
 
   template <typename Half>
   static SOFTMAX2P_INLINE Vector Load(const Half* p) {
-    Vector r;
-    SOFTMAX2P_UNROLL for (int i = 0; i < kLanes; ++i) r.v[i] = Widen(p[i]);
-    return r;
+    Halves halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return {WidenBits(__builtin_convertvector(halves, Words), p)};
   }
   template <typename Half>
   static SOFTMAX2P_INLINE Vector LoadPartial(const Half* p, int count, T fill) {
@@ -87,7 +91,8 @@ struct Vector {
   }
   template <typename Half>
   SOFTMAX2P_INLINE void Store(Half* p) const {
-    SOFTMAX2P_UNROLL for (int i = 0; i < kLanes; ++i) Narrow(v[i], p[i]);
+    const Halves halves = __builtin_convertvector(NarrowToBits(p), Halves);
+    std::memcpy(p, &halves, sizeof halves);
   }
   template <typename Half>
   SOFTMAX2P_INLINE void StorePartial(Half* p, int count) const {
@@ -160,6 +165,35 @@ struct Vector {
     bits = bits << kMantissaBits;
     std::memcpy(&a.v, &bits, sizeof bits);
     return a;
+  }
+
+ private:
+  // Widen and Narrow of base/half.h in every lane. SSE2 compares only signed integers.
+  static SOFTMAX2P_INLINE Register WidenBits(Words halves, const BFloat16*) {
+    return BitCast<Register>(halves << 16);
+  }
+  static SOFTMAX2P_INLINE Register WidenBits(Words halves, const Float16*) {
+    const Words sign = (halves & 0x8000u) << 16;
+    const Integers magnitude = BitCast<Integers>(halves & 0x7fffu);
+    const Integers small = BitCast<Integers>(__builtin_convertvector(magnitude, Register) * 0x1p-24f);
+    const Integers one_rebias = Integers{} + (112 << 23);
+    const Integers rebias = magnitude >= 0x7c00 ? one_rebias + one_rebias : one_rebias;
+    const Integers normal = (magnitude << 13) + rebias;
+    return BitCast<Register>(BitCast<Words>(magnitude < 0x400 ? small : normal) | sign);
+  }
+  SOFTMAX2P_INLINE Words NarrowToBits(const BFloat16*) const {
+    const Words bits = BitCast<Words>(v);
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  }
+  SOFTMAX2P_INLINE Words NarrowToBits(const Float16*) const {
+    const Words bits = BitCast<Words>(v), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    const Integers ordered = BitCast<Integers>(magnitude);
+    const Words small = BitCast<Words>(BitCast<Register>(magnitude) + 0.5f) - (126u << 23);
+    const Words normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    Words half = ordered >= (113 << 23) ? normal : small;
+    half = ordered >= (143 << 23) ? Words{} + 0x7c00u : half;
+    half = ordered > (255 << 23) ? Words{} + 0x7e00u : half;
+    return half | sign;
   }
 };
 
