@@ -38,32 +38,54 @@ SOFTMAX2P_INLINE double Widen(double x) { return x; }
 SOFTMAX2P_INLINE void Narrow(float x, float& to) { to = x; }
 SOFTMAX2P_INLINE void Narrow(double x, double& to) { to = x; }
 
-SOFTMAX2P_INLINE float Widen(BFloat16 x) { return BitCast<float>(std::uint32_t{x.bits} << 16); }
-
-SOFTMAX2P_INLINE void Narrow(float x, BFloat16& to) {
-  const std::uint32_t bits = BitCast<std::uint32_t>(x);
-  to.bits = static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// The conversions of 16-bit elements, which stand in the low bits of words: of one word, or of a vector in
+// every lane. F is float or a vector of floats, Int and Word are the signed and unsigned integers of its
+// lanes; signed ones are compared, since SSE2 compares no others. The pointer only names the element type.
+template <typename F, typename Int, typename Word>
+SOFTMAX2P_INLINE F WidenBits(Word halves, const BFloat16*) {
+  return BitCast<F>(halves << 16);
 }
 
-SOFTMAX2P_INLINE float Widen(Float16 x) {
-  const std::uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-  // A subnormal is converted as an integer: as a float it might be flushed to zero.
-  const float small = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;
-  const std::uint32_t rebias = magnitude >= 0x7c00u ? 2 * 112u << 23 : 112u << 23;
-  const std::uint32_t normal = (magnitude << 13) + rebias;
-  return BitCast<float>((magnitude < 0x400u ? BitCast<std::uint32_t>(small) : normal) | sign);
+template <typename F, typename Int, typename Word>
+SOFTMAX2P_INLINE Word NarrowToBits(F x, const BFloat16*) {
+  const Word bits = BitCast<Word>(x);
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
-SOFTMAX2P_INLINE void Narrow(float x, Float16& to) {
-  const std::uint32_t bits = BitCast<std::uint32_t>(x);
-  const std::uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 the last place is 2^-24, which is also that of 0.5 in float: adding 0.5 rounds to it.
-  const float small = BitCast<float>(magnitude) + 0.5f;
-  std::uint32_t half = BitCast<std::uint32_t>(small) - BitCast<std::uint32_t>(0.5f);
-  if (magnitude >= 113u << 23) half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  if (magnitude >= 143u << 23) half = 0x7c00;
-  if (magnitude > 255u << 23) half = 0x7e00;
-  to.bits = static_cast<std::uint16_t>(half | sign);
+// Below 2^-14 the last place of Float16 is 2^-24, which is also that of 0.5 in float: it counts a subnormal's
+// units, which as a float might be flushed to zero, and adding it rounds to them.
+constexpr std::uint32_t kBitsOfHalf = 126u << 23;
+
+template <typename F, typename Int, typename Word>
+SOFTMAX2P_INLINE F WidenBits(Word halves, const Float16*) {
+  const Word sign = (halves & 0x8000u) << 16, magnitude = halves & 0x7fffu;
+  const Int ordered = BitCast<Int>(magnitude);
+  const F small = BitCast<F>(magnitude + kBitsOfHalf) - 0.5f;
+  const Word rebias = ordered >= 0x7c00 ? Word{} + (2 * 112u << 23) : Word{} + (112u << 23);
+  const Word normal = (magnitude << 13) + rebias;
+  return BitCast<F>((ordered < 0x400 ? BitCast<Word>(small) : normal) | sign);
+}
+
+template <typename F, typename Int, typename Word>
+SOFTMAX2P_INLINE Word NarrowToBits(F x, const Float16*) {
+  const Word bits = BitCast<Word>(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const Int ordered = BitCast<Int>(magnitude);
+  const Word small = BitCast<Word>(BitCast<F>(magnitude) + 0.5f) - kBitsOfHalf;
+  const Word normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  Word half = ordered >= (113 << 23) ? normal : small;
+  half = ordered >= (143 << 23) ? Word{} + 0x7c00u : half;
+  half = ordered > (255 << 23) ? Word{} + 0x7e00u : half;
+  return half | sign;
+}
+
+template <typename Half>
+SOFTMAX2P_INLINE float Widen(Half x) {
+  return WidenBits<float, std::int32_t>(std::uint32_t{x.bits}, &x);
+}
+
+template <typename Half>
+SOFTMAX2P_INLINE void Narrow(float x, Half& to) {
+  to.bits = static_cast<std::uint16_t>(NarrowToBits<float, std::int32_t, std::uint32_t>(x, &to));
 }
 
 // `value` rounded to E: once for float and double, first to float for the 16-bit types.

@@ -40,7 +40,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "ffi/base/bit_cast.h"
 #include "ffi/base/half.h"
 #include "ffi/base/inline.h"
 
@@ -81,7 +80,7 @@ struct Vector {
   static SOFTMAX2P_INLINE Vector Load(const Half* p) {
     Halves halves;
     std::memcpy(&halves, p, sizeof halves);
-    return {WidenBits(__builtin_convertvector(halves, Words), p)};
+    return {WidenBits<Register, Integers>(__builtin_convertvector(halves, Words), p)};
   }
   template <typename Half>
   static SOFTMAX2P_INLINE Vector LoadPartial(const Half* p, int count, T fill) {
@@ -91,7 +90,7 @@ struct Vector {
   }
   template <typename Half>
   SOFTMAX2P_INLINE void Store(Half* p) const {
-    const Halves halves = __builtin_convertvector(NarrowToBits(p), Halves);
+    const Halves halves = __builtin_convertvector((NarrowToBits<Register, Integers, Words>(v, p)), Halves);
     std::memcpy(p, &halves, sizeof halves);
   }
   template <typename Half>
@@ -165,35 +164,6 @@ struct Vector {
     bits = bits << kMantissaBits;
     std::memcpy(&a.v, &bits, sizeof bits);
     return a;
-  }
-
- private:
-  // Widen and Narrow of base/half.h in every lane. SSE2 compares only signed integers.
-  static SOFTMAX2P_INLINE Register WidenBits(Words halves, const BFloat16*) {
-    return BitCast<Register>(halves << 16);
-  }
-  static SOFTMAX2P_INLINE Register WidenBits(Words halves, const Float16*) {
-    const Words sign = (halves & 0x8000u) << 16;
-    const Integers magnitude = BitCast<Integers>(halves & 0x7fffu);
-    const Integers small = BitCast<Integers>(__builtin_convertvector(magnitude, Register) * 0x1p-24f);
-    const Integers one_rebias = Integers{} + (112 << 23);
-    const Integers rebias = magnitude >= 0x7c00 ? one_rebias + one_rebias : one_rebias;
-    const Integers normal = (magnitude << 13) + rebias;
-    return BitCast<Register>(BitCast<Words>(magnitude < 0x400 ? small : normal) | sign);
-  }
-  SOFTMAX2P_INLINE Words NarrowToBits(const BFloat16*) const {
-    const Words bits = BitCast<Words>(v);
-    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  }
-  SOFTMAX2P_INLINE Words NarrowToBits(const Float16*) const {
-    const Words bits = BitCast<Words>(v), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-    const Integers ordered = BitCast<Integers>(magnitude);
-    const Words small = BitCast<Words>(BitCast<Register>(magnitude) + 0.5f) - (126u << 23);
-    const Words normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    Words half = ordered >= (113 << 23) ? normal : small;
-    half = ordered >= (143 << 23) ? Words{} + 0x7c00u : half;
-    half = ordered > (255 << 23) ? Words{} + 0x7e00u : half;
-    return half | sign;
   }
 };
 
