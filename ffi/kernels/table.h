@@ -322,6 +322,8 @@ struct KernelTable {
                           const T* factor, const std::int32_t* labels);
   void (*logits_small_minus_lse)(const T* z, E* y, std::int64_t rows, int n, const T* hi, const T* lo,
                                  const T* factor, const std::int32_t* labels);
+  // Of `count` labels alone, from their logits: y = factor·(e^((z - hi) - lo) - 1), as small_minus_lse.
+  void (*labels_minus_lse)(const T* z, E* y, int count, const T* hi, const T* lo, const T* factor);
   // out = t - e^((x - hi) - lo)·<1, t> of rows likewise. Where the exponential is near 1, nothing cancels.
   // out may be t.
   void (*small_subtract_minus_lse)(const E* x, const E* t, E* out, std::int64_t rows, int n, const T* hi,

@@ -42,7 +42,9 @@ class GuardedPanelSum {
     Sum(panel, source, kept, first ? maxima_.data() : nullptr, nullptr, in_pass_1 ? maxima_.data() : nullptr);
     if (in_pass_1) MergeMaxima(panel);
     const T* const exponent = Sums().exponent;
-    exact_ = std::all_of(exponent, exponent + panel.Columns(), [&](T e) { return IsExact(e); });
+    int inexact = 0;
+    for (int c = 0; c < panel.Columns(); ++c) inexact += !IsExact(exponent[c]);
+    exact_ = inexact == 0;
     if (exact_) return;
     if (maximum == PanelMaximum::kNone) FindMaximum(panel, source);
     SumMinusMaximum(panel, source);

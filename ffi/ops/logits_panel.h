@@ -164,6 +164,26 @@ class LogitsPanel {
     return z;
   }
 
+  // Of every column c the element indices[c], if that is not below 0 and not masked.
+  void ReadElements(const std::int64_t* indices, T* z, bool* has_element) const {
+    const int width = panel_.width();
+    if constexpr (std::is_same_v<E, T>) {
+      if (!logits_->HasOperands() && !panel_.IsGroup()) {
+        const E* const x = logits_->x + panel_.first();
+        const std::int64_t stride = panel_.stride();
+        for (int c = 0; c < width; ++c) {
+          has_element[c] = indices[c] >= 0;
+          z[c] = x[c + std::max<std::int64_t>(indices[c], 0) * stride];
+        }
+        return;
+      }
+    }
+    for (int c = 0; c < width; ++c) {
+      has_element[c] = indices[c] >= 0 && !IsMasked(c, indices[c]);
+      z[c] = has_element[c] ? At(c, indices[c]) : T{0};
+    }
+  }
+
   bool HasNan(int c) const {
     for (std::int64_t i = 0; i < logits_->n; ++i) {
       if (std::isnan(At(c, i))) return true;

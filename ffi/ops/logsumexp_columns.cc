@@ -73,15 +73,22 @@ class LogSumExpPanel {
     kernels_.panel_lse(sum_.Sums(), sum_.maximum(), sum_.subtract(),
                        std::min(panel.layout().n, kMaxPanelRows), panel.width(), lse_.hi + row, lse_.lo + row,
                        log_.data());
-    if (HasNearlyCertain()) WriteNearlyCertain();
-    for (int c = 0; c < panel.width(); ++c) {
-      if (HasNoLog(c)) WriteWithoutKernel(c, row + c);
+    if (CountWithoutLog() > 0) {
+      if (HasNearlyCertain()) WriteNearlyCertain();
+      for (int c = 0; c < panel.width(); ++c) {
+        if (HasNoLog(c)) WriteWithoutKernel(c, row + c);
+      }
     }
     if (y_ != nullptr) WriteLogSoftmax();
   }
 
  private:
   bool HasNoLog(int c) const { return std::isnan(log_[static_cast<std::size_t>(c)]); }
+  int CountWithoutLog() const {
+    int count = 0;
+    for (int c = 0; c < logits_.panel().width(); ++c) count += HasNoLog(c);
+    return count;
+  }
   bool HasNearlyCertain() const {
     for (int c = 0; c < logits_.panel().width(); ++c) {
       if (HasNoLog(c) && std::isfinite(sum_.maximum()[c])) return true;

@@ -45,21 +45,17 @@ class PanelLabels {
   explicit PanelLabels(const LsePanel<E>& panel) : in_(panel) {}
 
   void Read() {
-    const LogitsPanel<E>& logits = in_.logits;
-    for (int c = 0; c < in_.panel().width(); ++c) {
-      indices_[c] = LabelIndex(*in_.LabelOfColumn(c), in_.panel().layout().n);
-      has_logit_[c] = indices_[c] >= 0 && !logits.IsMasked(c, indices_[c]);
-      z_[c] = has_logit_[c] ? logits.At(c, indices_[c]) : T{0};
-    }
+    const std::int32_t* const labels = in_.LabelOfColumn(0);
+    const std::int64_t n = in_.panel().layout().n;
+    for (int c = 0; c < in_.panel().width(); ++c) indices_[c] = LabelIndex(labels[c], n);
+    in_.logits.ReadElements(indices_, z_, has_logit_);
   }
 
-  // Replaces factor·e^(z - lse) at the labels by factor·(e^(z - lse) - 1): to the kernel, the logits of the
-  // labels are rows of one element.
+  // Replaces factor·e^(z - lse) at the labels by factor·(e^(z - lse) - 1).
   void Write(E* y, const T* factor) const {
-    constexpr std::int32_t kFirst[kPanelWidth] = {};
     const ColumnPanel& panel = in_.panel();
     E at_labels[kPanelWidth];
-    in_.kernels.logits_small_minus_lse(z_, at_labels, panel.width(), 1, in_.hi(), in_.lo(), factor, kFirst);
+    in_.kernels.labels_minus_lse(z_, at_labels, panel.width(), in_.hi(), in_.lo(), factor);
     for (int c = 0; c < panel.width(); ++c) {
       if (indices_[c] < 0) continue;
       y[panel.FirstOf(c) + indices_[c] * panel.stride()] =
@@ -121,8 +117,9 @@ class WeightsPanel {
   void Move(const T* factor) {
     factor_ = factor;
     in_.kernels.panel_scales(in_.hi(), in_.lo(), factor, width(), ScalesFrom(0));
-    has_others_ = false;
-    for (int c = 0; c < width(); ++c) has_others_ = has_others_ || !HasScale(c);
+    int others = 0;
+    for (int c = 0; c < width(); ++c) others += !HasScale(c);
+    has_others_ = others > 0;
   }
 
   // Of rows of z.

@@ -64,6 +64,7 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.small_lse = SmallLse::template Lse<E>;
   table.small_minus_lse = SmallLse::template MinusLse<E, E>;
   table.logits_small_minus_lse = SmallLse::template MinusLse<T, E>;
+  table.labels_minus_lse = SmallLse::template LabelsMinusLse<E>;
   table.small_subtract_minus_lse = SmallLse::template SubtractMinusLse<E, E>;
   table.logits_small_subtract_minus_lse = SmallLse::template SubtractMinusLse<T, E>;
   table.small_jacobian_write = SmallJacobianKernels<V, E>::Write;
