@@ -264,12 +264,13 @@ class TestGradient:
             tolerance = max(4 * EPS[dtype], 4e-6 if dtype == np.float32 else 1e-14)
             assert_close(np.asarray(x, np.float64), y, tolerance)
 
-    def test_bias_and_scale_and_higher_orders(self):
+    @pytest.mark.parametrize("last", [4, 1])
+    def test_bias_and_scale_and_higher_orders(self, last):
         @jax.jit
         def f(q, k, v, bias, scale):
             return dot_product_attention(q, k, v, bias, scale=scale, is_causal=True, implementation="native")
 
-        operands = (*operands_of(1, 3, 4, 2, 1, 2, np.float64), normal(1, 2, 1, 4), 0.4)
+        operands = (*operands_of(1, 3, 4, 2, 1, 2, np.float64), normal(1, 2, 1, last), 0.4)
         check_grads(f, operands, order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("in_axes", [(0, None, None), (1, 0, 0), (None, None, 2)])
@@ -289,6 +290,67 @@ class TestGradient:
         outer = jax.grad(lambda *xs: (jax.vmap(ours, in_axes)(*xs) ** 2).sum(), 2)(*operands)
         total = gradients[1][2] if in_axes[2] is None else jnp.moveaxis(gradients[1][2], 0, in_axes[2])
         assert_close(outer, total.sum(0) if in_axes[2] is None else total)
+
+
+BIASES = [(3, 4, 70, 150), (1, 4, 70, 150), (3, 1, 70, 150), (1, 1, 70, 150), (1, 4, 1, 150), (1, 1, 1, 150)]
+
+
+class TestGradientInBias:
+    """It is computed by the kernel, and summed over what the bias broadcasts over."""
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [*BIASES, (1, 4, 70, 1)])
+    @pytest.mark.parametrize("with_sinks", [False, True])
+    def test_shapes(self, shape, dtype, with_sinks):
+        operands = [*operands_of(3, 70, 150, 4, 2, 20, dtype), normal(*shape, seed=5).astype(dtype)]
+        cotangent = normal(3, 70, 4, 20, seed=7).astype(dtype)
+        sinks = normal(4, seed=8).astype(dtype) if with_sinks else None
+        options = {"is_causal": True, "logits_soft_cap": 3.0, "key_value_seq_lengths": lengths(150, 33, 0)}
+        self.check(cotangent, operands, **options, sinks=sinks)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 9, 1100), (2, 1, 1, 1100)])
+    def test_several_chunks_of_keys(self, shape):
+        operands = [*operands_of(2, 9, 1100, 2, 1, 8, np.float32), normal(*shape, seed=5).astype(np.float32)]
+        self.check(normal(2, 9, 2, 8, seed=7).astype(np.float32), operands)
+
+    @staticmethod
+    def check(cotangent, operands, **options):
+        exact = functools.partial(formula, **options)
+        ours = functools.partial(dot_product_attention, implementation="native", **options)
+        wide = [np.asarray(x, np.float64) for x in (cotangent, *operands)]
+        expected = jax.jit(jax.grad(functools.partial(weighted, exact), (1, 2, 3, 4)))(*wide)
+        actual = jax.jit(jax.grad(functools.partial(weighted, ours), (1, 2, 3, 4)))(cotangent, *operands)
+        dtype = cotangent.dtype.type
+        for x, y in zip(actual, expected, strict=True):
+            assert x.dtype == dtype
+            largest = np.abs(y).max()
+            tolerance = max(4 * EPS[dtype], 4e-6 if dtype == np.float32 else 1e-14) * max(1.0, largest)
+            np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=tolerance)
+
+    @pytest.mark.parametrize("bias_axis", [None, 0])
+    def test_vmap(self, bias_axis):
+        q, k, v = normal(3, 2, 7, 4, 8), normal(2, 9, 2, 8, seed=1), normal(2, 9, 2, 8, seed=2)
+        bias = normal(*(3,) * (bias_axis == 0), 1, 4, 7, 9, seed=3)
+        axes = 0, None, None, bias_axis
+        ours = functools.partial(dot_product_attention, implementation="native")
+        gradients = [
+            jax.jit(jax.vmap(jax.grad(lambda *xs, f=f: (f(*xs) ** 2).sum(), 3), axes))(q, k, v, bias)
+            for f in (ours, formula)
+        ]
+        assert_close(*gradients)
+
+    def test_is_native(self):
+        """But for a bias that broadcasts over keys."""
+
+        def calls(last):
+            operands = *operands_of(1, 70, 80, 2, 1, 8), normal(1, 2, 70, last).astype(np.float32)
+            loss = lambda *xs: (dot_product_attention(*xs, implementation="native") ** 2).sum()
+            text = jax.jit(jax.grad(loss, 3)).lower(*operands).as_text()
+            return [text.count(f"custom_call @jax_softmax2p_{x}") for x in ("attention_vjp_v1", "softmax_v1")]
+
+        assert calls(80) == [1, 0]
+        assert calls(1)[0] == 0
 
 
 def exact_gradients(q, k, v, cotangent, after):

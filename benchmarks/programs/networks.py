@@ -109,6 +109,20 @@ def _projected(weights, x):
     return (jnp.einsum("...d,dnh->...nh", x, weights[name]) for name in ("query", "key", "value"))
 
 
+def _transformer_layer(rng, width: int, heads: int) -> dict[str, np.ndarray]:
+    feed_forward = {"up": matrix(rng, width, 4 * width), "down": matrix(rng, 4 * width, width)}
+    return {**_attention_weights(rng, width, heads), **feed_forward}
+
+
+def _through_layers(layers, x, **options):
+    """Of a transformer, with attention of these options."""
+    for layer in layers:
+        attended = jax.nn.dot_product_attention(*_projected(layer, _normalised(x)), **options)
+        x = x + jnp.einsum("btnh,nhd->btd", attended, layer["output"])
+        x = x + jax.nn.gelu(_normalised(x) @ layer["up"]) @ layer["down"]
+    return x
+
+
 def language_model_step(shape, rng):
     """A step of AdamW for a causal transformer of two layers. Shape: batch, context, vocabulary."""
     import optax
@@ -119,11 +133,7 @@ def language_model_step(shape, rng):
 
     def logits_of(parameters, tokens):
         x = parameters["embedding"][tokens] + parameters["position"]
-        for layer in parameters["layers"]:
-            query, key, value = _projected(layer, _normalised(x))
-            attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-            x = x + jnp.einsum("btnh,nhd->btd", attended, layer["output"])
-            x = x + jax.nn.gelu(_normalised(x) @ layer["up"]) @ layer["down"]
+        x = _through_layers(parameters["layers"], x, is_causal=True)
         return _normalised(x) @ parameters["embedding"].T
 
     def loss(parameters, tokens):
@@ -135,16 +145,59 @@ def language_model_step(shape, rng):
         updates, _ = optimizer.update(gradient, optimizer.init(parameters), parameters)
         return value, optax.apply_updates(parameters, updates)
 
-    def layer():
-        feed_forward = {"up": matrix(rng, width, 4 * width), "down": matrix(rng, 4 * width, width)}
-        return {**_attention_weights(rng, width, heads), **feed_forward}
-
     parameters = {
         "embedding": normal(rng, vocabulary, width, scale=width**-0.5),
         "position": normal(rng, context, width, scale=width**-0.5),
-        "layers": [layer() for _ in range(layers)],
+        "layers": [_transformer_layer(rng, width, heads) for _ in range(layers)],
     }
     return step, (parameters, integers(rng, vocabulary, batch, context + 1))
+
+
+def vision_transformer_step(shape, rng):
+    """A step of AdamW for two layers of the size of ViT-Tiny's. Shape: images, patches and a class token."""
+    import optax
+
+    images, tokens = shape
+    width, heads, layers, classes, patch = 192, 3, 2, 1000, 3 * 16 * 16
+    optimizer = optax.adamw(1e-3, eps=1e-5)
+
+    def loss(parameters, patches, labels):
+        embedded = patches @ parameters["embedding"]
+        token = jnp.broadcast_to(parameters["class"], (images, 1, width))
+        x = jnp.concatenate([token, embedded], axis=1) + parameters["position"]
+        logits = _normalised(_through_layers(parameters["layers"], x)[:, 0]) @ parameters["head"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(parameters, patches, labels):
+        value, gradient = jax.value_and_grad(loss)(parameters, patches, labels)
+        updates, _ = optimizer.update(gradient, optimizer.init(parameters), parameters)
+        return value, optax.apply_updates(parameters, updates)
+
+    parameters = {
+        "embedding": matrix(rng, patch, width),
+        "class": normal(rng, width, scale=width**-0.5),
+        "position": normal(rng, tokens, width, scale=width**-0.5),
+        "layers": [_transformer_layer(rng, width, heads) for _ in range(layers)],
+        "head": matrix(rng, width, classes),
+    }
+    return step, (parameters, normal(rng, images, tokens - 1, patch), integers(rng, classes, images))
+
+
+def window_attention(shape, rng):
+    """Attention in windows with a learned bias, as in Swin. Shape: windows, tokens, heads, size."""
+    _, tokens, heads, size = shape
+    width = heads * size
+
+    def loss(parameters, x):
+        query, key, value = _projected(parameters["weights"], x)
+        attended = jax.nn.dot_product_attention(query, key, value, parameters["bias"])
+        return jnp.mean((x + jnp.einsum("btnh,nhd->btd", attended, parameters["weights"]["output"])) ** 2)
+
+    parameters = {
+        "weights": _attention_weights(rng, width, heads),
+        "bias": normal(rng, heads, tokens, tokens),
+    }
+    return loss, (parameters, normal(rng, shape[0], tokens, width))
 
 
 def encoder_layer(shape, rng):
@@ -198,6 +251,12 @@ PROGRAMS = {
     "expert router": Program(router, ((8192, 8), (8192, 64)), (16, 5), differentiates=True),
     "language model step": Program(
         language_model_step, ((8, 128, 4096),), (2, 8, 30), tolerance=1e-4, has_our_losses=True
+    ),
+    "vision transformer step": Program(
+        vision_transformer_step, ((16, 197),), (2, 5), tolerance=1e-4, has_our_losses=True
+    ),
+    "gradient of window attention": Program(
+        window_attention, ((128, 49, 4, 32),), (3, 9, 2, 4), differentiates=True
     ),
     "encoder layer": Program(encoder_layer, ((8, 128, 256),), (2, 8, 64), differentiates=True),
     "decode": Program(decode, ((4, 2048, 8, 64), (1, 4096, 8, 64)), (3, 32, 2, 8)),

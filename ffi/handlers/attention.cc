@@ -159,6 +159,30 @@ ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& 
   return ffi::Error::Success();
 }
 
+// Where the gradient of the bias goes, if that is a result.
+template <typename E>
+ffi::Error ReadBiasGradient(ffi::RemainingArgs operands, const AttentionAttributes& attributes,
+                            const AttentionSizes& sizes, ffi::RemainingRets results,
+                            AttentionGradient<E>& gradient) {
+  if (results.size() == 0) return ffi::Error::Success();
+  if (results.size() > 1 || (attributes.operands & AttentionAttributes::kBias) == 0) {
+    return Invalid("a fourth result is the gradient of the bias, and there is no fifth");
+  }
+  const auto bias = operands.get<ffi::AnyBuffer>(0);
+  if (bias.has_error()) return bias.error();
+  const auto found = results.get<ffi::AnyBuffer>(0);
+  if (found.has_error()) return found.error();
+  ffi::Result<ffi::AnyBuffer> result = *found;
+  const auto dims = bias->dimensions();
+  if (result->element_type() != bias->element_type() ||
+      !HasShape(*result, {dims[0], dims[1], dims[2], dims[3]}) || dims[3] != sizes.keys) {
+    return Invalid("the gradient of the bias must be like the bias, which must not broadcast over keys");
+  }
+  gradient.bias_gradient = Data<ComputeOf<E>>(*result);
+  gradient.bias_elements = *ElementCount(*bias);
+  return ffi::Error::Success();
+}
+
 template <typename E>
 Attention<E> AttentionOf(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key, const ffi::AnyBuffer& value,
                          const ffi::AnyBuffer& scale, const ffi::AnyBuffer& output, const ffi::AnyBuffer& lse,
@@ -194,13 +218,15 @@ ffi::Error HandleAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyB
 }
 
 // Arguments: those of attention before its operands, its results, the cotangent of the output, and then the
-// operands. No batch may be 1 beside others. Results: the gradients in query, key and value.
+// operands. No batch may be 1 beside others. Results: the gradients in query, key and value; then that in the
+// bias, if it is wanted, whose keys must not broadcast.
 ffi::Error HandleAttentionVjp(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
                               ffi::AnyBuffer value, ffi::AnyBuffer scale, ffi::AnyBuffer output,
                               ffi::AnyBuffer lse, ffi::AnyBuffer cotangent, ffi::RemainingArgs operands,
                               ffi::Result<ffi::AnyBuffer> query_gradient,
                               ffi::Result<ffi::AnyBuffer> key_gradient,
-                              ffi::Result<ffi::AnyBuffer> value_gradient, AttentionAttributes attributes) {
+                              ffi::Result<ffi::AnyBuffer> value_gradient, ffi::RemainingRets bias_gradient,
+                              AttentionAttributes attributes) {
   AttentionSizes sizes;
   const ffi::Error error = ReadSizes(query, key, value, scale, output, lse, sizes);
   if (error.failure()) return Named(kVjpName, error);
@@ -222,6 +248,8 @@ ffi::Error HandleAttentionVjp(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::A
                                   Data<E>(*value_gradient)};
     const ffi::Error refused = ReadOperands<E>(operands, attributes, sizes, false, gradient.attention);
     if (refused.failure()) return Named(kVjpName, refused);
+    const ffi::Error refused_bias = ReadBiasGradient(operands, attributes, sizes, bias_gradient, gradient);
+    if (refused_bias.failure()) return Named(kVjpName, refused_bias);
     AttendGradient(choice.kernels->Of<E>(), executor, gradient);
     return ffi::Error::Success();
   });

@@ -47,8 +47,9 @@ struct NoThrow {
 };
 
 // The binding that goes with a handler's parameters. XLA infers bindings likewise, but knows none for thread
-// pools and remaining arguments. A class stands for all attributes: XLA_FFI_REGISTER_STRUCT_ATTR_DECODING
-// says how to decode it. It is decoded from the call's own attributes, not from one that is a dictionary.
+// pools, remaining arguments and remaining results. A class stands for all attributes:
+// XLA_FFI_REGISTER_STRUCT_ATTR_DECODING says how to decode it. It is decoded from the call's own attributes,
+// not from one that is a dictionary.
 template <typename Parameter, typename Binding>
 auto BindOne(Binding&& binding) {
   namespace ffi = xla::ffi;
@@ -60,6 +61,8 @@ auto BindOne(Binding&& binding) {
     return std::move(binding).RemainingArgs();
   } else if constexpr (std::is_same_v<Parameter, ffi::Result<ffi::AnyBuffer>>) {
     return std::move(binding).template Ret<ffi::AnyBuffer>();
+  } else if constexpr (std::is_same_v<Parameter, ffi::RemainingRets>) {
+    return std::move(binding).RemainingRets();
   } else {
     return std::move(binding).template Attrs<Parameter>();
   }

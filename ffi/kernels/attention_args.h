@@ -67,10 +67,13 @@ struct AttentionArgs {
 // arrays.
 template <typename E>
 struct AttentionGradientArgs : AttentionArgs<E> {
+  using T = ComputeOf<E>;
   const E* cotangent;  // laid out as output
   E* query_gradient;
   E* key_gradient;
   E* value_gradient;
+  // Null, or what the gradient of the bias is added to, laid out as the bias, whose keys do not broadcast.
+  T* bias_gradient;
 };
 
 }  // namespace jax_softmax2p

@@ -7,7 +7,8 @@
 //   logits[keys][rows] = K·Q^T      P = e^(logits - lse)      dP = V·dO^T      dS = P·(dP - delta)
 //   dQ^T += K^T·dS      dV += P·dO      dK += dS·Q
 //
-// With a soft cap, dS is multiplied by its derivative.
+// The gradient of a bias is dS, summed over what it broadcasts over. With a soft cap, dS is then multiplied
+// by its derivative.
 //
 // where dO is the cotangent and delta = <dO, O> of every row. Queries are taken in blocks, whose dQ and
 // packed queries stay in a second-level cache, and all keys of a chunk of them for each, whose dK and dV are
@@ -59,11 +60,13 @@ class AttentionGradientKernels {
           value_row(RoundUp(args.value_size, V::kLanes)),
           panel_size(kColumns * (2 * depth + value_depth + row + value_row + 2)) {
       const std::int64_t rows = kKeys > kColumns ? kKeys : kColumns;
+      const std::int64_t widest = depth > value_depth ? depth : value_depth;
+      const std::int64_t row_width = args.bias_gradient != nullptr && widest < kKeys ? kKeys : widest;
       const std::int64_t sizes[] = {
           kKeys * depth,
           Tiles::ValueElements(args.size),
           kKeys * value_depth,
-          rows * (depth > value_depth ? depth : value_depth),
+          rows * row_width,
           kKeys * kColumns,
           kKeys * kColumns,
           args.bias.data != nullptr ? kKeys * kColumns : 0,
@@ -268,6 +271,7 @@ class AttentionGradientKernels {
     TileOfKeys<vectors>(values(), panel.cotangents, layout_.value_depth, T{1}, T{0}, range, products());
     const std::int64_t end = RoundUp(range.end, Product::kRows);
     Weights<vectors>(panel, range.begin, end);
+    if (args_.bias_gradient != nullptr) AddBiasGradient<vectors>(panel, s, range);
     if (args_.soft_cap != 0) ApplyCapDerivatives<vectors>(range);
     const std::int64_t stride = Tiles::ValueStride(args_.size), at = range.begin * kWidth;
     Product::template Accumulate<vectors>(key_rows() + range.begin * stride, Product::kRows, stride,
@@ -310,6 +314,23 @@ class AttentionGradientKernels {
         capped.z[v].Store(weights() + at + v * V::kLanes);
         capped.derivative[v].Store(cap_derivatives() + at + v * V::kLanes);
       }
+    }
+  }
+
+  // Adds dS to the gradient of the bias, row by row.
+  template <int vectors>
+  SOFTMAX2P_INLINE void AddBiasGradient(const Panel& panel, std::int64_t s, KeyRange range) {
+    constexpr std::int64_t kWidth = vectors * V::kLanes;
+    Product::Unpack(products(), kWidth, kKeys, kWidth, rows(), kKeys);
+    const int count = static_cast<int>(range.end - range.begin);
+    for (std::int64_t i = 0; i < panel.rows; ++i) {
+      const std::int64_t t = (panel.row + i) / args_.heads, g = (panel.row + i) % args_.heads;
+      const T* const from = rows() + i * kKeys + range.begin;
+      T* const to = args_.bias_gradient + t * args_.bias.query + g * args_.bias.head +
+                    (s + range.begin) * args_.bias.key;
+      ForVectors<V>(count, [&](int, int at, const auto& access) {
+        access.Store(access.Load(to + at, 0) + access.Load(from + at, 0), to + at);
+      });
     }
   }
 

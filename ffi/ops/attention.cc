@@ -140,13 +140,94 @@ namespace {
 template <typename E>
 AttentionGradientArgs<E> GradientArgsOf(const AttentionGradient<E>& gradient, std::int64_t unit) {
   const Attention<E>& attention = gradient.attention;
-  AttentionGradientArgs<E> args{ArgsOf(attention, unit), gradient.cotangent, gradient.query_gradient,
-                                gradient.key_gradient, gradient.value_gradient};
+  AttentionGradientArgs<E> args{ArgsOf(attention, unit), gradient.cotangent,      gradient.query_gradient,
+                                gradient.key_gradient,   gradient.value_gradient, gradient.bias_gradient};
   args.cotangent += args.output - attention.first.output;
   args.query_gradient += args.query - attention.first.query;
   args.key_gradient += args.key - attention.first.key;
   args.value_gradient += args.value - attention.first.value;
+  if (args.bias_gradient != nullptr) args.bias_gradient += args.bias.data - attention.first.bias.data;
   return args;
+}
+
+// How a gradient is divided into tasks: by the shape alone, so that the bits do not depend on the number of
+// threads. Units, as ArgsOf numbers them, are in groups: those of a group add to the same elements of the
+// gradient of the bias. A task computes a chunk of the keys for a part of a group, one unit after the other,
+// and every part has a gradient of the bias of its own.
+struct GradientPlan {
+  std::int64_t key_heads;
+  std::int64_t group_batch, group_heads;  // units of a group
+  std::int64_t groups;
+  std::int64_t parts;  // of a group
+  std::int64_t chunk;  // keys
+  std::int64_t chunks;
+
+  std::int64_t Tasks() const { return groups * parts * chunks; }
+  std::int64_t Members() const { return group_batch * group_heads; }
+  std::int64_t First(std::int64_t part) const { return Members() * part / parts; }
+  // Member m of group g.
+  std::int64_t Unit(std::int64_t g, std::int64_t m) const {
+    const std::int64_t groups_of_heads = key_heads / group_heads;
+    const std::int64_t b = g / groups_of_heads * group_batch + m / group_heads;
+    return b * key_heads + g % groups_of_heads * group_heads + m % group_heads;
+  }
+};
+
+template <typename E>
+GradientPlan PlanGradient(const AttentionGradient<E>& gradient) {
+  const Attention<E>& attention = gradient.attention;
+  const std::int64_t keys = attention.first.keys;
+  const bool has_bias = gradient.bias_gradient != nullptr;
+  GradientPlan plan{};
+  plan.key_heads = attention.key_heads;
+  plan.group_batch = has_bias && attention.bias.batch == 0 ? attention.batch : 1;
+  plan.group_heads = has_bias && attention.bias.head == 0 ? attention.key_heads : 1;
+  plan.groups = attention.batch * attention.key_heads / plan.Members();
+  const std::int64_t wanted = std::min(CeilDiv(kGradientTasks, plan.groups), CeilDiv(keys, kChunk));
+  plan.chunk = RoundUp(CeilDiv(keys, wanted), 64);
+  plan.chunks = CeilDiv(keys, plan.chunk);
+  plan.parts =
+      std::clamp<std::int64_t>(CeilDiv(kGradientTasks, plan.groups * plan.chunks), 1, plan.Members());
+  return plan;
+}
+
+// What tasks leave beside the results: the chunks' gradients of the queries, where there are several chunks,
+// and the gradients of the bias of all parts but the first.
+template <typename T>
+struct GradientPartials {
+  std::unique_ptr<T[]> queries;
+  std::unique_ptr<T[]> biases;
+};
+
+template <typename E>
+void ComputeTask(const KernelTable<E>& kernels, const AttentionGradient<E>& gradient,
+                 const GradientPlan& plan, std::int64_t task, const GradientPartials<ComputeOf<E>>& partials,
+                 ComputeOf<E>* scratch) {
+  const AttentionArgs<E>& args = gradient.attention.first;
+  const std::int64_t c = task % plan.chunks, part = task / plan.chunks % plan.parts;
+  AttentionGradient<E> of_part = gradient;
+  if (part > 0) of_part.bias_gradient = partials.biases.get() + (part - 1) * gradient.bias_elements;
+  for (std::int64_t m = plan.First(part); m < plan.First(part + 1); ++m) {
+    const std::int64_t unit = plan.Unit(task / (plan.chunks * plan.parts), m);
+    const std::int64_t at = (unit * plan.chunks + c) * args.Rows() * args.size;
+    kernels.attention_gradient(GradientArgsOf(of_part, unit), c * plan.chunk,
+                               std::min(args.keys, (c + 1) * plan.chunk),
+                               plan.chunks > 1 ? partials.queries.get() + at : nullptr, scratch);
+  }
+}
+
+// Adds to the first of `count` arrays of n elements the others, in order.
+template <typename T>
+void AddParts(Executor& executor, T* first, const T* others, std::int64_t count, std::int64_t n) {
+  constexpr std::int64_t kBlock = std::int64_t{1} << 14;
+  ParallelFor(executor, count > 1 ? CeilDiv(n, kBlock) : 0, [&](std::int64_t block) {
+    const ScopedFloatMode mode;
+    const std::int64_t begin = block * kBlock, end = std::min(n, begin + kBlock);
+    for (std::int64_t part = 1; part < count; ++part) {
+      const T* const other = others + (part - 1) * n;
+      for (std::int64_t i = begin; i < end; ++i) first[i] += other[i];
+    }
+  });
 }
 
 // Adds up what the chunks of keys have left of one query's gradient.
@@ -169,31 +250,31 @@ void AttendGradient(const KernelTable<E>& kernels, Executor& executor, const Att
   using T = ComputeOf<E>;
   const AttentionArgs<E>& args = gradient.attention.first;
   const std::int64_t units = gradient.attention.batch * gradient.attention.key_heads;
-  const std::int64_t rows = args.Rows();
-  if (rows * units == 0) return;
-  // By the shape alone, so that the bits do not depend on the number of threads.
-  const std::int64_t wanted = std::min(CeilDiv(kGradientTasks, units), CeilDiv(args.keys, kChunk));
-  const std::int64_t chunk = RoundUp(CeilDiv(args.keys, wanted), 64), chunks = CeilDiv(args.keys, chunk);
-  const std::unique_ptr<T[]> partials(chunks > 1 ? new T[units * chunks * rows * args.size] : nullptr);
-  const std::int64_t work = rows * chunk * (args.size + args.value_size) * 5 / 2;
-  const std::int64_t grain = CeilDiv(kGrain, std::max<std::int64_t>(1, work)), tasks = units * chunks;
+  const std::int64_t query_elements = args.Rows() * args.size, bias_elements = gradient.bias_elements;
+  std::fill_n(gradient.bias_gradient, bias_elements, T{0});
+  if (args.Rows() * units == 0) return;
+  const GradientPlan plan = PlanGradient(gradient);
+  GradientPartials<T> partials;
+  if (plan.chunks > 1) partials.queries.reset(new T[units * plan.chunks * query_elements]);
+  if (plan.parts > 1) partials.biases.reset(new T[(plan.parts - 1) * bias_elements]());
+  const std::int64_t products = args.Rows() * plan.chunk * (args.size + args.value_size) * 5 / 2;
+  const std::int64_t work = CeilDiv(plan.Members(), plan.parts) * products;
+  const std::int64_t grain = CeilDiv(kGrain, std::max<std::int64_t>(1, work)), tasks = plan.Tasks();
   ParallelFor(executor, CeilDiv(tasks, grain), [&](std::int64_t i) {
     const ScopedFloatMode mode;
-    const std::int64_t size = kernels.attention_gradient_scratch(GradientArgsOf(gradient, 0), chunk);
+    const std::int64_t size = kernels.attention_gradient_scratch(GradientArgsOf(gradient, 0), plan.chunk);
     const std::unique_ptr<T[]> scratch(new T[size]);
     for (std::int64_t task = i * grain; task < std::min(tasks, (i + 1) * grain); ++task) {
-      const std::int64_t begin = task % chunks * chunk;
-      T* const partial = chunks > 1 ? partials.get() + task * rows * args.size : nullptr;
-      kernels.attention_gradient(GradientArgsOf(gradient, task / chunks), begin,
-                                 std::min(args.keys, begin + chunk), partial, scratch.get());
+      ComputeTask(kernels, gradient, plan, task, partials, scratch.get());
     }
   });
-  if (chunks == 1) return;
+  AddParts(executor, gradient.bias_gradient, partials.biases.get(), plan.parts, bias_elements);
+  if (plan.chunks == 1) return;
   ParallelFor(executor, units, [&](std::int64_t unit) {
     const ScopedFloatMode mode;
     const AttentionGradientArgs<E> unit_args = GradientArgsOf(gradient, unit);
-    const T* const of_unit = partials.get() + unit * chunks * rows * args.size;
-    for (std::int64_t t = 0; t < args.queries; ++t) AddChunks(unit_args, of_unit, chunks, t);
+    const T* const of_unit = partials.queries.get() + unit * plan.chunks * query_elements;
+    for (std::int64_t t = 0; t < args.queries; ++t) AddChunks(unit_args, of_unit, plan.chunks, t);
   });
 }
 

@@ -81,6 +81,9 @@ struct AttentionGradient {
   E* query_gradient;
   E* key_gradient;
   E* value_gradient;
+  // Null, or the gradient of the bias, of its shape, which has so many elements and one for every key.
+  ComputeOf<E>* bias_gradient = nullptr;
+  std::int64_t bias_elements = 0;
 };
 
 // Output and lse of all queries. A query that attends to no key attends to all keys alike, and one beyond its
@@ -89,7 +92,8 @@ struct AttentionGradient {
 template <typename E>
 void Attend(const KernelTable<E>& kernels, Executor& executor, const Attention<E>& attention);
 
-// The gradient in queries, keys and values. Its bits do not depend on the number of threads, either.
+// The gradient in queries, keys and values, and in the bias where that is wanted. Its bits do not depend on
+// the number of threads, either.
 template <typename E>
 void AttendGradient(const KernelTable<E>& kernels, Executor& executor, const AttentionGradient<E>& gradient);
 

@@ -79,10 +79,11 @@ def attention_jvp_rule(
     tangents: Sequence[Tangent],
     **params: Any,
 ) -> tuple[Any, Any]:
-    """The result is fused, and the tangent linear in those of query, key, value and sinks, with a native
-    transpose.
+    """The result is fused, and the tangent linear in those of query, key, value, bias and sinks, with a
+    native transpose.
 
-    All is composed where that stores the weights for the gradient, and the tangent in scale and bias always.
+    All is composed where that stores the weights for the gradient, and the tangent in scale always, as in a
+    bias that broadcasts over keys.
     """
 
     def composed_jvp(among: Sequence[int]) -> tuple[Any, Any]:
@@ -98,11 +99,20 @@ def attention_jvp_rule(
         return composed_jvp(range(len(primals)))
     output, lse = primitive.bind(*primals, **params)
     terms = []
-    linear = (0, 1, 2, len(primals) - 1) if "sinks" in params["names"] else (0, 1, 2)
+    places = {name: 4 + i for i, name in enumerate(params["names"])}
+
+    def is_linear(name: str) -> bool:
+        if name == "bias":
+            i = places[name]
+            return primals[i].shape[3] == primals[1].shape[1] and not isinstance(tangents[i], ad.Zero)
+        return name == "sinks"
+
+    names = tuple(filter(is_linear, params["names"]))
+    linear = (0, 1, 2, *(places[name] for name in names))
     if not all(isinstance(tangents[i], ad.Zero) for i in linear):
         arrays = [ad.instantiate_zeros(tangents[i]) for i in linear]
         operands = *primals[:4], output, lse, *arrays, *primals[4:]
-        terms.append(attention_jvp(derivatives.jvp, *operands, **params))
+        terms.append(attention_jvp(derivatives.jvp, *operands, linear=names, **params))
     others = [i for i in range(len(primals)) if i not in linear]
     if not all(isinstance(tangents[i], ad.Zero) for i in others):
         terms.append(composed_jvp(others)[1][0])

@@ -1,10 +1,10 @@
-"""The derivatives of fused attention in query, key, value and sinks, as two primitives.
+"""The derivatives of fused attention in query, key, value, bias and sinks, as two primitives.
 
-softmax2p_attention_jvp is linear in the tangents of query, key, value and, where there are any, sinks, and is
-always composed. Its transpose, softmax2p_attention_vjp, has a native kernel: it computes the weights again
-from the lse of their rows. Their operands are those of attention up to scale, its output and lse, then the
-tangents, or the cotangent of the output, and then the operands that the parameter ``names`` tells, the last
-of which are the sinks.
+softmax2p_attention_jvp is linear in the tangents of query, key, value and of the operands that the parameter
+``linear`` tells, and is always composed. Its transpose, softmax2p_attention_vjp, has a native kernel: it
+computes the weights again from the lse of their rows. Their operands are those of attention up to scale, its
+output and lse, then the tangents, or the cotangent of the output, and then the operands that the parameter
+``names`` tells, the last of which are the sinks.
 
 Their own derivatives are those of the composed function, of which output and lse are no operands.
 """
@@ -22,6 +22,7 @@ from jax.interpreters import ad, mlir
 from jax_softmax2p import native
 from jax_softmax2p.primitives.attention_lowering import (
     ARRAY,
+    LOGITS,
     PARAMS,
     AttentionLowering,
     Role,
@@ -37,6 +38,14 @@ Rule = Callable[..., Any]
 
 _BEFORE = 6
 """How many operands there are before the tangents: query, key, value, scale, output and lse."""
+
+_PARAMS = (*PARAMS, "linear")
+"""The parameters of the primitives.
+
+``linear`` tells of which of ``names`` they take tangents or give cotangents, in that order, beside query, key
+and value: of sinks where there are any, and of the bias where that is wanted, which has an element for every
+key then.
+"""
 
 
 class AttentionDerivatives(NamedTuple):
@@ -61,7 +70,7 @@ def define_attention_derivatives(name: str, composed: Rule) -> AttentionDerivati
         return _cotangents(composed, operands, params)
 
     def transpose_rule(cotangents: Sequence[Tangent], *operands: Any, **params: Any) -> list[Any]:
-        count = _num_tangents(params)
+        count = 3 + len(params["linear"])
         tangents = operands[_BEFORE : _BEFORE + count]
         if isinstance(cotangents[0], ad.Zero):
             results: list[Any] = [ad.Zero(t.aval) if ad.is_undefined_primal(t) else None for t in tangents]
@@ -75,22 +84,28 @@ def define_attention_derivatives(name: str, composed: Rule) -> AttentionDerivati
     def vjp_batch_rule(operands: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
         roles = roles_of(params["names"], 3, 3)
         folded, split = fold_batch(operands, dims, roles, broadcast=True)
-        results = derivatives.vjp.bind(*folded, **params)
-        return [split(x) for x in results], [0] * len(results)
+        results = [split(x) for x in derivatives.vjp.bind(*folded, **params)]
+        for i, place in enumerate(_places(params, _BEFORE + 1), 3):
+            batch = operands[place].shape[1 if dims[place] == 0 else 0]
+            if batch != results[i].shape[1]:
+                results[i] = jnp.sum(results[i], 1, keepdims=True)
+        return results, [0] * len(results)
 
     def jvp_batch_rule(operands: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
         function = lambda *operands: jvp(*operands, **params)
         return jax.vmap(function, in_axes=tuple(dims))(*operands), [0]
 
-    def vjp_with_sinks(*operands: Array, names: tuple[str, ...], **params: Any) -> list[Array]:
+    def vjp_with_sinks(
+        *operands: Array, names: tuple[str, ...], linear: tuple[str, ...], **params: Any
+    ) -> list[Array]:
         output, lse, cotangent = operands[4 : _BEFORE + 1]
-        results = derivatives.vjp.bind(*operands[:-1], names=names[:-1], **params)
+        results = derivatives.vjp.bind(*operands[:-1], names=names[:-1], linear=linear[:-1], **params)
         return [*results, sinks_cotangent(operands[-1], output, lse, cotangent)]
 
     derivatives = AttentionDerivatives(
         jvp=define_primitive(
             f"{name}_jvp",
-            params=PARAMS,
+            params=_PARAMS,
             abstract_eval=lambda *avals, **_: [avals[4].update(weak_type=False)],
             jvp_rule=_rule_of(jvp),
             batch_rule=jvp_batch_rule,
@@ -100,7 +115,7 @@ def define_attention_derivatives(name: str, composed: Rule) -> AttentionDerivati
         ),
         vjp=define_primitive(
             f"{name}_vjp",
-            params=PARAMS,
+            params=_PARAMS,
             abstract_eval=_vjp_abstract_eval,
             jvp_rule=_rule_of(vjp),
             batch_rule=vjp_batch_rule,
@@ -120,25 +135,24 @@ def attention_jvp(primitive: Primitive, *operands: Array, **params: Any) -> Arra
 def attention_vjp(primitive: Primitive, cotangent: Array, *operands: Any, **params: Any) -> list[Array]:
     """The cotangents of the arrays whose tangents the transposed primitive takes, of which operands are."""
     scale, output, lse = operands[3:_BEFORE]
-    named = operands[_BEFORE + _num_tangents(params) :]
-    sinks = named[-1:] if "sinks" in params["names"] else ()
-    arrays = *operands[:3], *sinks
-    batch = output.shape[0]
-    whole = [jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in arrays]
-    named = *named[: len(named) - len(sinks)], *whole[3:]
-    results = bind(primitive, *whole[:3], scale, output, lse, cotangent, *named, **params)
+    named = list(operands[_BEFORE + 3 + len(params["linear"]) :])
+    arrays = *operands[:3], *(named[i] for i in _places(params))
+    whole = lambda x: jnp.broadcast_to(x, (output.shape[0], *x.shape[1:]))
+    if "sinks" in params["names"]:
+        named[-1] = whole(named[-1])
+    results = bind(primitive, *map(whole, arrays[:3]), scale, output, lse, cotangent, *named, **params)
     summed = lambda x, like: x if x.shape == like.shape else jnp.sum(x, 0, keepdims=True).astype(x.dtype)
     return [summed(x, like) for x, like in zip(results, arrays, strict=True)]
 
 
-def _num_tangents(params: Mapping[str, Any]) -> int:
-    """How many arrays the primitives are linear in, or give the cotangents of."""
-    return 4 if "sinks" in params["names"] else 3
+def _places(params: Mapping[str, Any], first: int = 0) -> list[int]:
+    """Where the operands ``linear`` are, if the first of ``names`` is at ``first``."""
+    return [first + params["names"].index(name) for name in params["linear"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _VjpLowering(AttentionLowering):
-    """Results are like query, key and value, and sinks.
+    """Results are like query, key and value, and what is linear besides.
 
     Of one query the composed gradient takes 0.4 to 0.5 times as long as the kernel, of four 1.8 (Zen 4).
     """
@@ -152,17 +166,40 @@ class _VjpLowering(AttentionLowering):
 
     def result_roles(self, params: Mapping[str, Any]) -> tuple[Role, ...]:
         """As for the arrays."""
-        return (ARRAY,) * _num_tangents(params)
+        return (ARRAY,) * 3 + tuple(LOGITS if name == "bias" else ARRAY for name in params["linear"])
+
+    def lower_sharded(
+        self, primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
+    ) -> Sequence[Any]:
+        """By batch and heads. A bias that they share is broadcast first: then XLA adds up its gradients."""
+        lower = super().lower_sharded
+        if "bias" not in params["linear"]:
+            return lower(primitive, ctx, *operands, **params)
+        place = _BEFORE + 1 + params["names"].index("bias")
+        avals: Any = ctx.avals_in
+        bias, query = avals[place], avals[0]
+        whole = query.shape[0], query.shape[2], *bias.shape[2:]
+        if bias.shape == whole:
+            return lower(primitive, ctx, *operands, **params)
+
+        def with_whole_bias(*operands: Array) -> list[Array]:
+            repeated = jnp.broadcast_to(operands[place], whole)
+            results = primitive.bind(*operands[:place], repeated, *operands[place + 1 :], **params)
+            shared = [axis for axis in (0, 1) if bias.shape[axis] != whole[axis]]
+            results[3] = jnp.sum(results[3], shared, keepdims=True)
+            return results
+
+        return mlir.lower_fun(with_whole_bias, multiple_results=True)(ctx, *operands)
 
 
 def _vjp_abstract_eval(*avals: ShapedArray, **params: Any) -> list[ShapedArray]:
-    arrays = (*avals[:3], avals[-1])[: _num_tangents(params)]
+    arrays = *avals[:3], *(avals[i] for i in _places(params, _BEFORE + 1))
     return [aval.update(weak_type=False) for aval in arrays]
 
 
 def _tangent(composed: Rule, operands: Sequence[Array], params: dict[str, Any]) -> Array:
     """The primitive's result, composed."""
-    count = _num_tangents(params)
+    count = 3 + len(params["linear"])
     tangents, named = operands[_BEFORE : _BEFORE + count], operands[_BEFORE + count :]
     output, arrays = _output_of_arrays(composed, operands, named, params)
     tangent: Array = jax.jvp(output, arrays, tuple(tangents))[1]
@@ -179,13 +216,15 @@ def _output_of_arrays(
     composed: Rule, operands: Sequence[Array], named: Sequence[Array], params: dict[str, Any]
 ) -> tuple[Rule, tuple[Array, ...]]:
     """The output as a function of the arrays that are differentiated, and these."""
-    count = _num_tangents(params) - 3
-    fixed, sinks = named[: len(named) - count], named[len(named) - count :]
+    places = _places(params)
+    others = {name: value for name, value in params.items() if name != "linear"}
 
-    def output(query: Array, key: Array, value: Array, *sinks: Array) -> Array:
-        return composed(query, key, value, operands[3], *fixed, *sinks, **params)[0]
+    def output(query: Array, key: Array, value: Array, *linear: Array) -> Array:
+        replaced = dict(zip(places, linear, strict=True))
+        all_named = (replaced.get(i, x) for i, x in enumerate(named))
+        return composed(query, key, value, operands[3], *all_named, **others)[0]
 
-    return output, (*operands[:3], *sinks)
+    return output, (*operands[:3], *(named[i] for i in places))
 
 
 def _rule_of(function: Rule) -> Rule:

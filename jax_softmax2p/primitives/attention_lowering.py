@@ -41,9 +41,9 @@ Outside of loops (1, 8, 2, 16) 2.3 and 2.1, (1, 1, 2, 16) with 16 keys 1.8 and 4
 """
 
 ARRAY: Role = ("batch", None, "heads", None)
-_LOGITS: Role = ("batch", "heads", None, None)
+LOGITS: Role = ("batch", "heads", None, None)
 _LENGTHS: Role = ("batch",)
-_ROLES = dict(zip(OPERAND_NAMES, (_LOGITS, _LOGITS, _LENGTHS, _LENGTHS, ARRAY), strict=True))
+_ROLES = dict(zip(OPERAND_NAMES, (LOGITS, LOGITS, _LENGTHS, _LENGTHS, ARRAY), strict=True))
 
 
 def roles_of(names: Sequence[str], *num_leading: int) -> tuple[Role, ...]:

@@ -217,7 +217,7 @@ inline FakeCall MakeAttention(bool gradient, const ElementType& type, std::int64
                               std::int64_t keys) {
   constexpr std::int64_t kBatch = 2, kHeads = 4, kKeyHeads = 2, kSize = 24;
   const Dims query = {kBatch, queries, kHeads, kSize}, key = {kBatch, keys, kKeyHeads, kSize};
-  const Dims lse = {kBatch, queries, kHeads, 1};
+  const Dims lse = {kBatch, queries, kHeads, 1}, bias = {1, kHeads, 1, keys};
   FakeCall call;
   call.handler = gradient ? jax_softmax2p_attention_vjp_v1 : jax_softmax2p_attention_v1;
   for (const Dims& dims : {query, key, key}) call.arguments.push_back(Input(type.type, dims));
@@ -227,11 +227,12 @@ inline FakeCall MakeAttention(bool gradient, const ElementType& type, std::int64
     call.arguments.push_back(Input(type.compute, lse));
     call.arguments.push_back(Input(type.type, query));
     for (const Dims& dims : {query, key, key}) call.results.push_back(Output(type.type, dims));
+    call.results.push_back(Output(type.compute, bias));
   } else {
     call.results.push_back(Output(type.type, query));
     call.results.push_back(Output(type.compute, lse));
   }
-  call.arguments.push_back(Input(type.compute, {1, kHeads, 1, keys}));
+  call.arguments.push_back(Input(type.compute, bias));
   call.arguments.push_back(Input(XLA_FFI_DataType_PRED, {kBatch, 1, queries, keys}));
   call.attributes["operands"] = std::int64_t{gradient ? 1 | 2 : 1 | 2 | 16};
   if (!gradient) call.arguments.push_back(Input(type.compute, {1, 1, kHeads, 1}));

@@ -195,6 +195,25 @@ def test_attention_with_sinks(implementation, axis_type):
     close(y, expected[0])
 
 
+@pytest.mark.parametrize("heads", [4, 1])
+def test_attention_with_a_learned_bias(heads):
+    """The batch shares it: only the sums of its gradient communicate."""
+    q, k, v = normal(8, 32, 4, 8), normal(8, 32, 2, 8, seed=1), normal(8, 32, 2, 8, seed=2)
+    bias, cotangent = normal(1, heads, 32, 32, seed=4), normal(*q.shape, seed=3)
+    attend = lambda q, k, v, bias: s2p.dot_product_attention(q, k, v, bias, implementation="native")
+    exact = jax.nn.dot_product_attention
+    expected = jax.jit(value_and_vjp(exact))(
+        *(jnp.asarray(x, jnp.float64) for x in (q, k, v, bias, cotangent))
+    )
+    mesh = devices.make_mesh()
+    with jax.set_mesh(mesh):
+        placed = [place(x, mesh, "data", None, "model") for x in (q, k, v, cotangent)]
+        placed.insert(3, place(bias, mesh, None, "model" if heads > 1 else None))
+        actual, found = run(value_and_vjp(attend), *placed)
+    assert set(kinds(found)) == {"all-reduce"}
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
+
+
 LOGITS = np.where(normal(8, 640, seed=6) < 1.5, 3 * normal(8, 640, seed=7), -np.inf)
 ROW_LABELS = np.array([0, 639, -1, -640, 640, 5, 319, 320], np.int32)
 
