@@ -314,6 +314,27 @@ class TestGradientInBias:
         operands = [*operands_of(2, 9, 1100, 2, 1, 8, np.float32), normal(*shape, seed=5).astype(np.float32)]
         self.check(normal(2, 9, 2, 8, seed=7).astype(np.float32), operands)
 
+    def test_several_examples_in_a_part(self):
+        operands = [
+            *operands_of(9, 200, 30, 16, 16, 70),
+            normal(1, 1, 200, 30, seed=5).astype(np.float32),
+        ]
+        mask = normal(9, 1, 200, 30, seed=6) > -1
+        self.check(normal(9, 200, 16, 70, seed=7).astype(np.float32), operands, mask=mask)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_padding_with_a_bias_that_is_not_finite(self, value):
+        q, k, v = operands_of(2, 7, 9, 2, 1, 8)
+        bias, cotangent = normal(1, 2, 7, 9, seed=5).astype(np.float32), normal(2, 7, 2, 8, seed=7)
+        spoilt = np.where(np.arange(7)[:, None] < 3, bias, np.float32(value))
+        ours = functools.partial(
+            dot_product_attention, implementation="native", query_seq_lengths=lengths(3, 2)
+        )
+        gradient = jax.jit(jax.grad(functools.partial(weighted, ours), (1, 2, 3, 4)))
+        expected, actual = (gradient(cotangent.astype(np.float32), q, k, v, b) for b in (bias, spoilt))
+        assert_close(actual, expected)
+        assert not np.any(actual[3][:, :, 3:])
+
     @staticmethod
     def check(cotangent, operands, **options):
         exact = functools.partial(formula, **options)
@@ -337,6 +358,17 @@ class TestGradientInBias:
         gradients = [
             jax.jit(jax.vmap(jax.grad(lambda *xs, f=f: (f(*xs) ** 2).sum(), 3), axes))(q, k, v, bias)
             for f in (ours, formula)
+        ]
+        assert_close(*gradients)
+
+    def test_vmap_over_the_scale(self):
+        q, k, v = operands_of(1, 7, 9, 2, 1, 8, np.float64)
+        scales = np.array([0.5, 2.0])
+        gradients = [
+            jax.vmap(jax.grad(lambda k, scale, f=f: (f(q, k, v, scale=scale) ** 2).sum()), (None, 0))(
+                k, scales
+            )
+            for f in (functools.partial(dot_product_attention, implementation="native"), formula)
         ]
         assert_close(*gradients)
 

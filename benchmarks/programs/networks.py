@@ -185,7 +185,7 @@ def vision_transformer_step(shape, rng):
 
 def window_attention(shape, rng):
     """Attention in windows with a learned bias, as in Swin. Shape: windows, tokens, heads, size."""
-    _, tokens, heads, size = shape
+    windows, tokens, heads, size = shape
     width = heads * size
 
     def loss(parameters, x):
@@ -197,7 +197,7 @@ def window_attention(shape, rng):
         "weights": _attention_weights(rng, width, heads),
         "bias": normal(rng, heads, tokens, tokens),
     }
-    return loss, (parameters, normal(rng, shape[0], tokens, width))
+    return loss, (parameters, normal(rng, windows, tokens, width))
 
 
 def encoder_layer(shape, rng):

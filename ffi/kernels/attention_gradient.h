@@ -7,12 +7,11 @@
 //   logits[keys][rows] = K·Q^T      P = e^(logits - lse)      dP = V·dO^T      dS = P·(dP - delta)
 //   dQ^T += K^T·dS      dV += P·dO      dK += dS·Q
 //
-// The gradient of a bias is dS, summed over what it broadcasts over. With a soft cap, dS is then multiplied
-// by its derivative.
+// where dO is the cotangent and delta = <dO, O> of every row. The gradient of a bias is dS, summed over what
+// it broadcasts over. With a soft cap, dS is then multiplied by its derivative.
 //
-// where dO is the cotangent and delta = <dO, O> of every row. Queries are taken in blocks, whose dQ and
-// packed queries stay in a second-level cache, and all keys of a chunk of them for each, whose dK and dV are
-// kept.
+// Queries are taken in blocks, whose dQ and packed queries stay in a second-level cache, and all keys of a
+// chunk of them for each, whose dK and dV are kept.
 //
 // Source: T. Dao et al., "FlashAttention", arXiv 2205.14135, algorithm 4.
 #pragma once
@@ -192,10 +191,8 @@ class AttentionGradientKernels {
   // The rows of a panel of an array, with zeros for padding, which may be NaN: packed, and as they are.
   void CopyPanel(const E* x, std::int64_t stride, std::int64_t size, const Panel& panel, T* to,
                  std::int64_t to_stride, T* packed, std::int64_t depth) {
-    const std::int64_t columns = panel.vectors * V::kLanes,
-                       left = args_.query_length * args_.heads - panel.row;
-    const std::int64_t there = left < 0 ? 0 : left < panel.rows ? left : panel.rows;
-    Tiles::CopyRows(x, stride, size, args_.heads, panel.row, there, columns, rows(), depth);
+    const std::int64_t columns = panel.vectors * V::kLanes;
+    Tiles::CopyRows(x, stride, size, args_.heads, panel.row, RowsThere(panel), columns, rows(), depth);
     Product::Pack(rows(), depth, columns, depth, columns, packed);
     for (std::int64_t i = 0; i < columns; ++i) {
       const std::int64_t used = depth < to_stride ? depth : to_stride;
@@ -267,6 +264,7 @@ class AttentionGradientKernels {
       V maxima[vectors];
       alignas(64) T best[kColumns] = {};
       Tiles::template ApplyOperands<vectors>(args_, panel.row, panel.rows, s, range, cut, tile, best, maxima);
+      if (args_.bias.data != nullptr) ClearPadding<vectors>(panel, range);
     }
     TileOfKeys<vectors>(values(), panel.cotangents, layout_.value_depth, T{1}, T{0}, range, products());
     const std::int64_t end = RoundUp(range.end, Product::kRows);
@@ -317,13 +315,28 @@ class AttentionGradientKernels {
     }
   }
 
+  // The rows of a panel that are not padding.
+  std::int64_t RowsThere(const Panel& panel) const {
+    const std::int64_t left = args_.query_length * args_.heads - panel.row;
+    return left < 0 ? 0 : left < panel.rows ? left : panel.rows;
+  }
+
+  // Padding may have a bias that is not finite, which its lse would not make a weight of 0.
+  template <int vectors>
+  SOFTMAX2P_INLINE void ClearPadding(const Panel& panel, KeyRange range) {
+    constexpr std::int64_t kWidth = vectors * V::kLanes;
+    for (std::int64_t i = RowsThere(panel); i < kWidth; ++i) {
+      for (std::int64_t j = range.begin; j < range.end; ++j) weights()[j * kWidth + i] = 0;
+    }
+  }
+
   // Adds dS to the gradient of the bias, row by row.
   template <int vectors>
   SOFTMAX2P_INLINE void AddBiasGradient(const Panel& panel, std::int64_t s, KeyRange range) {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
     Product::Unpack(products(), kWidth, kKeys, kWidth, rows(), kKeys);
     const int count = static_cast<int>(range.end - range.begin);
-    for (std::int64_t i = 0; i < panel.rows; ++i) {
+    for (std::int64_t i = 0; i < RowsThere(panel); ++i) {
       const std::int64_t t = (panel.row + i) / args_.heads, g = (panel.row + i) % args_.heads;
       const T* const from = rows() + i * kKeys + range.begin;
       T* const to = args_.bias_gradient + t * args_.bias.query + g * args_.bias.head +

@@ -22,6 +22,8 @@ constexpr std::int64_t kTasks = 4;
 
 // Tasks of a gradient, where there are so few examples and heads that keys are split.
 constexpr std::int64_t kGradientTasks = 16;
+// The same where a bias is shared, for which examples and heads are split.
+constexpr std::int64_t kSharedBiasTasks = 64;
 
 // At least the caller's: XLA may have no pool, and then counts -1 helpers.
 std::int64_t ThreadsOf(const Executor& executor) { return std::max<std::int64_t>(1, executor.Helpers() + 1); }
@@ -183,11 +185,16 @@ GradientPlan PlanGradient(const AttentionGradient<E>& gradient) {
   plan.group_batch = has_bias && attention.bias.batch == 0 ? attention.batch : 1;
   plan.group_heads = has_bias && attention.bias.head == 0 ? attention.key_heads : 1;
   plan.groups = attention.batch * attention.key_heads / plan.Members();
-  const std::int64_t wanted = std::min(CeilDiv(kGradientTasks, plan.groups), CeilDiv(keys, kChunk));
+  // As many parts as threads may want, unless their biases take more memory than the gradient of the queries;
+  // then chunks of keys, each of which has a gradient of the queries.
+  const std::int64_t query_elements =
+      attention.batch * attention.key_heads * attention.first.Rows() * attention.first.size;
+  const std::int64_t affordable = 1 + query_elements / std::max<std::int64_t>(1, gradient.bias_elements);
+  plan.parts = std::min({CeilDiv(kSharedBiasTasks, plan.groups), affordable, plan.Members()});
+  const std::int64_t wanted =
+      std::min(CeilDiv(kGradientTasks, plan.groups * plan.parts), CeilDiv(keys, kChunk));
   plan.chunk = RoundUp(CeilDiv(keys, wanted), 64);
   plan.chunks = CeilDiv(keys, plan.chunk);
-  plan.parts =
-      std::clamp<std::int64_t>(CeilDiv(kGradientTasks, plan.groups * plan.chunks), 1, plan.Members());
   return plan;
 }
 
@@ -219,8 +226,9 @@ void ComputeTask(const KernelTable<E>& kernels, const AttentionGradient<E>& grad
 // Adds to the first of `count` arrays of n elements the others, in order.
 template <typename T>
 void AddParts(Executor& executor, T* first, const T* others, std::int64_t count, std::int64_t n) {
+  if (count == 1) return;
   constexpr std::int64_t kBlock = std::int64_t{1} << 14;
-  ParallelFor(executor, count > 1 ? CeilDiv(n, kBlock) : 0, [&](std::int64_t block) {
+  ParallelFor(executor, CeilDiv(n, kBlock), [&](std::int64_t block) {
     const ScopedFloatMode mode;
     const std::int64_t begin = block * kBlock, end = std::min(n, begin + kBlock);
     for (std::int64_t part = 1; part < count; ++part) {

@@ -73,7 +73,7 @@ Attention<E> ContiguousAttention(const AttentionSizes& s, const E* query, const 
 }
 
 // The arrays of the gradient beside those of `attention`, whose results are arguments here. Gradients are
-// laid out as their arrays, none of which broadcasts.
+// laid out as their arrays, of which none but the bias broadcasts.
 template <typename E>
 struct AttentionGradient {
   Attention<E> attention;
@@ -81,7 +81,7 @@ struct AttentionGradient {
   E* query_gradient;
   E* key_gradient;
   E* value_gradient;
-  // Null, or the gradient of the bias, of its shape, which has so many elements and one for every key.
+  // Null, or the gradient of the bias, in its shape, of so many elements. Its keys must not broadcast.
   ComputeOf<E>* bias_gradient = nullptr;
   std::int64_t bias_elements = 0;
 };

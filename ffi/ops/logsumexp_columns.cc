@@ -85,6 +85,7 @@ class LogSumExpPanel {
  private:
   bool HasNoLog(int c) const { return std::isnan(log_[static_cast<std::size_t>(c)]); }
   int CountWithoutLog() const {
+    // Counted, since compilers vectorise no search.
     int count = 0;
     for (int c = 0; c < logits_.panel().width(); ++c) count += HasNoLog(c);
     return count;

@@ -1,8 +1,8 @@
 """Attention by one native kernel, which stores no logits.
 
 It is a primitive, which is lowered to the composed attention where that is faster, or where there is no such
-kernel. The gradient in query, key and value is another kernel, which computes the weights again. All other
-derivatives are composed.
+kernel. The gradient in query, key, value and a bias is another kernel, which computes the weights again. All
+other derivatives are composed.
 """
 
 import math

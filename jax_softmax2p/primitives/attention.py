@@ -5,7 +5,7 @@ like scale and bias, is of the dtype that attention is computed in.
 
 The same function of other primitives, the composed one, belongs to a layer above. ``define_attention`` takes
 it: it is what the primitive is lowered to where it is not native, and what is differentiated but for the
-gradient in query, key and value.
+gradient in query, key, value and a bias.
 """
 
 from collections.abc import Callable, Sequence

@@ -82,6 +82,10 @@ def define_attention_derivatives(name: str, composed: Rule) -> AttentionDerivati
         return [None] * _BEFORE + results + [None] * (len(operands) - _BEFORE - count)
 
     def vjp_batch_rule(operands: Sequence[Array], dims: Sequence[int | None], **params: Any) -> Any:
+        if dims[3] is not None:
+            # Rarely is there a scale for each.
+            results = jax.vmap(lambda *operands: vjp(*operands, **params), in_axes=tuple(dims))(*operands)
+            return results, [0] * len(results)
         roles = roles_of(params["names"], 3, 3)
         folded, split = fold_batch(operands, dims, roles, broadcast=True)
         results = [split(x) for x in derivatives.vjp.bind(*folded, **params)]
