@@ -172,6 +172,14 @@ class ColumnPanel {
   int width_;
 };
 
+// Whether it holds for any column, from 0 on. All are counted, since compilers vectorise no search.
+template <typename Predicate>
+bool AnyColumn(int columns, const Predicate& holds) {
+  int count = 0;
+  for (int c = 0; c < columns; ++c) count += holds(c);
+  return count > 0;
+}
+
 // Blocks of rows of a panel of an array of E, which may be const: where they lie in it, or, of several
 // matrices, a copy of up to kPanelBlock rows.
 template <typename E>

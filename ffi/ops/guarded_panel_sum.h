@@ -42,10 +42,7 @@ class GuardedPanelSum {
     Sum(panel, source, kept, first ? maxima_.data() : nullptr, nullptr, in_pass_1 ? maxima_.data() : nullptr);
     if (in_pass_1) MergeMaxima(panel);
     const T* const exponent = Sums().exponent;
-    // Counted, since compilers vectorise no search.
-    int inexact = 0;
-    for (int c = 0; c < panel.Columns(); ++c) inexact += !IsExact(exponent[c]);
-    exact_ = inexact == 0;
+    exact_ = !AnyColumn(panel.Columns(), [&](int c) { return !IsExact(exponent[c]); });
     if (exact_) return;
     if (maximum == PanelMaximum::kNone) FindMaximum(panel, source);
     SumMinusMaximum(panel, source);

@@ -73,7 +73,7 @@ class LogSumExpPanel {
     kernels_.panel_lse(sum_.Sums(), sum_.maximum(), sum_.subtract(),
                        std::min(panel.layout().n, kMaxPanelRows), panel.width(), lse_.hi + row, lse_.lo + row,
                        log_.data());
-    if (CountWithoutLog() > 0) {
+    if (AnyColumn(panel.width(), [&](int c) { return HasNoLog(c); })) {
       if (HasNearlyCertain()) WriteNearlyCertain();
       for (int c = 0; c < panel.width(); ++c) {
         if (HasNoLog(c)) WriteWithoutKernel(c, row + c);
@@ -84,17 +84,9 @@ class LogSumExpPanel {
 
  private:
   bool HasNoLog(int c) const { return std::isnan(log_[static_cast<std::size_t>(c)]); }
-  int CountWithoutLog() const {
-    // Counted, since compilers vectorise no search.
-    int count = 0;
-    for (int c = 0; c < logits_.panel().width(); ++c) count += HasNoLog(c);
-    return count;
-  }
   bool HasNearlyCertain() const {
-    for (int c = 0; c < logits_.panel().width(); ++c) {
-      if (HasNoLog(c) && std::isfinite(sum_.maximum()[c])) return true;
-    }
-    return false;
+    return AnyColumn(logits_.panel().width(),
+                     [&](int c) { return HasNoLog(c) && std::isfinite(sum_.maximum()[c]); });
   }
 
   // The lse of the columns that are nearly certain, from sums without their largest elements.

@@ -117,10 +117,7 @@ class WeightsPanel {
   void Move(const T* factor) {
     factor_ = factor;
     in_.kernels.panel_scales(in_.hi(), in_.lo(), factor, width(), ScalesFrom(0));
-    // Counted, since compilers vectorise no search.
-    int others = 0;
-    for (int c = 0; c < width(); ++c) others += !HasScale(c);
-    has_others_ = others > 0;
+    has_others_ = AnyColumn(width(), [&](int c) { return !HasScale(c); });
   }
 
   // Of rows of z.
