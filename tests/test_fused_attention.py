@@ -264,6 +264,22 @@ class TestGradient:
             tolerance = max(4 * EPS[dtype], 4e-6 if dtype == np.float32 else 1e-14)
             assert_close(np.asarray(x, np.float64), y, tolerance)
 
+    def test_large_products(self):
+        """Logits of some 1e6 and 1e8, all equal."""
+        ones, v, cotangent = (
+            np.ones((1, 12, 1, 8), np.float32),
+            normal(1, 12, 1, 8),
+            normal(1, 12, 1, 8, seed=7),
+        )
+        ours = functools.partial(dot_product_attention, implementation="native", is_causal=True)
+        expected = np.cumsum((cotangent / np.arange(1, 13)[:, None, None])[:, ::-1], 1)[:, ::-1]
+        for size in (1e3, 1e4):
+            operands = np.float32(size) * ones, np.float32(size) * ones, v.astype(np.float32)
+            value_gradient = jax.grad(lambda v, q, k: (ours(q, k, v) * cotangent).sum())(
+                operands[2], *operands[:2]
+            )
+            assert_close(value_gradient, expected, 4e-6)
+
     @pytest.mark.parametrize("last", [4, 1])
     def test_bias_and_scale_and_higher_orders(self, last):
         @jax.jit
@@ -348,6 +364,20 @@ class TestGradientInBias:
             largest = np.abs(y).max()
             tolerance = max(4 * EPS[dtype], 4e-6 if dtype == np.float32 else 1e-14) * max(1.0, largest)
             np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=tolerance)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("offset", [-1e9, 1e9, -1e38, 3e4])
+    def test_large_equal_logits(self, dtype, offset):
+        """Masks by finite biases, say: weights of 1/n, though the lse is rounded to the logit."""
+        limit = float(jnp.finfo(dtype).max) / 4
+        offset = np.clip(offset, -limit, limit)
+        operands = operands_of(1, 9, 70, 2, 1, 8, dtype)
+        operands[0] = 0 * operands[0]
+        bias = np.full((1, 2, 9, 70), offset).astype(dtype)
+        bias[:, :, :3, :3] = 0
+        cotangent = normal(1, 9, 2, 8, seed=7).astype(dtype)
+        for options in ({}, {"is_causal": True}, {"sinks": np.full(2, bias[0, 0, 8, 8])}):
+            self.check(cotangent, [*operands, bias], **options)
 
     @pytest.mark.parametrize("bias_axis", [None, 0])
     def test_vmap(self, bias_axis):

@@ -52,6 +52,7 @@ ffi::Error ReadSizes(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key, con
     if (!ElementCount(x)) return Invalid("arrays must have no negative size, and no more than 2^56 elements");
   }
   sizes = {o[0], o[1], k[1], o[2], k[2], q[3], v[3]};
+  if (lse.dimensions().size() == 4 && lse.dimensions()[3] == 2) sizes.lse_parts = 2;
   const auto batched = [&](std::int64_t size) { return size == 1 || size == sizes.batch; };
   if (!batched(q[0]) || !batched(k[0]) || !batched(v[0])) return Invalid("batches must be 1 or the output's");
   if (q[1] != sizes.queries || q[2] != sizes.heads || k[3] != sizes.size || v[1] != sizes.keys ||
@@ -68,8 +69,11 @@ ffi::Error ReadSizes(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key, con
   if (scale.element_type() != compute || ElementCount(scale) != 1) {
     return Invalid("scale must be one element of the type that arrays are computed in");
   }
-  if (lse.element_type() != compute || !HasShape(lse, {sizes.batch, sizes.queries, sizes.heads, 1})) {
-    return Invalid("lse must have shape (B, T, N, 1), of the type that arrays are computed in");
+  if (lse.element_type() != compute ||
+      !HasShape(lse, {sizes.batch, sizes.queries, sizes.heads, sizes.lse_parts})) {
+    return Invalid(
+        "lse must have shape (B, T, N, 1), or (B, T, N, 2) for hi and lo, of the type that arrays are "
+        "computed in");
   }
   return ffi::Error::Success();
 }

@@ -336,21 +336,21 @@ class AttentionKernels {
       }
     }
     Product::Unpack(panel.output, columns, layout_.value_rows, columns, rows(), layout_.value_rows);
-    T lses[kColumns];
+    DoubleDouble<T> lses[kColumns];
     Tiles::LseOf(columns, state.reference, state.shift, state.sum, lses);
     for (std::int64_t i = 0; i < panel.rows; ++i) {
       const std::int64_t t = (panel.row + i) / args_.heads;
       T* const output = rows() + i * layout_.value_rows;
-      T lse = lses[i];
+      DoubleDouble<T> lse = lses[i];
       if (t >= args_.query_length) {
         for (std::int64_t h = 0; h < args_.value_size; ++h) output[h] = 0;
-        lse = static_cast<T>(kMaskedLogit);
+        lse = {static_cast<T>(kMaskedLogit), 0};
       } else if (args_.masked && !(state.best[i] > static_cast<T>(kMaskedLogit)) &&
                  state.sum[i] == state.sum[i]) {
         if (!has_mean_) Tiles::MeanOfValues(args_, mean());
         has_mean_ = true;
         for (std::int64_t h = 0; h < args_.value_size; ++h) output[h] = mean()[h];
-        lse = static_cast<T>(kMaskedLogit);
+        lse = {static_cast<T>(kMaskedLogit), 0};
       }
       Tiles::WriteRow(args_, panel.row + i, output, lse);
     }

@@ -36,6 +36,8 @@ struct AttentionArgs {
   std::int64_t value_stride;
   std::int64_t output_stride;
   std::int64_t lse_stride;
+  // From one head to the next: 1, or 2 where every lse is two numbers, its rounding hi and the rest lo.
+  std::int64_t lse_parts;
 
   std::int64_t heads;       // G
   std::int64_t queries;     // T

@@ -364,14 +364,14 @@ class FewQueriesKernels {
 
   static void Finish(const AttentionArgs<E>& args, std::int64_t r, T* state) {
     T* const output = state + kState;
-    T lse;
+    DoubleDouble<T> lse;
     Tiles::LseOf(1, state + kReference, state + kShift, state + kSum, &lse);
     if (r / args.heads >= args.query_length) {
       for (std::int64_t h = 0; h < args.value_size; ++h) output[h] = 0;
-      lse = static_cast<T>(kMaskedLogit);
+      lse = {static_cast<T>(kMaskedLogit), 0};
     } else if (args.masked && !(state[kBest] > static_cast<T>(kMaskedLogit)) && state[kSum] == state[kSum]) {
       Tiles::MeanOfValues(args, output);
-      lse = static_cast<T>(kMaskedLogit);
+      lse = {static_cast<T>(kMaskedLogit), 0};
     } else {
       for (std::int64_t h = 0; h < args.value_size; ++h) output[h] /= state[kSum];
     }

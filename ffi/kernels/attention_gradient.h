@@ -57,7 +57,7 @@ class AttentionGradientKernels {
           value_depth(RoundUp(args.value_size, kAlignRows)),
           row(RoundUp(args.size, V::kLanes)),
           value_row(RoundUp(args.value_size, V::kLanes)),
-          panel_size(kColumns * (2 * depth + value_depth + row + value_row + 2)) {
+          panel_size(kColumns * (2 * depth + value_depth + row + value_row + 3)) {
       const std::int64_t rows = kKeys > kColumns ? kKeys : kColumns;
       const std::int64_t widest = depth > value_depth ? depth : value_depth;
       const std::int64_t row_width = args.bias_gradient != nullptr && widest < kKeys ? kKeys : widest;
@@ -95,6 +95,7 @@ class AttentionGradientKernels {
     T* query_rows;
     T* cotangent_rows;
     T* lse;
+    T* lse_rest;
     T* delta;
   };
 
@@ -174,6 +175,7 @@ class AttentionGradientKernels {
     panel.query_rows = next(layout_.row);
     panel.cotangent_rows = next(layout_.value_row);
     panel.lse = next(1);
+    panel.lse_rest = next(1);
     panel.delta = next(1);
     Tiles::PrefetchRows(args_, args_.query, args_.query_stride, args_.size, row + rows, row + left);
     Tiles::PrefetchRows(args_, args_.cotangent, args_.output_stride, args_.value_size, row + rows,
@@ -207,15 +209,17 @@ class AttentionGradientKernels {
     const std::int64_t t = (panel.row + i) / args_.heads, g = (panel.row + i) % args_.heads;
     const bool there = i < panel.rows && t < args_.query_length;
     panel.lse[i] = -kMinusInfinity<V>;
+    panel.lse_rest[i] = 0;
     panel.delta[i] = 0;
     if (!there) return;
     const T* const cotangent = panel.cotangent_rows + i * layout_.value_row;
-    const T lse = args_.lse[t * args_.lse_stride + g];
-    if (args_.masked && lse == static_cast<T>(kMaskedLogit)) {
+    const T* const lse = args_.lse + t * args_.lse_stride + g * args_.lse_parts;
+    if (args_.masked && *lse == static_cast<T>(kMaskedLogit)) {
       for (std::int64_t h = 0; h < args_.value_size; ++h) mean_cotangent()[h] += cotangent[h];
       return;
     }
-    panel.lse[i] = lse;
+    panel.lse[i] = lse[0];
+    if (args_.lse_parts == 2) panel.lse_rest[i] = lse[1];
     const E* const output = args_.output + t * args_.output_stride + g * args_.value_size;
     V sum = V::Broadcast(0);
     ForVectors<V>(static_cast<int>(args_.value_size), [&](int, int h, const auto& access) {
@@ -362,12 +366,15 @@ class AttentionGradientKernels {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
     const ExtExpKernel<V, 0> exp(V::Broadcast(0));
     for (int v = 0; v < vectors; ++v) {
-      const V lse = V::Load(panel.lse + v * V::kLanes), delta = V::Load(panel.delta + v * V::kLanes);
+      const V lse = V::Load(panel.lse + v * V::kLanes), lse_rest = V::Load(panel.lse_rest + v * V::kLanes);
+      const V delta = V::Load(panel.delta + v * V::kLanes);
       for (std::int64_t j = begin; j < end; j += kUnroll) {
         T* const weights_at = weights() + j * kWidth + v * V::kLanes;
         T* const products_at = products() + j * kWidth + v * V::kLanes;
         V x[kUnroll];
-        SOFTMAX2P_UNROLL for (int k = 0; k < kUnroll; ++k) x[k] = V::Load(weights_at + k * kWidth) - lse;
+        SOFTMAX2P_UNROLL for (int k = 0; k < kUnroll; ++k) {
+          x[k] = (V::Load(weights_at + k * kWidth) - lse) - lse_rest;
+        }
         const ExtExp<V, kUnroll> e = exp(x);
         SOFTMAX2P_UNROLL for (int k = 0; k < kUnroll; ++k) {
           const V p = e.Value(k);

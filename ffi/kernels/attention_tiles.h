@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ffi/base/error_free.h"
 #include "ffi/base/inline.h"
 #include "ffi/base/layout.h"
 #include "ffi/kernels/access.h"
@@ -240,15 +241,19 @@ class AttentionTiles {
   // The lse of `count` rows. No sum is below 1 but for roundings, since it has a term that reaches the
   // reference; one of 0 belongs to a row whose logits are all -inf.
   static SOFTMAX2P_INLINE void LseOf(std::int64_t count, const T* reference, const T* shift, const T* sum,
-                                     T* lse) {
+                                     DoubleDouble<T>* lse) {
     for (std::int64_t i = 0; i < count; ++i) {
       const double total = sum[i], above = total > 1 ? total - 1 : 0;
       double lo;
-      const double log = LogOfSum<T>(above, 1, lo) + reference[i] * Format<T>::kLn2;
+      const double log = LogOfSum<T>(above, 1, lo);
+      const double scale = reference[i] * Format<T>::kLn2;
+      const double error = reference[i] * kLn2Rest - SubtractProduct(scale, reference[i], Format<T>::kLn2);
+      // One of shift and reference is 0.
+      lse[i] = AddLog(shift[i] + scale, error + lo, log);
       // NaN where the sum is no number, but for a shift of +inf.
-      const T finite = static_cast<T>(shift[i] + log) + (sum[i] - sum[i]);
-      const T value = shift[i] == -kMinusInfinity<V> ? shift[i] : finite;
-      lse[i] = sum[i] == 0 ? kMinusInfinity<V> : value;
+      const T hi = shift[i] == -kMinusInfinity<V> ? shift[i] : lse[i].hi + (sum[i] - sum[i]);
+      lse[i].hi = sum[i] == 0 ? kMinusInfinity<V> : hi;
+      lse[i].lo = lse[i].hi - lse[i].hi == 0 ? lse[i].lo : 0;
     }
   }
 
@@ -269,19 +274,33 @@ class AttentionTiles {
   }
 
   // Writes the output and the lse of a row, without its sink.
-  static void WriteRow(const AttentionArgs<E>& args, std::int64_t row, T* output, T lse) {
+  static void WriteRow(const AttentionArgs<E>& args, std::int64_t row, T* output, DoubleDouble<T> lse) {
     const std::int64_t t = row / args.heads, g = row % args.heads;
     if (args.sinks != nullptr) {
-      const double sink = args.sinks[g], above = sink - lse;
+      const double sink = args.sinks[g], above = (sink - lse.hi) - lse.lo;
       const T share = static_cast<T>(1 / (1 + std::exp(above)));
       for (std::int64_t h = 0; h < args.value_size; ++h) output[h] *= share;
-      lse = static_cast<T>((above > 0 ? sink : lse) + std::log1p(std::exp(-std::fabs(above))));
+      const double log = std::log1p(std::exp(-std::fabs(above)));
+      lse = above > 0 ? AddLog(sink, 0, log) : AddLog(lse.hi, lse.lo, log);
     }
     WriteElements(output, args.value_size, args.output + t * args.output_stride + g * args.value_size);
-    args.lse[t * args.lse_stride + g] = lse;
+    T* const to = args.lse + t * args.lse_stride + g * args.lse_parts;
+    to[0] = lse.hi;
+    if (args.lse_parts == 2) to[1] = lse.lo;
   }
 
  private:
+  static constexpr double kLn2Rest = 0x1.abc9e3b39803fp-56;  // ln 2 - Format<T>::kLn2
+
+  // hi + lo + log, lo 0 where that is not finite.
+  static SOFTMAX2P_INLINE DoubleDouble<T> AddLog(double hi, double lo, double log) {
+    double error;
+    const double sum = TwoSum<double>(hi, log, error), rest = error + lo;
+    const T rounded = static_cast<T>(sum + rest);
+    const T left = static_cast<T>((sum - static_cast<double>(rounded)) + rest);
+    return {rounded, left - left == 0 ? left : 0};
+  }
+
   // Copies n elements and appends zeros up to `padded`. Returns 0, or NaN in a lane with an element that is
   // not finite.
   static SOFTMAX2P_INLINE V CopyRow(const E* from, std::int64_t n, T* to, std::int64_t padded) {

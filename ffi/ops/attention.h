@@ -27,9 +27,11 @@ struct Attention {
   const std::int32_t* key_lengths = nullptr;
 };
 
-// Query (B, T, N, H), key (B, S, K, H), value (B, S, K, H'), output (B, T, N, H') and lse (B, T, N).
+// Query (B, T, N, H), key (B, S, K, H), value (B, S, K, H'), output (B, T, N, H') and lse (B, T, N, parts),
+// with `parts` as in AttentionArgs.
 struct AttentionSizes {
   std::int64_t batch, queries, keys, heads, key_heads, size, value_size;
+  std::int64_t lse_parts = 1;
 };
 
 // Attention of such arrays, without operands. A negative limit of the band is none.
@@ -54,7 +56,8 @@ Attention<E> ContiguousAttention(const AttentionSizes& s, const E* query, const 
   first.key_stride = s.key_heads * s.size;
   first.value_stride = s.key_heads * s.value_size;
   first.output_stride = s.heads * s.value_size;
-  first.lse_stride = s.heads;
+  first.lse_stride = s.heads * s.lse_parts;
+  first.lse_parts = s.lse_parts;
   first.heads = group;
   first.queries = s.queries;
   first.keys = s.keys;
@@ -68,7 +71,7 @@ Attention<E> ContiguousAttention(const AttentionSizes& s, const E* query, const 
   attention.key = {s.keys * first.key_stride, s.size};
   attention.value = {s.keys * first.value_stride, s.value_size};
   attention.output = {s.queries * first.output_stride, group * s.value_size};
-  attention.lse = {s.queries * s.heads, group};
+  attention.lse = {s.queries * first.lse_stride, group * s.lse_parts};
   return attention;
 }
 

@@ -70,7 +70,8 @@ def fused_attention(arrays: dict[str, Array], band: Band | None, options: Option
         return_lse=options.return_lse,
         implementation=options.implementation,
     )
-    return Result(output, jax.lax.stop_gradient(lse).astype(query.dtype) if options.return_lse else None)
+    hi = jax.lax.stop_gradient(lse)[..., :1]
+    return Result(output, hi.astype(query.dtype) if options.return_lse else None)
 
 
 def _composed(
@@ -96,8 +97,8 @@ def _composed(
     dtype = compute_dtype(query.dtype)
     output, lse = composed_attention(arrays, band, options)
     if lse is None:
-        lse = jnp.zeros((*output.shape[:-1], 1), dtype)
-    return output, lse.astype(dtype)
+        return output, jnp.zeros((*output.shape[:-1], 2), dtype)
+    return output, jnp.pad(lse.astype(dtype), [(0, 0)] * 3 + [(0, 1)])
 
 
 def _stores_weights(

@@ -1,7 +1,8 @@
 """Fused attention: the primitive of one native kernel that stores no logits.
 
 Its operands are those that ``attention_lowering`` describes. Its results are the output and the lse, which,
-like scale and bias, is of the dtype that attention is computed in.
+like scale and bias, is of the dtype that attention is computed in, as hi, its rounding, and lo: the gradient
+computes weights as e^(logit - lse), which a rounding by log n, as of an lse of 1e9, would multiply by n.
 
 The same function of other primitives, the composed one, belongs to a layer above. ``define_attention`` takes
 it: it is what the primitive is lowered to where it is not native, and what is differentiated but for the
@@ -46,11 +47,11 @@ def attention_abstract_eval(
     names: tuple[str, ...],
     **_: Any,
 ) -> tuple[ShapedArray, ShapedArray]:
-    """The output (B, T, N, H') and the lse (B, T, N, 1)."""
+    """The output (B, T, N, H') and the lse (B, T, N, 2)."""
     batch = batch_of((query, key, value, *others), roles_of(names, 3, 0))
     shape = batch, *query.shape[1:3]
     output = query.update(shape=(*shape, value.shape[3]), weak_type=False)
-    return output, output.update(shape=(*shape, 1), dtype=compute_dtype(query.dtype))
+    return output, output.update(shape=(*shape, 2), dtype=compute_dtype(query.dtype))
 
 
 def attention_batch_rule(

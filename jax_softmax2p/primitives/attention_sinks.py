@@ -29,6 +29,7 @@ def apply_sinks(output: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
 
 
 def sinks_cotangent(sinks: Array, output: Array, lse: Array, cotangent: Array) -> Array:
-    """That of sinks, (B, 1, N, 1), from the results of :func:`apply_sinks` and the output's cotangent."""
+    """That of sinks, (B, 1, N, 1), from the results of the primitive and the output's cotangent."""
     products = cotangent.astype(lse.dtype) * output.astype(lse.dtype)
-    return -jnp.sum(jnp.exp(sinks - lse) * jnp.sum(products, -1, keepdims=True), 1, keepdims=True)
+    weights = jnp.exp((sinks - lse[..., :1]) - lse[..., 1:])
+    return -jnp.sum(weights * jnp.sum(products, -1, keepdims=True), 1, keepdims=True)

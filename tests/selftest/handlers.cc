@@ -117,7 +117,7 @@ class Tests {
   // Attention of few queries and of many, and its gradient, give the same bits on every pool.
   void CheckAttention() {
     for (const ElementType& type : kTypes) {
-      for (const std::int64_t queries : {2, 130}) {
+      for (const std::int64_t queries : {3, 130, 131}) {
         for (const bool gradient : {false, true}) {
           std::string expected, results;
           for (const auto& pool : pools_) {

@@ -212,12 +212,13 @@ inline FakeCall Make(const Request& request) {
 }
 
 // A call of attention, or of its gradient, of two examples with four heads of queries and two of keys,
-// causal, with a bias, a mask, a soft cap, and sinks where they are taken.
+// causal, with a bias, a mask, a soft cap, and sinks where they are taken. An lse has one part or two.
 inline FakeCall MakeAttention(bool gradient, const ElementType& type, std::int64_t queries,
                               std::int64_t keys) {
   constexpr std::int64_t kBatch = 2, kHeads = 4, kKeyHeads = 2, kSize = 24;
   const Dims query = {kBatch, queries, kHeads, kSize}, key = {kBatch, keys, kKeyHeads, kSize};
-  const Dims lse = {kBatch, queries, kHeads, 1}, bias = {1, kHeads, 1, keys};
+  const std::int64_t lse_parts = 1 + queries % 2;
+  const Dims lse = {kBatch, queries, kHeads, lse_parts}, bias = {1, kHeads, 1, keys};
   FakeCall call;
   call.handler = gradient ? jax_softmax2p_attention_vjp_v1 : jax_softmax2p_attention_v1;
   for (const Dims& dims : {query, key, key}) call.arguments.push_back(Input(type.type, dims));
