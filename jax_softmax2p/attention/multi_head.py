@@ -95,10 +95,13 @@ def _explicit_specs(arrays: dict[str, Array]) -> dict[str, PartitionSpec] | None
     if not any(sharding.spec):
         return None
     batch, _, heads, _ = sharding.spec
-    if arrays["key"].shape[2] % num_shards(sharding.mesh, heads):
+    key_heads = arrays["key"].shape[2]
+    divided = arrays["query"].shape[2] if key_heads == 1 else key_heads
+    if divided % num_shards(sharding.mesh, heads):
         heads = None
-    by_heads = PartitionSpec(batch, None, heads, None)
-    specs = {"query": by_heads, "key": by_heads, "value": by_heads, "scale": PartitionSpec()}
+    of_keys = PartitionSpec(batch, None, None if key_heads == 1 else heads, None)
+    specs = {"query": PartitionSpec(batch, None, heads, None), "scale": PartitionSpec()}
+    specs |= {"key": of_keys, "value": of_keys}
     if "sinks" in arrays:
         specs["sinks"] = PartitionSpec(None, None, heads, None)
     for name, x in arrays.items():

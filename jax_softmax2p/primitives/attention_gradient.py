@@ -172,29 +172,6 @@ class _VjpLowering(AttentionLowering):
         """As for the arrays."""
         return (ARRAY,) * 3 + tuple(LOGITS if name == "bias" else ARRAY for name in params["linear"])
 
-    def lower_sharded(
-        self, primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
-    ) -> Sequence[Any]:
-        """By batch and heads. A bias that they share is broadcast first: then XLA adds up its gradients."""
-        lower = super().lower_sharded
-        if "bias" not in params["linear"]:
-            return lower(primitive, ctx, *operands, **params)
-        place = _BEFORE + 1 + params["names"].index("bias")
-        avals: Any = ctx.avals_in
-        bias, query = avals[place], avals[0]
-        whole = query.shape[0], query.shape[2], *bias.shape[2:]
-        if bias.shape == whole:
-            return lower(primitive, ctx, *operands, **params)
-
-        def with_whole_bias(*operands: Array) -> list[Array]:
-            repeated = jnp.broadcast_to(operands[place], whole)
-            results = primitive.bind(*operands[:place], repeated, *operands[place + 1 :], **params)
-            shared = [axis for axis in (0, 1) if bias.shape[axis] != whole[axis]]
-            results[3] = jnp.sum(results[3], shared, keepdims=True)
-            return results
-
-        return mlir.lower_fun(with_whole_bias, multiple_results=True)(ctx, *operands)
-
 
 def _vjp_abstract_eval(*avals: ShapedArray, **params: Any) -> list[ShapedArray]:
     arrays = *avals[:3], *(avals[i] for i in _places(params, _BEFORE + 1))

@@ -1,4 +1,7 @@
-"""How XLA shards attention among devices: by batch and heads, without communication."""
+"""How XLA shards attention among devices: by batch and heads.
+
+Only gradients of what examples or heads on several devices share are added up; nothing else communicates.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +18,7 @@ from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_softmax2p import jax_compat
+from jax_softmax2p.primitives.collectives import as_axis_names
 from jax_softmax2p.primitives.partitioning import Partition, num_shards
 
 Shape = tuple[int, ...]
@@ -43,8 +47,7 @@ def lower(
     """
 
     def shardings(mesh: Mesh, arguments: Sequence[Any], arrays: Sequence[Any], of: Sequence[Role]) -> Any:
-        batch, heads = _entries(mesh, arguments)
-        entries = {"batch": batch, "heads": heads, None: None}
+        entries = _entries(mesh, arguments)
 
         def sharding(array: Any, axes: Role) -> Sharding:
             if mesh.empty:
@@ -57,11 +60,19 @@ def lower(
         return jax.tree.unflatten(jax.tree.structure(arrays), chosen)
 
     def partition(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Partition:
-        local = lambda *operands: primitive.bind(*operands, **params)
-        if mesh.empty and _fits(arguments, roles):
+        if mesh.empty and _fits(arguments, roles, results, result_roles):
             # In a region that is manual along some axes of the mesh only, nothing has a name.
             found = jax.tree.map(lambda array: array.sharding, (results, tuple(arguments)))
-            return mesh, local, *found
+            return mesh, lambda *operands: primitive.bind(*operands, **params), *found
+        entries = _entries(mesh, arguments)
+
+        def local(*operands: jax.Array) -> list[jax.Array]:
+            parts = primitive.bind(*operands, **params)
+            return [
+                _sum_of_shards(part, whole.shape, axes, entries)
+                for part, whole, axes in zip(parts, results, result_roles, strict=True)
+            ]
+
         results_shardings = shardings(mesh, arguments, results, result_roles)
         return mesh, local, results_shardings, shardings(mesh, arguments, tuple(arguments), roles)
 
@@ -70,24 +81,41 @@ def lower(
 
     def rule(mesh: Mesh, operand_types: Sequence[Any], result_types: Sequence[Any]) -> SdyShardingRule:
         operand_shapes = [tuple(t.shape) for t in operand_types]
-        return _sharding_rule(operand_shapes, [tuple(t.shape) for t in result_types], roles, result_roles)
+        result_shapes = [tuple(t.shape) for t in result_types]
+        return _sharding_rule(mesh, operand_shapes, result_shapes, roles, result_roles)
 
     call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
     call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
 
 
-def _entries(mesh: Mesh, arguments: Sequence[Any]) -> tuple[Any, Any]:
-    """The entries of the PartitionSpecs for batch and heads, by query's sharding."""
+def _entries(mesh: Mesh, arguments: Sequence[Any]) -> dict[str | None, Any]:
+    """The entries of the PartitionSpecs for batch and heads, by query's sharding.
+
+    Where all heads of queries share one of keys, that is on every device.
+    """
     query, key, value = arguments[:3]
     spec = [*getattr(query.sharding, "spec", ()), None, None, None, None]
     batch, heads = spec[0], spec[2]
     if max(x.shape[0] for x in (query, key, value)) % num_shards(mesh, batch):
         batch = None
-    return batch, None if key.shape[2] % num_shards(mesh, heads) else heads
+    divided = query.shape[2] if key.shape[2] == 1 else key.shape[2]
+    if divided % num_shards(mesh, heads):
+        heads = None
+    return {"batch": batch, "heads": heads, None: None}
 
 
-def _fits(arguments: Sequence[Any], roles: Sequence[Role]) -> bool:
+def _sum_of_shards(part: jax.Array, whole: Shape, axes: Role, entries: dict[str | None, Any]) -> jax.Array:
+    """A result of the whole shape, of which every device has its part: the gradient of what they share."""
+    shared = [axis for size, axis in zip(whole, axes, strict=True) if size == 1]
+    names = tuple(name for axis in shared for name in as_axis_names(entries[axis]))
+    summed: jax.Array = jax.lax.psum(part, names) if names else part
+    return summed
+
+
+def _fits(
+    arguments: Sequence[Any], roles: Sequence[Role], results: Sequence[Any], result_roles: Sequence[Role]
+) -> bool:
     """Whether the shardings that XLA has chosen need no communication."""
     counts: dict[str, int] = {}
     for array, axes in zip(arguments, roles, strict=True):
@@ -98,28 +126,41 @@ def _fits(arguments: Sequence[Any], roles: Sequence[Role]) -> bool:
                 axis is not None and whole != 1 and counts.setdefault(axis, count) != count
             ):
                 return False
-    return True
+    shared = [
+        axis
+        for result, axes in zip(results, result_roles, strict=True)
+        for size, axis in zip(result.shape, axes, strict=True)
+        if size == 1
+    ]
+    return all(axis is None or counts.get(axis, 1) == 1 for axis in shared)
 
 
 def _sharding_rule(
+    mesh: Mesh,
     operands: Sequence[Shape],
     results: Sequence[Shape],
     roles: Sequence[Role],
     result_roles: Sequence[Role],
 ) -> SdyShardingRule:
-    """Batch and heads have names, heads of queries those of keys and of the groups; all else has its own."""
+    """Batch and heads have names, heads of queries those of keys and of the groups; all else has its own.
+
+    Heads of queries and of keys have names by themselves where an axis of the mesh does not divide those of
+    keys: otherwise XLA would give keys a part of that axis, which no PartitionSpec can name.
+    """
     heads, key_heads = operands[0][2], operands[1][2]
+    grouped = heads != key_heads
+    divides = key_heads > 1 and not any(key_heads % size for size in mesh.shape.values())
     own = iter(range(1000))
     factors: dict[str, Any] = {}
 
     def factor(size: int, axis: str | None) -> str | CompoundFactor:
         if axis == "batch" and size == results[0][0]:
             return "batch"
-        if axis == "heads" and size == heads and heads != key_heads:
+        if axis == "heads" and size == heads and grouped and divides:
             factors["groups"] = heads // key_heads
             return CompoundFactor("heads", "groups")
-        if axis == "heads" and size == key_heads:
-            return "heads"
+        if axis == "heads" and size in (heads, key_heads):
+            return "key_heads" if size == key_heads and grouped and not divides else "heads"
         return f"own{next(own)}"
 
     mappings = [

@@ -195,6 +195,42 @@ def test_attention_with_sinks(implementation, axis_type):
     close(y, expected[0])
 
 
+SHARED_KEYS = {
+    "one head of keys": (4, 1, ("data", None, "model"), {"all-reduce"}),
+    "one head of keys, sharded batch": (4, 1, ("data",), set()),
+    "one head of keys, not sharded": (4, 1, (), set()),
+    # Nothing can be done but to gather the heads.
+    "more shards than heads of keys": (8, 2, (None, None, "data"), None),
+    "more shards than heads of keys, sharded batch": (8, 2, ("model", None, "data"), None),
+}
+"""Heads of queries and of keys, the sharding of queries, and the collectives of the gradient."""
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", SHARED_KEYS)
+def test_attention_whose_heads_share_keys(name, axis_type):
+    heads, key_heads, spec, expected_kinds = SHARED_KEYS[name]
+    q, k, v = normal(8, 32, heads, 8), *(normal(8, 32, key_heads, 8, seed=i) for i in (1, 2))
+    bias, cotangent = normal(1, heads, 32, 32, seed=4), normal(*q.shape, seed=3)
+    attend = lambda q, k, v, bias: s2p.dot_product_attention(q, k, v, bias, implementation="native")
+    wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v, bias, cotangent)]
+    expected = jax.jit(value_and_vjp(jax.nn.dot_product_attention))(*wide)
+    mesh = devices.make_mesh(axis_type)
+    of_keys = spec[:1]
+    with jax.set_mesh(mesh):
+        placed = [place(q, mesh, *spec), place(k, mesh, *of_keys), place(v, mesh, *of_keys)]
+        placed.append(place(bias, mesh))
+        y, _ = run(attend, *placed)
+        placed.append(jax.device_put(cotangent, y.sharding))
+        without_bias = lambda q, k, v, bias, cotangent: value_and_vjp(lambda q, k, v: attend(q, k, v, bias))(
+            q, k, v, cotangent
+        )
+        actual, _ = run(value_and_vjp(attend), *placed)
+        _, found = run(without_bias, *placed)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
+    assert expected_kinds is None or set(kinds(found)) == expected_kinds
+
+
 @pytest.mark.parametrize("heads", [4, 1])
 def test_attention_with_a_learned_bias(heads):
     """The batch shares it: only the sums of its gradient communicate."""
