@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
@@ -41,6 +42,7 @@ class Logits:
       implementation: as users passed it.
       axes: those over which to normalise, negative and ascending, of x as it was passed.
       shape: of x as it was passed.
+      partition: how x as it was passed is sharded, where that is explicit.
       dtype: of results.
       axis_name: the mesh axes over which the axis is sharded, if it is.
       row_biases: what is to be added to the lse of the operands, in its dtype: arrays of the merged x's rank
@@ -53,6 +55,7 @@ class Logits:
     implementation: Implementation | None
     axes: tuple[int, ...]
     shape: tuple[int, ...]
+    partition: PartitionSpec
     dtype: np.dtype
     axis_name: tuple[str, ...] | None = None
     row_biases: tuple[Array, ...] = ()
@@ -75,6 +78,8 @@ class Logits:
         if len(self.axes) != 1:
             moved = y.reshape(*y.shape[:-1], *(self.shape[a] for a in self.axes))
             y = jnp.moveaxis(moved, range(-len(self.axes), 0), self.axes)
+            if jax.typeof(y).sharding.spec != self.partition:
+                y = jax.sharding.reshard(y, self.partition)
         return y.astype(self.dtype)
 
     def restore_reduced(self, y: Array, keepdims: bool) -> Array:
@@ -170,6 +175,7 @@ def as_logits(
         implementation=chosen,
         axes=axes,
         shape=x.shape,
+        partition=jax.typeof(x).sharding.spec,
         dtype=dtype,
         axis_name=axis_name,
         row_biases=tuple(row_biases),
@@ -181,7 +187,8 @@ def as_array(x: jax.typing.ArrayLike, name: str) -> Array:
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}") from error
+        of_dtype = f" of dtype {x.dtype}" if hasattr(x, "dtype") else ""
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}{of_dtype}") from error
 
 
 def as_floating_array(x: jax.typing.ArrayLike, name: str) -> Array:
@@ -376,10 +383,21 @@ def _is_narrower_than_16_bits(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
 
+def unsharded_along(x: Array, axes: Sequence[int]) -> Array:
+    """The array, whole along the axes: JAX reshapes no axes that are sharded explicitly."""
+    spec = list(jax.typeof(x).sharding.spec)
+    if all(spec[a] is None for a in axes):
+        return x
+    for a in axes:
+        spec[a] = None
+    whole: Array = jax.sharding.reshard(x, PartitionSpec(*spec))
+    return whole
+
+
 def _merge_axes(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
     """The array with the axes merged into one, and that axis, which is negative."""
     if len(axes) == 1:
         return x, axes[0]
-    moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    moved = jnp.moveaxis(unsharded_along(x, axes), axes, range(-len(axes), 0))
     batch = moved.shape[: x.ndim - len(axes)]
     return moved.reshape(*batch, math.prod(x.shape[a] for a in axes)), -1

@@ -16,6 +16,7 @@ from jax_softmax2p.arguments import (
     as_labels,
     as_logits,
     canonical_axes,
+    unsharded_along,
 )
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.logits import logit_at_label
@@ -248,7 +249,7 @@ def _check_labels_broadcast(shape: tuple[int, ...], labels_shape: tuple[int, ...
 def _flattened(x: Array, axes: tuple[int, ...]) -> Array:
     """The axes at the end, in their order, as one."""
     canonical_axes(axes, x.ndim)
-    moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    moved = jnp.moveaxis(unsharded_along(x, axes), axes, range(-len(axes), 0))
     return moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
 
 

@@ -34,7 +34,17 @@ class SumExp(NamedTuple):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...] = (), dtype: jax.typing.DTypeLike = jnp.float32) -> "SumExp":
-        """The sum of nothing, which changes nothing that it is combined with."""
+        """The sum of nothing, which changes nothing that it is combined with.
+
+        Args:
+          shape: of the sums.
+          dtype: float32, or float64 where that is enabled.
+
+        Raises:
+          TypeError: the dtype is another.
+        """
+        if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
+            raise TypeError(f"dtype must be float32 or float64, got {jnp.dtype(dtype)}")
         return cls(jnp.zeros(shape, dtype), jnp.full(shape, jnp.finfo(dtype).min, dtype))
 
     def combine(self, other: "SumExp") -> "SumExp":

@@ -185,6 +185,11 @@ class TestValues:
         actual = dot_product_attention(*operands, is_causal=True, query_block_size=block)
         assert_close(actual, formula(*operands, is_causal=True))
 
+    def test_window_beyond_64_bits(self):
+        q = normal(1, 5, 1, 8)
+        y = jax.jit(lambda q: dot_product_attention(q, q, q, local_window_size=(2**63, 2**70)))(q)
+        assert_close(y, dot_product_attention(q, q, q))
+
     @pytest.mark.long
     @pytest.mark.parametrize(("t", "s"), [(9, 4), (4, 9), (5, 1)])
     @pytest.mark.parametrize("options", [{"is_causal": True}, {"local_window_size": (1, 1)}])

@@ -138,6 +138,26 @@ def test_labels_out_of_range_and_masked_tokens():
     np.testing.assert_allclose(w_bar, np.array([0.6] * 4 + [-0.4])[None].repeat(2, 0), atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_masked_tokens_spoil_no_gradient(value):
+    """Neither by what they hold nor by their scale; that of a scale which all tokens share among them."""
+    x, where = jnp.ones((3, 2)), jnp.array([True, False, True])
+    spoilt, scales = x.at[1].set(value), jnp.ones((3, 1)).at[1].set(value)
+    w, labels = jnp.arange(10.0).reshape(2, 5), jnp.array([1, 2, 3])
+    masked = {
+        "loss": lambda x, scale: s2p.linear_softmax_cross_entropy(x, w, labels, where=where, scale=scale),
+        "lse": lambda x, scale: jnp.where(
+            where, s2p.logsumexp_of_products(x, w.T, where=where, scale=scale), 0
+        ),
+    }
+    for f in masked.values():
+        gradient = jax.grad(lambda *operands, f=f: f(*operands).sum(), (0, 1))
+        expected_x, expected_scale = gradient(x, 2.0)
+        np.testing.assert_allclose(gradient(spoilt, 2.0)[1], expected_scale, rtol=1e-6)
+        np.testing.assert_array_equal(gradient(spoilt, 2.0)[0], expected_x)
+        np.testing.assert_array_equal(gradient(x, scales)[0], gradient(x, jnp.ones((3, 1)))[0])
+
+
 def losses_of(arrays):
     inputs, weights, _, labels, _ = (jnp.asarray(a, None) for a in arrays)
     ours = functools.partial(s2p.linear_softmax_cross_entropy, token_block_size=4)
@@ -240,6 +260,9 @@ def test_sizes_of_zero_and_leading_dimensions():
         ({"scale": jnp.ones(3)}, ValueError, "scale must"),
         ({"soft_cap": 0.0}, ValueError, "soft_cap"),
         ({"label_smoothing": 2.0}, ValueError, "label_smoothing"),
+        ({"label_smoothing": jnp.ones(3)}, ValueError, "label_smoothing must be a finite number"),
+        ({"z_loss": "0.1"}, ValueError, "z_loss must be a finite number"),
+        ({"token_block_size": 2.5}, ValueError, "token_block_size must be a positive integer"),
         ({"class_axis": 2}, ValueError, "class_axis"),
         ({"token_block_size": 0}, ValueError, "token_block_size"),
         ({"axis_name": "nowhere"}, ValueError, "axis_name"),
@@ -250,6 +273,16 @@ def test_errors_name_the_argument(changes, error, message):
     arguments = {"inputs": jnp.ones((3, 2)), "weights": jnp.ones((2, 5)), "labels": jnp.zeros(3, int)}
     with pytest.raises(error, match=message):
         s2p.linear_softmax_cross_entropy(**(arguments | changes))
+
+
+def test_numbers_of_any_kind():
+    operands = jnp.ones((3, 2)), jnp.ones((2, 5)), jnp.zeros(3, int)
+    expected = s2p.linear_softmax_cross_entropy(*operands, label_smoothing=0.5, z_loss=0.25)
+    for number in (np.float32, jnp.float32, np.array):
+        options = {"label_smoothing": number(0.5), "z_loss": number(0.25)}
+        np.testing.assert_array_equal(s2p.linear_softmax_cross_entropy(*operands, **options), expected)
+    with pytest.raises(ValueError, match="z_loss must be a finite number that is known outside of jit"):
+        jax.jit(lambda z: s2p.linear_softmax_cross_entropy(*operands, z_loss=z))(0.5)
 
 
 def test_recipes_of_the_docs():

@@ -90,6 +90,11 @@ class TestSumExp:
             for combined in (empty.combine(total), total.combine(empty)):
                 np.testing.assert_array_equal(combined.log(), total.log())
 
+    def test_empty_of_another_dtype(self, dtype):
+        for other in (jnp.bfloat16, np.float16, np.int32):
+            with pytest.raises(TypeError, match=f"dtype must be float32 or float64, got {np.dtype(other)}"):
+                SumExp.empty((2,), other)
+
     def test_reduce_of_empty(self, dtype):
         np.testing.assert_array_equal(SumExp.empty((2, 0), dtype).reduce(1).log(), [-INF, -INF])
         assert SumExp.empty((2, 0), dtype).reduce().log() == -INF

@@ -19,6 +19,7 @@ from jax_softmax2p.arguments import Axis, canonical_axes
 from jax_softmax2p.attention import dot_product_attention
 from jax_softmax2p.integrations.flax_hook import flax_attention, flax_attention_weights
 from jax_softmax2p.integrations.patched_calls import count
+from jax_softmax2p.reference import compute_dtype
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
@@ -127,12 +128,12 @@ def _logmeanexp(
 ) -> Array:
     """jax.nn.logmeanexp: the lse minus the logarithm of how many elements take part."""
     lse = ops.logsumexp(x, axis, keepdims=keepdims, where=where)
-    shape = jnp.shape(x)
+    shape, dtype = jnp.shape(x), compute_dtype(lse.dtype)  # The count may exceed 16 bits.
     if where is None:
-        count = jnp.asarray(math.prod(shape[a] for a in canonical_axes(axis, len(shape))), lse.dtype)
+        count = jnp.asarray(math.prod(shape[a] for a in canonical_axes(axis, len(shape))), dtype)
     else:
-        count = jnp.sum(jnp.broadcast_to(where, shape), axis, keepdims=keepdims, dtype=lse.dtype)
-    return lse - jnp.log(count)
+        count = jnp.sum(jnp.broadcast_to(where, shape), axis, keepdims=keepdims, dtype=dtype)
+    return (lse.astype(dtype) - jnp.log(count)).astype(lse.dtype)
 
 
 def _scipy_softmax(x: ArrayLike, /, *, axis: Axis = None) -> Array:

@@ -1,10 +1,13 @@
 """linear_softmax_cross_entropy and logsumexp_of_products as users call them."""
 
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
@@ -113,6 +116,7 @@ def linear_softmax_cross_entropy(
     labels = as_labels(labels)
     spec = _as_spec(inputs, weights, class_axis, axis_name, implementation, token_block_size, recompute)
     soft_cap = as_soft_cap(soft_cap, "soft_cap")
+    label_smoothing, z_loss = _as_number(label_smoothing, "label_smoothing"), _as_number(z_loss, "z_loss")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     spec = spec._replace(soft_cap=soft_cap, label_smoothing=label_smoothing, z_loss=z_loss)
@@ -200,8 +204,10 @@ def _as_spec(
             f"{names[1]} must be {expected} for {names[0]} of (..., D), "
             f"got {weights.shape} for {inputs.shape}"
         )
-    if token_block_size is not None and token_block_size < 1:
-        raise ValueError(f"token_block_size must be positive, got {token_block_size}")
+    if token_block_size is not None and not (
+        isinstance(token_block_size, int | np.integer) and token_block_size >= 1
+    ):
+        raise ValueError(f"token_block_size must be a positive integer, got {token_block_size}")
     implementation = as_implementation(implementation)
     check_native_support(implementation, jnp.result_type(inputs, weights))
     axis_names = () if axis_name is None else as_axis_name(axis_name)
@@ -213,6 +219,18 @@ def _as_spec(
         token_block_size=token_block_size,
         recompute=recompute,
     )
+
+
+def _as_number(value: Any, name: str) -> float:
+    """A finite number that is known when the function is traced; a ValueError names the argument."""
+    is_number = isinstance(value, int | float | np.number) or (
+        isinstance(value, jax.Array | np.ndarray)
+        and not isinstance(value, jax.core.Tracer)
+        and value.ndim == 0
+    )
+    if not (is_number and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number that is known outside of jit, got {value}")
+    return float(value)
 
 
 def _loss_of_tokens(
@@ -234,21 +252,21 @@ def _loss_of_tokens(
         bias = as_floating_array(bias, "bias")
         if bias.shape != (spec.num_classes(weights),):
             raise ValueError(f"bias must have the shape {(spec.num_classes(weights),)}, got {bias.shape}")
-    if scale is not None:
-        inputs = _scaled(inputs, scale)
     mask = None if where is None else _as_mask(where, tuple(shape))
     if mask is not None:
         inputs = jnp.where(mask[..., None], inputs, 0)
         if labels.size:  # A class, so that no NaN arises.
             labels = jnp.where(mask, labels, 0)
+    if scale is not None:
+        inputs = _scaled(inputs, scale, mask)
     x = inputs.reshape(-1, d)
     loss = _loss(spec, x, weights, bias, labels.reshape(-1), None if mask is None else mask.reshape(-1))
     loss = loss.reshape(shape).astype(dtype)
     return loss if mask is None else jnp.where(mask, loss, masked_loss)
 
 
-def _scaled(inputs: Array, scale: jax.typing.ArrayLike) -> Array:
-    """Scale times inputs, rounded once to the inputs' dtype."""
+def _scaled(inputs: Array, scale: jax.typing.ArrayLike, mask: Array | None) -> Array:
+    """Scale times inputs, rounded once to the inputs' dtype; scales of masked tokens do not count."""
     scale = as_array(scale, "scale")
     rows = (*inputs.shape[:-1], 1)
     try:
@@ -257,6 +275,8 @@ def _scaled(inputs: Array, scale: jax.typing.ArrayLike) -> Array:
         is_of_rows = False
     if not is_of_rows or not jnp.issubdtype(jnp.promote_types(scale.dtype, inputs.dtype), jnp.floating):
         raise ValueError(f"scale must be real and broadcast to {rows}, got {scale.dtype}{scale.shape}")
+    if mask is not None and scale.size != 1:
+        scale = jnp.where(mask[..., None], scale, 1)
     wide = compute_dtype(inputs.dtype)
     return (inputs.astype(wide) * scale.astype(wide)).astype(inputs.dtype)
 

@@ -40,6 +40,9 @@ The time of the composed function by that of the kernel, and jax.nn's by it, for
 Outside of loops (1, 8, 2, 16) 2.3 and 2.1, (1, 1, 2, 16) with 16 keys 1.8 and 4.2.
 """
 
+_NO_LIMIT = 2**62
+"""No array has so many keys."""
+
 ARRAY: Role = ("batch", None, "heads", None)
 LOGITS: Role = ("batch", "heads", None, None)
 _LENGTHS: Role = ("batch",)
@@ -140,7 +143,7 @@ class AttentionLowering(KernelLowering):
     def ffi_attributes(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Which operands there are, the band, and the soft cap; a limit of -1 is none, as is a cap of 0."""
         band: Band = params["band"] or Band(None, None)
-        limit = lambda x: np.int64(-1 if x is None else x)
+        limit = lambda x: np.int64(-1 if x is None else min(x, _NO_LIMIT))
         operands = sum(1 << OPERAND_NAMES.index(name) for name in params["names"])
         return {
             "operands": np.int64(operands),

@@ -159,6 +159,8 @@ def define_primitive(
         ad.primitive_transposes[primitive] = transpose_rule
     if "implementation" in params:
         nested_computations.add_primitive(primitive)
+    # Those without a kernel of their own are lowered to others, which ask for devices.
+    jax_compat.require_devices_during_lowering(primitive)
     if isinstance(lowering, KernelLowering):
         interpreters.define_interpreter_rules(primitive, lowering.reference)
         _register_native_lowering(primitive, lowering)
@@ -226,6 +228,5 @@ def _register_native_lowering(primitive: Primitive, lowering: KernelLowering) ->
     def lower_elsewhere(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Sequence[Any]:
         return lower(ctx, *operands, on_cpu=False, **params)
 
-    jax_compat.require_devices_during_lowering(primitive)
     mlir.register_lowering(primitive, lower_elsewhere)
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")

@@ -283,6 +283,9 @@ class TestReach:
         with pytest.raises(TypeError):
             function(x=X)
 
+    def test_logmeanexp_of_more_elements_than_float16_counts(self, patched):
+        np.testing.assert_allclose(jax.nn.logmeanexp(jnp.zeros(70000, jnp.float16)), 0, atol=1e-2)
+
     @pytest.mark.long
     @pytest.mark.parametrize(
         "options",

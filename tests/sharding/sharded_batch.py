@@ -119,6 +119,36 @@ def test_partly_manual_mesh():
         equal(y, s2p.softmax(X))
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(s2p.softmax, jax.nn.softmax), (s2p.log_softmax, jax.nn.log_softmax), (s2p.logsumexp, jax.nn.logsumexp)],
+    ids=["softmax", "log_softmax", "logsumexp"],
+)
+@pytest.mark.parametrize(
+    "spec", [("data", "model", None), (None, ("data", "model"), None), ("data", None, None)]
+)
+def test_several_axes_of_an_explicit_mesh(ours, theirs, spec):
+    """Results are sharded as JAX's, gradients as x."""
+    x = normal(4, 8, 6)
+    mesh = devices.make_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))
+        for axis in (None, (0, 1), (2, 1)):
+            f = lambda x, axis=axis, of=ours: of(x, axis)
+            expected, y = theirs(placed, axis), jax.jit(f)(placed)
+            assert jax.typeof(y) == jax.typeof(expected)
+            np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+            gradient = jax.jit(jax.grad(lambda x, f=f: (f(x) ** 2).sum()))(placed)
+            assert jax.typeof(gradient) == jax.typeof(placed)
+            exact = jax.grad(lambda x, axis=axis: (theirs(x, axis) ** 2).sum())(x)
+            np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-5)
+        if ours is s2p.log_softmax:
+            loss = s2p.softmax_cross_entropy(placed, jnp.full(x.shape, 0.1), (0, 1))
+            np.testing.assert_allclose(loss, -0.1 * ours(x, (0, 1)).sum((0, 1)), rtol=1e-5)
+            labels = s2p.softmax_cross_entropy_with_integer_labels(placed, jnp.array([3] * 6), (0, 1))
+            np.testing.assert_allclose(labels, -ours(x, (0, 1))[0, 3], rtol=1e-5)
+
+
 ATTENTION = {
     "whole": {},
     "causal, in blocks": {"is_causal": True, "query_block_size": 8},

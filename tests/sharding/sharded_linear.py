@@ -66,8 +66,9 @@ def test_classes_sharded_among_devices(small_chunks):
         assert_near(result, expected)
 
 
+@pytest.mark.parametrize("implementation", [None, "native"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_tokens_sharded_among_devices(small_chunks, axis_type):
+def test_tokens_sharded_among_devices(small_chunks, axis_type, implementation):
     x, w, _, labels = arrays()
     x, labels = x[:12], labels[:12]
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(axis_type,), devices=jax.devices()[:2])
@@ -76,7 +77,7 @@ def test_tokens_sharded_among_devices(small_chunks, axis_type):
     with jax.set_mesh(mesh):
         sharding = jax.NamedSharding(mesh, P("batch"))
         shards = jax.device_put(x, sharding), jax.device_put(w, jax.NamedSharding(mesh, P()))
-        g = lambda x, w, labels: ours(x, w, labels).mean()
+        g = lambda x, w, labels: ours(x, w, labels, implementation=implementation).mean()
         result = jax.jit(jax.value_and_grad(g, (0, 1)))(*shards, jax.device_put(labels, sharding))
     assert_near(result, expected)
     if axis_type == AxisType.Auto:
