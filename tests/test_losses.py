@@ -159,6 +159,37 @@ class TestIntegerLabels:
         # Classes of probability 0 change nothing.
         np.testing.assert_allclose(g[3], [0, np.exp(0) / (1 + np.e) - 1, np.e / (1 + np.e)], rtol=1e-14)
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16, np.float16])
+    @pytest.mark.parametrize("n", [1, 5, 21, 32])
+    def test_short_columns(self, n, dtype):
+        """Many, with special ones among them, which harm no others, and labels of all kinds."""
+        x = normal(2, n, 300).astype(dtype)
+        large = 0.7 * float(jnp.finfo(dtype).max)
+        x[0, :, 17], x[0, :, 44], x[0, :, 45] = -INF, -large, large
+        for column, value in zip(range(3, 300, 40), (NAN, INF, -INF, large, -large, 60, -60, 0), strict=True):
+            x[1, -1, column] = value
+        labels = np.arange(600).reshape(2, 300) % (2 * n + 3) - n - 1
+        loss = functools.partial(softmax_cross_entropy_with_integer_labels, axis=1, implementation="native")
+        losses, vjp = jax.vjp(lambda x: loss(x, labels), x)
+        cotangent = normal(2, 300, seed=1).astype(dtype)
+        [gradient] = vjp(cotangent)
+        wide = np.moveaxis(x.astype(np.float64), 1, 2)
+        eps = float(jnp.finfo(dtype).eps)
+        classes = np.where(labels < 0, labels + n, labels)[..., None]
+        inside = (classes >= 0) & (classes < n)
+        log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(wide)), np.where(inside, classes, 0), -1)
+        # optax's losses lose the digits of large logits.
+        is_finite = np.isfinite(wide.max(-1, keepdims=True))
+        theirs = optax.softmax_cross_entropy_with_integer_labels(wide, labels)
+        expected = np.where(is_finite[..., 0], -np.where(inside, log_p, NAN)[..., 0], theirs)
+        np.testing.assert_allclose(losses.astype(np.float64), expected, rtol=4 * eps, atol=4 * eps)
+        one_hot = np.arange(n) == classes
+        exact = (np.asarray(jax.nn.softmax(wide)) - one_hot) * cotangent.astype(np.float64)[..., None]
+        actual = np.moveaxis(np.asarray(gradient, np.float64), 1, 2)
+        finite = np.broadcast_to(is_finite, exact.shape)
+        np.testing.assert_allclose(actual[finite], exact[finite], rtol=4 * eps, atol=4 * eps)
+        assert not np.isfinite(actual[0, 17]).any()
+
     @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
     def test_empty_batches(self, shape, integer_loss):
         losses = integer_loss(np.zeros(shape, np.float32), np.zeros(shape[:-1], int))

@@ -26,9 +26,29 @@ class SmallLogSumExpKernels {
   static void Lse(const In* x, std::int64_t outer, int n, T* maximum, T* log, T* rest) {
     const std::int64_t most = Tile::Many(n) * V::kLanes;
     for (std::int64_t first = 0; first < outer; first += most) {
-      const std::int64_t count = outer - first < most ? outer - first : most;
-      LseOfTiles(x + first * n, count, n, maximum + first, log + first, rest + first);
+      const int count = static_cast<int>(outer - first < most ? outer - first : most);
+      T tiles[kMaxSmall * V::kLanes];
+      for (int o = 0; o < count; o += V::kLanes) {
+        Tile::Load(x + (first + o) * n, outer - first - o, n, tiles + o * n);
+      }
+      LseOfTiles(tiles, count, n, maximum + first, log + first, rest + first);
     }
+  }
+
+  template <typename E>
+  static void ColumnsLse(const E* x, std::int64_t stride, int n, int width, T* maximum, T* log, T* rest) {
+    E* const none = nullptr;
+    Tile::ForColumns(x, none, stride, n, width, [&](const T* tiles, int first, int columns) {
+      LseOfTiles(tiles, columns, n, maximum + first, log + first, rest + first);
+    });
+  }
+
+  template <typename E>
+  static void ColumnsMinusLse(const E* x, E* y, std::int64_t stride, int n, int width, const T* hi,
+                              const T* lo, const T* factor, const std::int32_t* labels) {
+    Tile::ForColumns(x, y, stride, n, width, [&](T* tiles, int first, int columns) {
+      WriteWeights(tiles, columns, n, hi + first, lo + first, factor + first, labels + first);
+    });
   }
 
   template <typename In, typename E>
@@ -161,26 +181,77 @@ class SmallLogSumExpKernels {
                        Ahead<0>{}, scaler_from(rest, end));
   }
 
+  // Of `rows` rows of tiles, in place, factor·(e^(x - hi - lo) - [the label's place]).
+  static __attribute__((noinline)) void WriteWeights(T* tiles, int rows, int n, const T* hi, const T* lo,
+                                                     const T* factor, const std::int32_t* labels) {
+    constexpr int kMost = Tile::kMany * V::kLanes;
+    T scale_hi[kMost] = {}, scale_lo[kMost] = {}, exponents[kMost] = {}, z[kMost] = {}, at_labels[kMost];
+    const auto for_labels = [&](const auto& body) {
+      for (int r = 0; r < rows; ++r) {
+        if (HasElement(n, labels[r])) body(r, tiles[ElementOf(r, labels[r], n)]);
+      }
+    };
+    ScalesFromLse<V>(hi, lo, factor, rows, {scale_hi, scale_lo, exponents});
+    for_labels([&](int r, const T& element) { z[r] = element; });
+    LabelsMinusLse(z, at_labels, rows, hi, lo, factor);
+    for (int r = 0; r < rows; r += V::kLanes) {
+      const int count = Tile::RowsOf(rows - r);
+      if (HasNan(scale_hi + r, count)) {
+        WriteUnscaled(tiles + r * n, count, n, scale_hi + r, scale_lo + r, exponents + r, hi + r, lo + r,
+                      factor + r);
+      } else {
+        WriteScaled(tiles + r * n, n, scale_hi + r, scale_lo + r, exponents + r);
+      }
+    }
+    for_labels([&](int r, T& element) { element = at_labels[r]; });
+  }
+
+  // Where element i of row r of tiles lies.
+  static SOFTMAX2P_INLINE int ElementOf(int r, int i, int n) {
+    return r / V::kLanes * V::kLanes * n + i * V::kLanes + r % V::kLanes;
+  }
+
+  static SOFTMAX2P_INLINE void WriteScaled(T* tile, int n, const T* hi, const T* lo, const T* exponents) {
+    WriteColumn<V>(FullVector<V>{}, FullVector<V>{}, Recompute<V, Identity>(V::Load(exponents), Identity{}),
+                   tile, Discard{}, tile, kAdjacent<V>, kAdjacent<V>, Ahead<0>{}, n,
+                   MantissaScaler<V>{V::Load(hi), V::Load(lo)});
+  }
+
+  // The same of a tile in which rows have no scale. Out of line, since tiles need it rarely.
+  static __attribute__((noinline)) void WriteUnscaled(T* tile, int count, int n, const T* scale_hi,
+                                                      const T* scale_lo, const T* exponents, const T* hi,
+                                                      const T* lo, const T* factor) {
+    T results[kMaxSmall * V::kLanes];
+    WriteColumn<V>(FullVector<V>{}, FullVector<V>{},
+                   RecomputeMinusLse<V>(LoadRows(hi, count), LoadRows(lo, count)), tile, Discard{}, results,
+                   kAdjacent<V>, kAdjacent<V>, Ahead<0>{}, n,
+                   Scaler<V>{DivideByFactor(LoadRows(factor, count)), V::Broadcast(0)});
+    WriteScaled(tile, n, scale_hi, scale_lo, exponents);
+    for (int r = 0; r < count; ++r) {
+      if (scale_hi[r] == scale_hi[r]) continue;
+      for (int i = 0; i < n; ++i) tile[ElementOf(r, i, n)] = results[ElementOf(r, i, n)];
+    }
+  }
+
   // The logarithms are left until the sums of all tiles are there: each is a long chain of operations.
-  template <typename In>
-  static SOFTMAX2P_INLINE void LseOfTiles(const In* x, std::int64_t rows, int n, T* maximum, T* log,
-                                          T* rest) {
-    T tile[kMaxSmall * V::kLanes];
+  static __attribute__((noinline)) void LseOfTiles(const T* tiles, int rows, int n, T* maximum, T* log,
+                                                   T* rest) {
     LaneSums<V> sums[Tile::kMany];
     V largest[Tile::kMany];
-    for (std::int64_t first = 0, i = 0; first < rows; first += V::kLanes, ++i) {
-      Tile::Load(x + first * n, rows - first, n, tile);
+    for (int first = 0, i = 0; first < rows; first += V::kLanes, ++i) {
+      const T* const tile = tiles + first * n;
       largest[i] = MaxColumn<V>(FullVector<V>{}, tile, kAdjacent<V>, n);
       sums[i] = SumOf(tile, n, largest[i]);
     }
-    for (std::int64_t first = 0, i = 0; first < rows; first += V::kLanes, ++i) {
+    for (int first = 0, i = 0; first < rows; first += V::kLanes, ++i) {
       const LaneLog<V> of_sum(sums[i], largest[i], n);
       const int count = Tile::RowsOf(rows - first);
       StoreRows(largest[i], count, maximum + first);
       StoreRows(V::Load(of_sum.log), count, log + first);
       StoreRows(V::Load(of_sum.rest), count, rest + first);
-      if (HasNan(log + first, count))
-        LogOfCertain(x + first * n, rows - first, n, largest[i], log + first, rest + first);
+      if (HasNan(log + first, count)) {
+        LogOfCertain(tiles + first * n, count, n, largest[i], log + first, rest + first);
+      }
     }
   }
 
@@ -192,20 +263,18 @@ class SmallLogSumExpKernels {
 
   // Fills in the logarithms that are NaN because a row is nearly certain: from sums without the largest
   // elements, of which such a row has one. Out of line, since tiles need it rarely.
-  template <typename In>
-  static __attribute__((noinline)) void LogOfCertain(const In* x, std::int64_t rows, int n, V largest, T* log,
+  static __attribute__((noinline)) void LogOfCertain(const T* tile, int count, int n, V largest, T* log,
                                                      T* rest) {
     const V minus_infinity = V::Broadcast(kMinusInfinity<V>);
-    T tile[kMaxSmall * V::kLanes];
-    Tile::Load(x, rows, n, tile);
+    T others[kMaxSmall * V::kLanes];
     V second = minus_infinity;
     for (int i = 0; i < n; ++i) {
       const V v = V::Load(tile + i * V::kLanes), other = WhereEqual(v, largest, minus_infinity, v);
       second = Max(other, second);
-      other.Store(tile + i * V::kLanes);
+      other.Store(others + i * V::kLanes);
     }
-    const LaneLog<V> of_sum(SumOf(tile, n, second), largest);
-    for (int l = 0; l < Tile::RowsOf(rows); ++l) {
+    const LaneLog<V> of_sum(SumOf(others, n, second), largest);
+    for (int l = 0; l < count; ++l) {
       if (log[l] == log[l]) continue;
       log[l] = of_sum.log[l];
       rest[l] = of_sum.rest[l];

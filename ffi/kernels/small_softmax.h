@@ -42,21 +42,10 @@ class SmallSoftmaxKernels {
   }
 
   static void Columns(const E* x, E* y, std::int64_t stride, int n, int width) {
-    const int num_tiles = Tile::Many(n);
-    T tiles[kMaxSmall * V::kLanes], kept[kMaxSmall * V::kLanes];
-    for (int first = 0; first < width; first += num_tiles * V::kLanes) {
-      const int rest = width - first, most = num_tiles * V::kLanes;
-      const int count = rest < most ? rest : most;
-      ForVectors<V>(count, [&](int v, int at, const auto& access) {
-        T* const tile = tiles + v * n * V::kLanes;
-        for (int i = 0; i < n; ++i) access.Load(x + i * stride + first + at, 0).Store(tile + i * V::kLanes);
-      });
-      SoftmaxTiles(tiles, kept, (count + V::kLanes - 1) / V::kLanes, n, 1);
-      ForVectors<V>(count, [&](int v, int at, const auto& access) {
-        const T* const tile = tiles + v * n * V::kLanes;
-        for (int i = 0; i < n; ++i) access.Store(V::Load(tile + i * V::kLanes), y + i * stride + first + at);
-      });
-    }
+    Tile::ForColumns(x, y, stride, n, width, [&](T* tiles, int, int columns) {
+      T kept[kMaxSmall * V::kLanes];
+      SoftmaxTiles(tiles, kept, (columns + V::kLanes - 1) / V::kLanes, n, 1);
+    });
   }
 
  private:

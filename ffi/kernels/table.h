@@ -310,6 +310,10 @@ struct KernelTable {
   void (*logits_small_matrices)(const T* z, E* y, std::int64_t outer, int n, int inner, bool non_temporal);
   // y = softmax(x) of `width` columns of n <= kMaxSmall elements; element i of column c is x[c + i * stride].
   void (*small_columns)(const E* x, E* y, std::int64_t stride, int n, int width);
+  // Of such columns what small_lse gives, and what small_minus_lse gives with a factor and labels.
+  void (*small_columns_lse)(const E* x, std::int64_t stride, int n, int width, T* maximum, T* log, T* rest);
+  void (*small_columns_minus_lse)(const E* x, E* y, std::int64_t stride, int n, int width, const T* hi,
+                                  const T* lo, const T* factor, const std::int32_t* labels);
   // Of x[rows, n], n <= kMaxSmall, the lse of every row as LseTerms. The log is also NaN where the row needs
   // the guard's third pass, which is then the caller's to do. The tests hold the lse to 2^-23 for T float and
   // to 2^-49 for double, absolutely, and the log near 0 to 4 ULP of itself.

@@ -19,6 +19,15 @@ namespace jax_softmax2p {
 // they have 16 KiB of float32, half of a first-level cache.
 inline constexpr std::int64_t kPanelBlock = 16;
 
+// Whether kernels called small_columns_* take columns of n elements, each whole and many at a time: a panel's
+// sums cost more than such columns do. A matrix must have at least so many.
+inline bool HasSmallColumns(const Layout& layout, int columns) {
+  constexpr std::int64_t kMaxSmallColumn = 32;
+  return layout.n <= kMaxSmallColumn && layout.inner >= columns;
+}
+// So many vectors of columns hide how long their logarithms take. Of fewer, panels have several matrices.
+inline constexpr int kManyVectors = 4;
+
 // How an array is divided into panels, each of columns of one matrix [n, inner] unless matrices are so narrow
 // that they leave lanes of a vector empty. Then several lie side by side in a panel, which needs a copy of
 // some of their rows; or `fold` rows are taken as one, so that it is a whole number of vectors: every column
@@ -68,6 +77,13 @@ inline PanelPlan PlanFoldedPanels(const Executor& executor, const Layout& layout
       fold > 1 ? std::min<std::int64_t>(kPanelWidth, inner * fold) : PanelWidth(executor, layout);
   const std::int64_t per_matrix = fold > 1 ? 1 : CeilDiv(inner, width);
   return {1, fold, static_cast<int>(width), 0, per_matrix, layout.outer * per_matrix};
+}
+
+// Panels of HasSmallColumns arrays.
+inline PanelPlan PlanSmallColumns(const Layout& layout) {
+  const std::int64_t width = std::min<std::int64_t>(kPanelWidth, layout.inner);
+  const std::int64_t per_matrix = CeilDiv(layout.inner, width);
+  return {1, 1, static_cast<int>(width), kPanelBlock, per_matrix, layout.outer * per_matrix};
 }
 
 // One panel of a plan after the other: columns side by side, in segments of up to kMaxPanelRows rows, so that
@@ -254,6 +270,21 @@ void ForColumnPanels(Executor& executor, const Layout& layout, const PanelPlan& 
     InlineExecutor this_thread;
     body(first, end, this_thread);
   });
+}
+
+// Calls body(ColumnPanel) for the panels of a HasSmallColumns array.
+template <typename Body>
+void ForSmallColumns(Executor& executor, const Layout& layout, const Body& body) {
+  struct Panels {
+    ColumnPanel panel;
+    const Body& body;
+    void Compute(std::int64_t p) {
+      panel.Move(p);
+      body(panel);
+    }
+  };
+  ForColumnPanels(executor, layout, PlanSmallColumns(layout),
+                  [&](const ColumnPanel& panel) { return Panels{panel, body}; });
 }
 
 }  // namespace jax_softmax2p

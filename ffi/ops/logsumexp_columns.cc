@@ -55,26 +55,35 @@ class LogSumExpPanel {
   using T = ComputeOf<E>;
 
  public:
-  LogSumExpPanel(const Kernels& kernels, const Logits<E>& logits, const ColumnPanel& panel, E* y, Lse<T> lse)
+  // With `small`, panels are those of ForSmallColumns.
+  LogSumExpPanel(const Kernels& kernels, const Logits<E>& logits, const ColumnPanel& panel, bool small, E* y,
+                 Lse<T> lse)
       : kernels_(kernels.Of<E>()),
         kernels_of_z_(kernels.Of<T>()),
         logits_(kernels, logits, panel),
+        x_(logits.x),
         has_mask_(logits.HasMask()),
+        small_(small),
         y_(y),
         lse_(lse),
         sum_(kernels_of_z_, panel),
-        log_(static_cast<std::size_t>(panel.width())) {}
+        maximum_(sum_.maximum()),
+        log_(static_cast<std::size_t>(panel.width())),
+        of_small_(small ? 2 * log_.size() : 0) {}
 
   void Compute(std::int64_t p) {
     logits_.Move(p);
     const ColumnPanel& panel = logits_.panel();
     const std::int64_t row = panel.row();
-    sum_.Compute(panel, logits_, nullptr, PanelMaximum::kInPass1);
-    kernels_.panel_lse(sum_.Sums(), sum_.maximum(), sum_.subtract(),
-                       std::min(panel.layout().n, kMaxPanelRows), panel.width(), lse_.hi + row, lse_.lo + row,
-                       log_.data());
+    if (small_) {
+      WriteSmall();
+    } else {
+      sum_.Compute(panel, logits_, nullptr, PanelMaximum::kInPass1);
+      kernels_.panel_lse(sum_.Sums(), maximum_, sum_.subtract(), std::min(panel.layout().n, kMaxPanelRows),
+                         panel.width(), lse_.hi + row, lse_.lo + row, log_.data());
+    }
     if (AnyColumn(panel.width(), [&](int c) { return HasNoLog(c); })) {
-      if (HasNearlyCertain()) WriteNearlyCertain();
+      if (!small_ && HasNearlyCertain()) WriteNearlyCertain();
       for (int c = 0; c < panel.width(); ++c) {
         if (HasNoLog(c)) WriteWithoutKernel(c, row + c);
       }
@@ -86,7 +95,22 @@ class LogSumExpPanel {
   bool HasNoLog(int c) const { return std::isnan(log_[static_cast<std::size_t>(c)]); }
   bool HasNearlyCertain() const {
     return AnyColumn(logits_.panel().width(),
-                     [&](int c) { return HasNoLog(c) && std::isfinite(sum_.maximum()[c]); });
+                     [&](int c) { return HasNoLog(c) && std::isfinite(maximum_[c]); });
+  }
+
+  // The lse of whole columns, nearly certain ones included.
+  void WriteSmall() {
+    const ColumnPanel& panel = logits_.panel();
+    T *const maximum = of_small_.data(), *const rest = maximum + log_.size();
+    kernels_.small_columns_lse(x_ + panel.first(), panel.stride(), static_cast<int>(panel.layout().n),
+                               panel.width(), maximum, log_.data(), rest);
+    T *const hi = lse_.hi + panel.row(), *const lo = lse_.lo + panel.row();
+    for (int c = 0; c < panel.width(); ++c) {
+      T error;
+      hi[c] = TwoSum(maximum[c], log_[static_cast<std::size_t>(c)], error);
+      lo[c] = error + rest[c];
+    }
+    maximum_ = maximum;
   }
 
   // The lse of the columns that are nearly certain, from sums without their largest elements.
@@ -96,10 +120,10 @@ class LogSumExpPanel {
       others_.emplace(kernels_of_z_, panel);
       lse_of_others_.resize(3 * log_.size());
     }
-    others_->Compute(panel, PanelWithoutLargest<E>(logits_, sum_.maximum()), nullptr, PanelMaximum::kNone);
+    others_->Compute(panel, PanelWithoutLargest<E>(logits_, maximum_), nullptr, PanelMaximum::kNone);
     T* const hi = lse_of_others_.data();
     T *const lo = hi + log_.size(), *const log = lo + log_.size();
-    kernels_.panel_lse_of_others(others_->Sums(), sum_.maximum(), panel.width(), hi, lo, log);
+    kernels_.panel_lse_of_others(others_->Sums(), maximum_, panel.width(), hi, lo, log);
     for (int c = 0; c < panel.width(); ++c) {
       if (!HasNoLog(c) || (others_->subtract() != nullptr && others_->subtract()[c] != 0)) continue;
       lse_.hi[panel.row() + c] = hi[c];
@@ -113,7 +137,7 @@ class LogSumExpPanel {
   // its elements, or all but the largest, are too large to be summed as they are.
   void WriteWithoutKernel(int c, std::int64_t row) {
     T &hi = lse_.hi[row], &lo = lse_.lo[row];
-    const T maximum = sum_.maximum()[c];
+    const T maximum = maximum_[c];
     lo = 0;
     if (logits_.HasNan(c)) return;
     hi = maximum;
@@ -142,7 +166,7 @@ class LogSumExpPanel {
     panel.ForSegments([&](const ColumnPanel::Segment& segment) {
       PanelRows<E> y(panel, y_);
       logits_.ForBlocks(segment, [&](const T* z, const Panel& rows, std::int64_t begin) {
-        kernels_.panel_minus_lse(z, y.Begin(begin), rows, y.stride(), sum_.maximum(), log_.data(), nullptr);
+        kernels_.panel_minus_lse(z, y.Begin(begin), rows, y.stride(), maximum_, log_.data(), nullptr);
         y.Store(begin, rows.rows);
       });
     });
@@ -156,11 +180,15 @@ class LogSumExpPanel {
   const KernelTable<E>& kernels_;
   const KernelTable<T>& kernels_of_z_;
   LogitsPanel<E> logits_;
+  const E* x_;
   bool has_mask_;
+  bool small_;
   E* y_;
   Lse<T> lse_;
   GuardedPanelSum<T> sum_;
+  const T* maximum_;  // of every column
   std::vector<T> log_;
+  std::vector<T> of_small_;  // what small_columns_lse gives beside the log
   std::optional<GuardedPanelSum<T>> others_;
   std::vector<T> lse_of_others_;
 };
@@ -170,9 +198,12 @@ class LogSumExpPanel {
 template <typename E>
 void LogSumExpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits, E* y,
                       Lse<ComputeOf<E>> lse) {
-  const PanelPlan plan = PlanPanels(executor, logits.layout(), kernels.Of<E>().lanes);
-  ForColumnPanels(executor, logits.layout(), plan, [&](const ColumnPanel& panel) {
-    return LogSumExpPanel<E>(kernels, logits, panel, y, lse);
+  const Layout layout = logits.layout();
+  const int lanes = kernels.Of<E>().lanes;
+  const bool small = !logits.HasOperands() && HasSmallColumns(layout, kManyVectors * lanes);
+  const PanelPlan plan = small ? PlanSmallColumns(layout) : PlanPanels(executor, layout, lanes);
+  ForColumnPanels(executor, layout, plan, [&](const ColumnPanel& panel) {
+    return LogSumExpPanel<E>(kernels, logits, panel, small, y, lse);
   });
 }
 

@@ -238,6 +238,22 @@ class LogSoftmaxVjpPanel {
   PanelDotSum<E> sum_;
 };
 
+// With labels, each column whole.
+template <typename E>
+void LogSumExpVjpSmallColumns(const KernelTable<E>& kernels, Executor& executor, const Logits<E>& logits,
+                              const LabelledLse<E>& lse, const ComputeOf<E>* factor, E* y) {
+  ForSmallColumns(executor, logits.layout(), [&](const ColumnPanel& panel) {
+    const std::int64_t at = panel.first(), row = panel.row();
+    const int n = static_cast<int>(logits.n);
+    std::int32_t labels[kPanelWidth];
+    for (int c = 0; c < panel.width(); ++c) {
+      labels[c] = static_cast<std::int32_t>(LabelIndex(lse.labels[row + c], n));
+    }
+    kernels.small_columns_minus_lse(logits.x + at, y + at, panel.stride(), n, panel.width(), lse.hi + row,
+                                    lse.lo + row, factor + row, labels);
+  });
+}
+
 }  // namespace
 
 template <typename E>
@@ -252,7 +268,13 @@ void LogSumExpJvpColumns(const Kernels& kernels, Executor& executor, const Logit
 template <typename E>
 void LogSumExpVjpColumns(const Kernels& kernels, Executor& executor, const Logits<E>& logits,
                          const LabelledLse<E>& lse, const ComputeOf<E>* factor, E* y) {
-  const PanelPlan plan = PlanPanels(executor, logits.layout(), kernels.Of<E>().lanes);
+  const int lanes = kernels.Of<E>().lanes;
+  // Only the labels' elements cost a panel much.
+  if (lse.labels != nullptr && !logits.HasOperands() &&
+      HasSmallColumns(logits.layout(), kManyVectors * lanes)) {
+    return LogSumExpVjpSmallColumns(kernels.Of<E>(), executor, logits, lse, factor, y);
+  }
+  const PanelPlan plan = PlanPanels(executor, logits.layout(), lanes);
   ForColumnPanels(executor, logits.layout(), plan, [&](const ColumnPanel& panel) {
     return LogSumExpVjpPanel<E>(kernels, logits, panel, lse, factor, y);
   });

@@ -99,25 +99,6 @@ class LogitsSoftmaxPanel {
   GuardedPanelSum<T> sum_;
 };
 
-// Columns of so few elements are taken whole, many at a time: a panel's sums cost more than the columns do.
-constexpr std::int64_t kMaxSmallColumn = 32;
-
-template <typename E>
-void SmallColumns(const KernelTable<E>& kernels, Executor& executor, const E* x, E* y, const Layout& layout) {
-  const std::int64_t matrix = layout.n * layout.inner;
-  const std::int64_t width = std::min<std::int64_t>(kPanelWidth, layout.inner);
-  const std::int64_t panels_per_matrix = CeilDiv(layout.inner, width);
-  ParallelForWholeRows(executor, layout.outer * panels_per_matrix, matrix / panels_per_matrix,
-                       [&](std::int64_t first, std::int64_t end) {
-                         for (std::int64_t p = first; p < end; ++p) {
-                           const std::int64_t column = p % panels_per_matrix * width,
-                                              at = p / panels_per_matrix * matrix + column;
-                           kernels.small_columns(x + at, y + at, layout.inner, static_cast<int>(layout.n),
-                                                 static_cast<int>(std::min(width, layout.inner - column)));
-                         }
-                       });
-}
-
 }  // namespace
 
 template <typename E>
@@ -130,8 +111,11 @@ void SoftmaxColumns(const Kernels& kernels, Executor& executor, const SoftmaxPla
         executor, layout, PlanPanels(executor, layout, table.lanes),
         [&](const ColumnPanel& panel) { return LogitsSoftmaxPanel<E>(kernels, logits, panel, plan, y); });
   }
-  if (layout.n <= kMaxSmallColumn && layout.inner >= table.lanes) {
-    return SmallColumns(table, executor, logits.x, y, layout);
+  if (HasSmallColumns(layout, table.lanes)) {
+    return ForSmallColumns(executor, layout, [&](const ColumnPanel& panel) {
+      table.small_columns(logits.x + panel.first(), y + panel.first(), panel.stride(),
+                          static_cast<int>(layout.n), panel.width());
+    });
   }
   ForColumnPanels(executor, layout, PlanFoldedPanels(executor, layout, table.lanes),
                   [&](const ColumnPanel& panel) { return SoftmaxPanel<E>(table, panel, plan, logits.x, y); });

@@ -61,6 +61,8 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.small_matrices = Small::template Matrices<E>;
   table.logits_small_matrices = Small::template Matrices<T>;
   table.small_columns = Small::Columns;
+  table.small_columns_lse = SmallLse::template ColumnsLse<E>;
+  table.small_columns_minus_lse = SmallLse::template ColumnsMinusLse<E>;
   table.small_lse = SmallLse::template Lse<E>;
   table.small_minus_lse = SmallLse::template MinusLse<E, E>;
   table.logits_small_minus_lse = SmallLse::template MinusLse<T, E>;
