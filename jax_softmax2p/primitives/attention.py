@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad
+from jax.sharding import PartitionSpec
 
 from jax_softmax2p import native
 from jax_softmax2p.primitives.attention_gradient import (
@@ -27,6 +28,7 @@ from jax_softmax2p.primitives.attention_gradient import (
 from jax_softmax2p.primitives.attention_lowering import (
     PARAMS,
     AttentionLowering,
+    batch_entry,
     batch_of,
     fold_batch,
     roles_of,
@@ -48,9 +50,11 @@ def attention_abstract_eval(
     **_: Any,
 ) -> tuple[ShapedArray, ShapedArray]:
     """The output (B, T, N, H') and the lse (B, T, N, 2)."""
-    batch = batch_of((query, key, value, *others), roles_of(names, 3, 0))
-    shape = batch, *query.shape[1:3]
-    output = query.update(shape=(*shape, value.shape[3]), weak_type=False)
+    operands, roles = (query, key, value, *others), roles_of(names, 3, 0)
+    shape = batch_of(operands, roles), *query.shape[1:3]
+    partition = PartitionSpec(batch_entry(operands, roles), *query.sharding.spec[1:])
+    sharding = query.sharding.update(spec=partition)
+    output = query.update(shape=(*shape, value.shape[3]), weak_type=False, sharding=sharding)
     return output, output.update(shape=(*shape, 2), dtype=compute_dtype(query.dtype))
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jax.sharding import PartitionSpec
 
 from jax_softmax2p.primitives import attention_partitioning
 from jax_softmax2p.primitives.dispatch import Choice, forced_choice
@@ -66,6 +68,12 @@ def batch_of(operands: Sequence[Any], roles: Sequence[Role]) -> int:
     return max(x.shape[0] for x, role in zip(operands, roles, strict=True) if role[0] == "batch")
 
 
+def batch_entry(operands: Sequence[ShapedArray], roles: Sequence[Role]) -> Any:
+    """How the batch of the results is sharded, where that is explicit: as that of any operand."""
+    entries = (x.sharding.spec[0] for x, role in zip(operands, roles, strict=True) if role[0] == "batch")
+    return next((entry for entry in entries if entry is not None), None)
+
+
 def fold_batch(
     operands: Sequence[Array], dims: Sequence[int | None], roles: Sequence[Role], *, broadcast: bool
 ) -> tuple[list[Array], Callable[[Array], Array]]:
@@ -83,12 +91,18 @@ def fold_batch(
         for x, dim in zip(operands, dims, strict=True)
     ]
     batch = max(shape[0] for shape, role in zip(shapes, roles, strict=True) if role[0] == "batch")
+    specs = [jax.typeof(x).sharding.spec for x in operands]
+    mapped = [spec[dim] for spec, dim in zip(specs, dims, strict=True) if dim is not None]
+    entry = next((found for found in mapped if found is not None), None)
 
     def fold(x: Array, dim: int | None, role: Role) -> Array:
         if role[0] != "batch" or (dim is None and x.shape[0] == 1 and role != _LENGTHS and not broadcast):
             return x
         x = x[None] if dim is None else jnp.moveaxis(x, dim, 0)
         x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+        spec = jax.typeof(x).sharding.spec
+        if spec[0] != entry:
+            x = jax.sharding.reshard(x, PartitionSpec(entry, *spec[1:]))
         return x.reshape(size * batch, *x.shape[2:])
 
     folded = [fold(x, dim, role) for x, dim, role in zip(operands, dims, roles, strict=True)]

@@ -261,6 +261,31 @@ def test_attention_whose_heads_share_keys(name, axis_type):
     assert expected_kinds is None or set(kinds(found)) == expected_kinds
 
 
+@pytest.mark.parametrize("mapped", ["query and key", "bias"])
+def test_vmap_of_attention_over_a_sharded_axis(mapped):
+    """All results are sharded along it, as with jax.nn, whatever is mapped."""
+    q, k, bias = normal(2, 8, 4, 8), normal(2, 12, 2, 8, seed=1), normal(1, 4, 8, 12, seed=2)
+    axes = (None, None, 0) if mapped == "bias" else (0, 0, None)
+    stack = lambda x, axis: x if axis is None else np.stack([x - np.float32(i / 8) for i in range(8)])
+    operands = [stack(x, axis) for x, axis in zip((q, k, bias), axes, strict=True)]
+
+    def value_and_gradients(attend):
+        f = lambda q, k, bias: attend(q, k, k, bias)
+        loss = lambda *operands: (f(*operands) ** 2).sum()
+        return jax.vmap(lambda *operands: (f(*operands), jax.grad(loss, (0, 1, 2))(*operands)), axes)
+
+    ours = functools.partial(s2p.dot_product_attention, implementation="native")
+    mesh = devices.make_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        placed = [
+            place(x, mesh, "data" if axis == 0 else None) for x, axis in zip(operands, axes, strict=True)
+        ]
+        actual = jax.jit(value_and_gradients(ours))(*placed)
+        expected = jax.jit(value_and_gradients(jax.nn.dot_product_attention))(*placed)
+    assert jax.tree.map(jax.typeof, actual) == jax.tree.map(jax.typeof, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), actual, expected)
+
+
 @pytest.mark.parametrize("heads", [4, 1])
 def test_attention_with_a_learned_bias(heads):
     """The batch shares it: only the sums of its gradient communicate."""
