@@ -185,9 +185,11 @@ class TestValues:
         actual = dot_product_attention(*operands, is_causal=True, query_block_size=block)
         assert_close(actual, formula(*operands, is_causal=True))
 
-    def test_window_beyond_64_bits(self):
+    @blocks_or_not
+    def test_window_beyond_64_bits(self, block):
         q = normal(1, 5, 1, 8)
-        y = jax.jit(lambda q: dot_product_attention(q, q, q, local_window_size=(2**63, 2**70)))(q)
+        options = {"local_window_size": (2**63, 2**70), "query_block_size": block}
+        y = jax.jit(lambda q: dot_product_attention(q, q, q, **options))(q)
         assert_close(y, dot_product_attention(q, q, q))
 
     @pytest.mark.long

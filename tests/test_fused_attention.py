@@ -196,6 +196,19 @@ class TestLogits:
         bias[0, 0, 1, 5] = np.nan
         np.testing.assert_array_equal(np.isnan(fused(*operands, bias=bias)[0, :, 0, 0]), np.arange(t) == 1)
 
+    def test_infinite_sinks(self):
+        """A sink of +inf takes all, one of -inf nothing; they have no NaN, nor have gradients."""
+        q, k, v = operands_of(1, 5, 9, 3, 1, 8)
+        sinks = np.array([np.inf, 0, -np.inf], np.float32)
+        y, lse = fused(q, k, v, sinks=sinks, return_residual=True)
+        assert not np.any(y[:, :, 0])
+        assert np.isposinf(lse[:, :, 0]).all()
+        np.testing.assert_allclose(y[:, :, 2], fused(q, k, v)[:, :, 2], rtol=1e-6)
+        gradients = jax.grad(lambda *xs: (fused(*xs, sinks=sinks)[:, :, ::2] ** 2).sum(), (0, 1, 2))(q, k, v)
+        expected = jax.grad(lambda *xs: (fused(*xs)[:, :, 2] ** 2).sum(), (0, 1, 2))(q, k, v)
+        for x, y in zip(gradients, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
     def test_large_values(self):
         """They do not overflow where their mean does not."""
         q, k, v = operands_of(1, 50, 100, 1, 1, 8)

@@ -261,7 +261,9 @@ def test_sizes_of_zero_and_leading_dimensions():
         ({"soft_cap": 0.0}, ValueError, "soft_cap"),
         ({"label_smoothing": 2.0}, ValueError, "label_smoothing"),
         ({"label_smoothing": jnp.ones(3)}, ValueError, "label_smoothing must be a finite number"),
-        ({"z_loss": "0.1"}, ValueError, "z_loss must be a finite number"),
+        ({"z_loss": "a"}, ValueError, "z_loss must be a finite number"),
+        ({"z_loss": np.complex64(1)}, ValueError, "z_loss must be a finite number"),
+        ({"z_loss": 10**400}, ValueError, "z_loss must be a finite number"),
         ({"token_block_size": 2.5}, ValueError, "token_block_size must be a positive integer"),
         ({"class_axis": 2}, ValueError, "class_axis"),
         ({"token_block_size": 0}, ValueError, "token_block_size"),
@@ -278,7 +280,7 @@ def test_errors_name_the_argument(changes, error, message):
 def test_numbers_of_any_kind():
     operands = jnp.ones((3, 2)), jnp.ones((2, 5)), jnp.zeros(3, int)
     expected = s2p.linear_softmax_cross_entropy(*operands, label_smoothing=0.5, z_loss=0.25)
-    for number in (np.float32, jnp.float32, np.array):
+    for number in (np.float32, jnp.float32, jnp.bfloat16, np.array, jnp.zeros((), jnp.bfloat16).dtype.type):
         options = {"label_smoothing": number(0.5), "z_loss": number(0.25)}
         np.testing.assert_array_equal(s2p.linear_softmax_cross_entropy(*operands, **options), expected)
     with pytest.raises(ValueError, match="z_loss must be a finite number that is known outside of jit"):

@@ -34,8 +34,9 @@ extern "C" XLA_FFI_Error* jax_softmax2p_softmax_jacobian_v1(XLA_FFI_CallFrame* c
 // Attention: output and lse of query (B, T, N, H), key (B, S, K, H) and value (B, S, K, H'), where K divides
 // N. The batch of any of them may be 1. Then scale, one element, and the operands that the attribute
 // `operands` says there are: 1: bias, and 2: mask, which broadcast to (B, N, T, S); 4 and 8: int32 lengths of
-// queries and of keys. Scale, bias and lse (B, T, N, 1) are of the type that the arrays are computed in.
-// `before` and `after` are a band, as above. See Attend in ops/attention.h.
+// queries and of keys. Scale, bias and lse are of the type that the arrays are computed in; lse is (B, T, N,
+// 1), or (B, T, N, 2) where it has the rest that its rounding leaves as well. `before` and `after` are a
+// band, as above. See Attend in ops/attention.h.
 extern "C" XLA_FFI_Error* jax_softmax2p_attention_v1(XLA_FFI_CallFrame* call_frame);
 
 // The gradients of attention in query, key and value. Arguments: query, key, value and scale, output and lse,

@@ -295,7 +295,7 @@ class AttentionTiles {
   // hi + lo + log, lo 0 where that is not finite.
   static SOFTMAX2P_INLINE DoubleDouble<T> AddLog(double hi, double lo, double log) {
     double error;
-    const double sum = TwoSum<double>(hi, log, error), rest = error + lo;
+    const double sum = TwoSum<double>(hi, log, error), rest = sum - sum == 0 ? error + lo : 0;
     const T rounded = static_cast<T>(sum + rest);
     const T left = static_cast<T>((sum - static_cast<double>(rounded)) + rest);
     return {rounded, left - left == 0 ? left : 0};

@@ -31,7 +31,7 @@ class SmallLogSumExpKernels {
       for (int o = 0; o < count; o += V::kLanes) {
         Tile::Load(x + (first + o) * n, outer - first - o, n, tiles + o * n);
       }
-      LseOfTiles(tiles, count, n, maximum + first, log + first, rest + first);
+      LseOfTiles(tiles, count, n, n, maximum + first, log + first, rest + first);
     }
   }
 
@@ -39,7 +39,7 @@ class SmallLogSumExpKernels {
   static void ColumnsLse(const E* x, std::int64_t stride, int n, int width, T* maximum, T* log, T* rest) {
     E* const none = nullptr;
     Tile::ForColumns(x, none, stride, n, width, [&](const T* tiles, int first, int columns) {
-      LseOfTiles(tiles, columns, n, maximum + first, log + first, rest + first);
+      LseOfTiles(tiles, columns, n, kPanelBlock, maximum + first, log + first, rest + first);
     });
   }
 
@@ -234,14 +234,13 @@ class SmallLogSumExpKernels {
   }
 
   // The logarithms are left until the sums of all tiles are there: each is a long chain of operations.
-  static __attribute__((noinline)) void LseOfTiles(const T* tiles, int rows, int n, T* maximum, T* log,
-                                                   T* rest) {
+  static __attribute__((noinline)) void LseOfTiles(const T* tiles, int rows, int n, std::int64_t block,
+                                                   T* maximum, T* log, T* rest) {
     LaneSums<V> sums[Tile::kMany];
     V largest[Tile::kMany];
     for (int first = 0, i = 0; first < rows; first += V::kLanes, ++i) {
       const T* const tile = tiles + first * n;
-      largest[i] = MaxColumn<V>(FullVector<V>{}, tile, kAdjacent<V>, n);
-      sums[i] = SumOf(tile, n, largest[i]);
+      sums[i] = SumOf(tile, n, block, largest[i]);
     }
     for (int first = 0, i = 0; first < rows; first += V::kLanes, ++i) {
       const LaneLog<V> of_sum(sums[i], largest[i], n);
@@ -250,7 +249,7 @@ class SmallLogSumExpKernels {
       StoreRows(V::Load(of_sum.log), count, log + first);
       StoreRows(V::Load(of_sum.rest), count, rest + first);
       if (HasNan(log + first, count)) {
-        LogOfCertain(tiles + first * n, count, n, largest[i], log + first, rest + first);
+        LogOfCertain(tiles + first * n, count, n, block, largest[i], log + first, rest + first);
       }
     }
   }
@@ -263,17 +262,16 @@ class SmallLogSumExpKernels {
 
   // Fills in the logarithms that are NaN because a row is nearly certain: from sums without the largest
   // elements, of which such a row has one. Out of line, since tiles need it rarely.
-  static __attribute__((noinline)) void LogOfCertain(const T* tile, int count, int n, V largest, T* log,
-                                                     T* rest) {
+  static __attribute__((noinline)) void LogOfCertain(const T* tile, int count, int n, std::int64_t block,
+                                                     V largest, T* log, T* rest) {
     const V minus_infinity = V::Broadcast(kMinusInfinity<V>);
     T others[kMaxSmall * V::kLanes];
-    V second = minus_infinity;
     for (int i = 0; i < n; ++i) {
       const V v = V::Load(tile + i * V::kLanes), other = WhereEqual(v, largest, minus_infinity, v);
-      second = Max(other, second);
       other.Store(others + i * V::kLanes);
     }
-    const LaneLog<V> of_sum(SumOf(others, n, second), largest);
+    V second;
+    const LaneLog<V> of_sum(SumOf(others, n, block, second), largest);
     for (int l = 0; l < count; ++l) {
       if (log[l] == log[l]) continue;
       log[l] = of_sum.log[l];
@@ -281,9 +279,22 @@ class SmallLogSumExpKernels {
     }
   }
 
-  static SOFTMAX2P_INLINE LaneSums<V> SumOf(const T* tile, int n, V largest) {
+  // The sum of a tile, and its largest elements. Each block of elements may raise the sum's reference: the
+  // bits are those of a panel with such blocks.
+  static SOFTMAX2P_INLINE LaneSums<V> SumOf(const T* tile, int n, std::int64_t block, V& largest) {
+    const FullVector<V> full;
+    const auto rows_from = [&](std::int64_t i) { return n - i < block ? n - i : block; };
+    largest = MaxColumn<V>(full, tile, kAdjacent<V>, rows_from(0));
     LaneAccumulator<V> sum(largest);
-    AddColumn(FullVector<V>{}, tile, Discard{}, kAdjacent<V>, Ahead<0>{}, n, Identity{}, sum);
+    for (std::int64_t i = 0; i < n; i += block) {
+      const T* const from = tile + i * V::kLanes;
+      if (i > 0) {
+        const V highest = MaxColumn<V>(full, from, kAdjacent<V>, rows_from(i));
+        sum.Rescale(highest);
+        largest = Max(highest, largest);
+      }
+      AddColumn(full, from, Discard{}, kAdjacent<V>, Ahead<0>{}, rows_from(i), Identity{}, sum);
+    }
     return sum.Sums();
   }
 

@@ -1,4 +1,4 @@
-// Tiles of small rows: kLanes rows of up to kMaxSmall elements, transposed so that each has a lane.
+// Tiles: kLanes rows of up to kMaxSmall elements, transposed so that each has a lane, or kLanes columns.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ class SmallTile {
   using TileAhead = Ahead<256>;
   // From so many columns on they are read and written row by row. Softmax of (4,21,16384) then takes 0.65 of
   // the time, and that of (64,21,48) would take 1.08 (Zen 3).
-  static constexpr int kWide = 128;
-  // 32 KiB: with 16, longer rows are read in shorter runs, and the CPU fetches less of them ahead.
+  static constexpr int kRowByRow = 128;
+  // 32 KiB. With 16 KiB, fewer columns fit, rows are read in shorter runs, and the CPU fetches less ahead.
   static constexpr int kColumnElements = 32768 / sizeof(T);
 
  public:
@@ -102,7 +102,7 @@ class SmallTile {
   // after the other, which takes fewer operations.
   template <typename Body>
   static SOFTMAX2P_INLINE void ForVectorsOfRows(int n, int columns, const Body& body) {
-    if (columns < kWide) {
+    if (columns < kRowByRow) {
       ForVectors<V>(columns, [&](int v, int at, const auto& access) {
         for (int i = 0; i < n; ++i) body(i, v, at, access);
       });

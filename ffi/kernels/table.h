@@ -22,6 +22,9 @@ namespace jax_softmax2p {
 inline constexpr int kMaxSmall = 128;
 // The most columns that a Panel has.
 inline constexpr int kPanelWidth = 256;
+// Rows that kernels take at a time where the bits of a column are to depend on n alone. With the widest panel
+// they have 16 KiB of float32, half of a first-level cache.
+inline constexpr std::int64_t kPanelBlock = 16;
 // The most rows that a Panel has. More would cost a sum its accuracy: see LaneAccumulator.
 inline constexpr std::int64_t kMaxPanelRows = 2048;
 

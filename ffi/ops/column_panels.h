@@ -15,17 +15,14 @@
 
 namespace jax_softmax2p {
 
-// Rows that kernels take at a time where the bits of a column are to depend on n alone. With the widest panel
-// they have 16 KiB of float32, half of a first-level cache.
-inline constexpr std::int64_t kPanelBlock = 16;
-
-// Whether kernels called small_columns_* take columns of n elements, each whole and many at a time: a panel's
-// sums cost more than such columns do. A matrix must have at least so many.
+// Whether small_columns and its like take columns of n elements, each whole and many at a time: a panel's
+// sums cost more than such columns do. `columns` is how many a matrix must have for that.
 inline bool HasSmallColumns(const Layout& layout, int columns) {
   constexpr std::int64_t kMaxSmallColumn = 32;
   return layout.n <= kMaxSmallColumn && layout.inner >= columns;
 }
-// So many vectors of columns hide how long their logarithms take. Of fewer, panels have several matrices.
+// Logarithms of less than so many vectors are a chain of dependent operations. Panels of several matrices are
+// faster then.
 inline constexpr int kManyVectors = 4;
 
 // How an array is divided into panels, each of columns of one matrix [n, inner] unless matrices are so narrow

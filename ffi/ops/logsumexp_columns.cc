@@ -55,7 +55,7 @@ class LogSumExpPanel {
   using T = ComputeOf<E>;
 
  public:
-  // With `small`, panels are those of ForSmallColumns.
+  // With `small`, panels are those of PlanSmallColumns.
   LogSumExpPanel(const Kernels& kernels, const Logits<E>& logits, const ColumnPanel& panel, bool small, E* y,
                  Lse<T> lse)
       : kernels_(kernels.Of<E>()),
@@ -67,27 +67,12 @@ class LogSumExpPanel {
         y_(y),
         lse_(lse),
         sum_(kernels_of_z_, panel),
-        maximum_(sum_.maximum()),
         log_(static_cast<std::size_t>(panel.width())),
         of_small_(small ? 2 * log_.size() : 0) {}
 
   void Compute(std::int64_t p) {
     logits_.Move(p);
-    const ColumnPanel& panel = logits_.panel();
-    const std::int64_t row = panel.row();
-    if (small_) {
-      WriteSmall();
-    } else {
-      sum_.Compute(panel, logits_, nullptr, PanelMaximum::kInPass1);
-      kernels_.panel_lse(sum_.Sums(), maximum_, sum_.subtract(), std::min(panel.layout().n, kMaxPanelRows),
-                         panel.width(), lse_.hi + row, lse_.lo + row, log_.data());
-    }
-    if (AnyColumn(panel.width(), [&](int c) { return HasNoLog(c); })) {
-      if (!small_ && HasNearlyCertain()) WriteNearlyCertain();
-      for (int c = 0; c < panel.width(); ++c) {
-        if (HasNoLog(c)) WriteWithoutKernel(c, row + c);
-      }
-    }
+    if (!small_ || !WriteSmall()) WritePanel();
     if (y_ != nullptr) WriteLogSoftmax();
   }
 
@@ -98,19 +83,36 @@ class LogSumExpPanel {
                      [&](int c) { return HasNoLog(c) && std::isfinite(maximum_[c]); });
   }
 
-  // The lse of whole columns, nearly certain ones included.
-  void WriteSmall() {
+  // The lse of whole columns, nearly certain ones included: the bits of WritePanel. False where a column
+  // needs more.
+  bool WriteSmall() {
     const ColumnPanel& panel = logits_.panel();
     T *const maximum = of_small_.data(), *const rest = maximum + log_.size();
     kernels_.small_columns_lse(x_ + panel.first(), panel.stride(), static_cast<int>(panel.layout().n),
                                panel.width(), maximum, log_.data(), rest);
     T *const hi = lse_.hi + panel.row(), *const lo = lse_.lo + panel.row();
     for (int c = 0; c < panel.width(); ++c) {
-      T error;
-      hi[c] = TwoSum(maximum[c], log_[static_cast<std::size_t>(c)], error);
-      lo[c] = error + rest[c];
+      T error, missing;
+      const T sum = TwoSum(maximum[c], log_[static_cast<std::size_t>(c)], error);
+      hi[c] = FastTwoSum(sum, error + rest[c], missing);
+      lo[c] = missing;
     }
     maximum_ = maximum;
+    return !AnyColumn(panel.width(), [&](int c) { return HasNoLog(c); });
+  }
+
+  void WritePanel() {
+    const ColumnPanel& panel = logits_.panel();
+    const std::int64_t row = panel.row();
+    sum_.Compute(panel, logits_, nullptr, PanelMaximum::kInPass1);
+    maximum_ = sum_.maximum();
+    kernels_.panel_lse(sum_.Sums(), maximum_, sum_.subtract(), std::min(panel.layout().n, kMaxPanelRows),
+                       panel.width(), lse_.hi + row, lse_.lo + row, log_.data());
+    if (!AnyColumn(panel.width(), [&](int c) { return HasNoLog(c); })) return;
+    if (HasNearlyCertain()) WriteNearlyCertain();
+    for (int c = 0; c < panel.width(); ++c) {
+      if (HasNoLog(c)) WriteWithoutKernel(c, row + c);
+    }
   }
 
   // The lse of the columns that are nearly certain, from sums without their largest elements.
@@ -186,7 +188,7 @@ class LogSumExpPanel {
   E* y_;
   Lse<T> lse_;
   GuardedPanelSum<T> sum_;
-  const T* maximum_;  // of every column
+  const T* maximum_ = nullptr;  // of every column
   std::vector<T> log_;
   std::vector<T> of_small_;  // what small_columns_lse gives beside the log
   std::optional<GuardedPanelSum<T>> others_;

@@ -223,14 +223,15 @@ def _as_spec(
 
 def _as_number(value: Any, name: str) -> float:
     """A finite number that is known when the function is traced; a ValueError names the argument."""
-    is_number = isinstance(value, int | float | np.number) or (
-        isinstance(value, jax.Array | np.ndarray)
-        and not isinstance(value, jax.core.Tracer)
-        and value.ndim == 0
-    )
-    if not (is_number and math.isfinite(value)):
+    try:
+        array = np.asarray(value)
+        is_real = array.ndim == 0 and not jnp.issubdtype(array.dtype, jnp.complexfloating)
+        number = float(array) if is_real else math.nan
+    except (TypeError, ValueError, OverflowError):  # Tracers, too, raise a TypeError.
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number that is known outside of jit, got {value}")
-    return float(value)
+    return number
 
 
 def _loss_of_tokens(
@@ -275,7 +276,7 @@ def _scaled(inputs: Array, scale: jax.typing.ArrayLike, mask: Array | None) -> A
         is_of_rows = False
     if not is_of_rows or not jnp.issubdtype(jnp.promote_types(scale.dtype, inputs.dtype), jnp.floating):
         raise ValueError(f"scale must be real and broadcast to {rows}, got {scale.dtype}{scale.shape}")
-    if mask is not None and scale.size != 1:
+    if mask is not None:
         scale = jnp.where(mask[..., None], scale, 1)
     wide = compute_dtype(inputs.dtype)
     return (inputs.astype(wide) * scale.astype(wide)).astype(inputs.dtype)

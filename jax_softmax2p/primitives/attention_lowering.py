@@ -20,8 +20,9 @@ from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
 from jax_softmax2p.primitives import attention_partitioning
+from jax_softmax2p.primitives.collectives import as_axis_names
 from jax_softmax2p.primitives.dispatch import Choice, forced_choice
-from jax_softmax2p.primitives.operands import Band
+from jax_softmax2p.primitives.operands import limits_of_band
 from jax_softmax2p.primitives.registration import KernelLowering
 
 Array = jax.Array
@@ -41,9 +42,6 @@ The time of the composed function by that of the kernel, and jax.nn's by it, for
 1.15, (1, 1, 2, 16) with 16 keys 1.43 and 1.49, (1, 8, 2, 16) 1.42 and 1.38, (1, 64, 4, 32) 1.65 and 1.74.
 Outside of loops (1, 8, 2, 16) 2.3 and 2.1, (1, 1, 2, 16) with 16 keys 1.8 and 4.2.
 """
-
-_NO_LIMIT = 2**62
-"""No array has so many keys."""
 
 ARRAY: Role = ("batch", None, "heads", None)
 LOGITS: Role = ("batch", "heads", None, None)
@@ -102,7 +100,9 @@ def fold_batch(
         x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
         spec = jax.typeof(x).sharding.spec
         if spec[0] != entry:
-            x = jax.sharding.reshard(x, PartitionSpec(entry, *spec[1:]))
+            taken = as_axis_names(entry)
+            rest = (None if set(taken) & set(as_axis_names(other)) else other for other in spec[1:])
+            x = jax.sharding.reshard(x, PartitionSpec(entry, *rest))
         return x.reshape(size * batch, *x.shape[2:])
 
     folded = [fold(x, dim, role) for x, dim, role in zip(operands, dims, roles, strict=True)]
@@ -156,12 +156,8 @@ class AttentionLowering(KernelLowering):
 
     def ffi_attributes(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Which operands there are, the band, and the soft cap; a limit of -1 is none, as is a cap of 0."""
-        band: Band = params["band"] or Band(None, None)
-        limit = lambda x: np.int64(-1 if x is None else min(x, _NO_LIMIT))
         operands = sum(1 << OPERAND_NAMES.index(name) for name in params["names"])
         return {
             "operands": np.int64(operands),
-            "before": limit(band.before),
-            "after": limit(band.after),
             "soft_cap": np.float64(params["soft_cap"] or 0),
-        }
+        } | limits_of_band(params["band"])

@@ -3,6 +3,7 @@
 Only gradients of what examples or heads on several devices share are added up; nothing else communicates.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,12 +145,12 @@ def _sharding_rule(
 ) -> SdyShardingRule:
     """Batch and heads have names, heads of queries those of keys and of the groups; all else has its own.
 
-    Heads of queries and of keys have names by themselves where an axis of the mesh does not divide those of
-    keys: otherwise XLA would give keys a part of that axis, which no PartitionSpec can name.
+    Heads of queries and of keys have names by themselves where the axes of the mesh do not divide those of
+    keys: otherwise XLA might give keys a part of an axis, which no PartitionSpec can name.
     """
     heads, key_heads = operands[0][2], operands[1][2]
     grouped = heads != key_heads
-    divides = key_heads > 1 and not any(key_heads % size for size in mesh.shape.values())
+    divides = key_heads > 1 and key_heads % math.prod(mesh.shape.values()) == 0
     own = iter(range(1000))
     factors: dict[str, Any] = {}
 

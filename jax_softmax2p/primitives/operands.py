@@ -163,12 +163,14 @@ class OperandSpec(NamedTuple):
 
     def ffi_attributes(self) -> dict[str, np.int64]:
         """The attributes of the FFI targets that say the same. A limit of -1 is none."""
-        before, after = (None, None) if self.band is None else (self.band.before, self.band.after)
-        return {
-            "operands": np.int64(sum(OPERAND_FLAGS[name] for name in self.names)),
-            "before": np.int64(-1 if before is None else before),
-            "after": np.int64(-1 if after is None else after),
-        }
+        operands = np.int64(sum(OPERAND_FLAGS[name] for name in self.names))
+        return {"operands": operands} | limits_of_band(self.band)
+
+
+def limits_of_band(band: Band | None) -> dict[str, np.int64]:
+    """The limits as attributes of FFI targets. One of -1 is none."""
+    limit = lambda x: np.int64(-1 if x is None else min(x, _MAX_BAND))
+    return {"before": limit(band and band.before), "after": limit(band and band.after)}
 
 
 def reference_rule(function: Callable[..., Any], *param_names: str) -> Callable[..., Any]:

@@ -231,6 +231,7 @@ SHARED_KEYS = {
     "one head of keys, not sharded": (4, 1, (), set()),
     # Nothing can be done but to gather the heads.
     "more shards than heads of keys": (8, 2, (None, None, "data"), None),
+    "heads on two axes": (8, 4, (None, None, ("model", "data")), None),
     "more shards than heads of keys, sharded batch": (8, 2, ("model", None, "data"), None),
 }
 """Heads of queries and of keys, the sharding of queries, and the collectives of the gradient."""
