@@ -378,6 +378,7 @@ class TestGradientInBias:
             tolerance = max(4 * EPS[dtype], 4e-6 if dtype == np.float32 else 1e-14) * max(1.0, largest)
             np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=tolerance)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("offset", [-1e9, 1e9, -1e38, 3e4])
     def test_large_equal_logits(self, dtype, offset):

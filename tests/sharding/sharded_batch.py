@@ -124,9 +124,7 @@ def test_partly_manual_mesh():
     [(s2p.softmax, jax.nn.softmax), (s2p.log_softmax, jax.nn.log_softmax), (s2p.logsumexp, jax.nn.logsumexp)],
     ids=["softmax", "log_softmax", "logsumexp"],
 )
-@pytest.mark.parametrize(
-    "spec", [("data", "model", None), (None, ("data", "model"), None), ("data", None, None)]
-)
+@pytest.mark.parametrize("spec", [("data", "model", None), (None, ("data", "model"), None)])
 def test_several_axes_of_an_explicit_mesh(ours, theirs, spec):
     """Results are sharded as JAX's, gradients as x."""
     x = normal(4, 8, 6)
@@ -235,10 +233,17 @@ SHARED_KEYS = {
     "more shards than heads of keys, sharded batch": (8, 2, ("model", None, "data"), None),
 }
 """Heads of queries and of keys, the sharding of queries, and the collectives of the gradient."""
+ALWAYS_TESTED = {("one head of keys", AxisType.Auto), ("heads on two axes", AxisType.Auto)}
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", SHARED_KEYS)
+@pytest.mark.parametrize(
+    ("name", "axis_type"),
+    [
+        pytest.param(name, axis_type, marks=() if (name, axis_type) in ALWAYS_TESTED else pytest.mark.long)
+        for name in SHARED_KEYS
+        for axis_type in (AxisType.Auto, AxisType.Explicit)
+    ],
+)
 def test_attention_whose_heads_share_keys(name, axis_type):
     heads, key_heads, spec, expected_kinds = SHARED_KEYS[name]
     q, k, v = normal(8, 32, heads, 8), *(normal(8, 32, key_heads, 8, seed=i) for i in (1, 2))
