@@ -124,7 +124,9 @@ def test_partly_manual_mesh():
     [(s2p.softmax, jax.nn.softmax), (s2p.log_softmax, jax.nn.log_softmax), (s2p.logsumexp, jax.nn.logsumexp)],
     ids=["softmax", "log_softmax", "logsumexp"],
 )
-@pytest.mark.parametrize("spec", [("data", "model", None), (None, ("data", "model"), None)])
+@pytest.mark.parametrize(
+    "spec", [(None, ("data", "model"), None), pytest.param(("data", "model", None), marks=pytest.mark.long)]
+)
 def test_several_axes_of_an_explicit_mesh(ours, theirs, spec):
     """Results are sharded as JAX's, gradients as x."""
     x = normal(4, 8, 6)
