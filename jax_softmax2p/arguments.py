@@ -71,7 +71,7 @@ class Logits:
 
     def merge(self, y: Array) -> Array:
         """An array of the shape of x as it was passed, with the axes merged as those of x are."""
-        return _merge_axes(y, self.axes)[0]
+        return merge_axes(y, self.axes)[0]
 
     def restore(self, y: Array) -> Array:
         """A result of the merged x's shape, in the shape and dtype that users expect."""
@@ -157,13 +157,13 @@ def as_logits(
         "bias": sum(biases[1:], biases[0]).astype(wide) if biases else None,
         "where": mask,
     }
-    merged, merged_axis = _merge_axes(x, axes)
+    merged, merged_axis = merge_axes(x, axes)
     operands = {
-        key: _merge_axes(_broadcast_along_all_or_none(_with_rank(operand, x.ndim), x.shape, axes), axes)[0]
+        key: merge_axes(_broadcast_along_all_or_none(_with_rank(operand, x.ndim), x.shape, axes), axes)[0]
         for key, operand in named.items()
         if operand is not None
     }
-    row_biases = [_merge_axes(term, axes)[0] for term in row_biases]
+    row_biases = [merge_axes(term, axes)[0] for term in row_biases]
     if shift_invariant and row_biases:
         merged, operands = apply_invariant_bias(merged, operands, row_biases, band)
         row_biases = []
@@ -383,7 +383,7 @@ def _is_narrower_than_16_bits(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
 
-def unsharded_along(x: Array, axes: Sequence[int]) -> Array:
+def _unsharded_along(x: Array, axes: Sequence[int]) -> Array:
     """The array, whole along the axes: JAX reshapes no axes that are sharded explicitly."""
     spec = list(jax.typeof(x).sharding.spec)
     if all(spec[a] is None for a in axes):
@@ -394,10 +394,10 @@ def unsharded_along(x: Array, axes: Sequence[int]) -> Array:
     return whole
 
 
-def _merge_axes(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
+def merge_axes(x: Array, axes: tuple[int, ...]) -> tuple[Array, int]:
     """The array with the axes merged into one, and that axis, which is negative."""
     if len(axes) == 1:
         return x, axes[0]
-    moved = jnp.moveaxis(unsharded_along(x, axes), axes, range(-len(axes), 0))
+    moved = jnp.moveaxis(_unsharded_along(x, axes), axes, range(-len(axes), 0))
     batch = moved.shape[: x.ndim - len(axes)]
     return moved.reshape(*batch, math.prod(x.shape[a] for a in axes)), -1

@@ -16,7 +16,7 @@ from jax_softmax2p.arguments import (
     as_labels,
     as_logits,
     canonical_axes,
-    unsharded_along,
+    merge_axes,
 )
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.logits import logit_at_label
@@ -91,8 +91,9 @@ def softmax_cross_entropy_with_integer_labels(
     if isinstance(axis, tuple):
         if axis_name is not None:
             raise ValueError(f"axis must be one integer where axis_name is given, got {axis}")
-        logits, where = _flattened(logits, axis), None if where is None else _flattened(where, axis)
-        axis = -1
+        canonical_axes(axis, logits.ndim)
+        where = None if where is None else merge_axes(where, axis)[0]
+        logits, axis = merge_axes(logits, axis)
     (axis,) = canonical_axes(axis, logits.ndim)
     dtype = logits.dtype
     logits, labels = _broadcast_rows(logits, labels, where, axis)
@@ -244,13 +245,6 @@ def _check_labels_broadcast(shape: tuple[int, ...], labels_shape: tuple[int, ...
         raise ValueError(
             f"labels must broadcast with the logits' shape {shape}, got {labels_shape}"
         ) from None
-
-
-def _flattened(x: Array, axes: tuple[int, ...]) -> Array:
-    """The axes at the end, in their order, as one."""
-    canonical_axes(axes, x.ndim)
-    moved = jnp.moveaxis(unsharded_along(x, axes), axes, range(-len(axes), 0))
-    return moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
 
 
 def _subtract_label_logit(lse: Lse, x: Array, labels: Array, axis: int) -> Array:

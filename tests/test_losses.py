@@ -161,7 +161,7 @@ class TestIntegerLabels:
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16, np.float16])
     @pytest.mark.parametrize("n", [21, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 5, 32))])
-    def test_short_columns(self, n, dtype):
+    def test_small_columns(self, n, dtype):
         """Many, with special ones among them, which harm no others, and labels of all kinds."""
         x = normal(2, n, 300).astype(dtype)
         large = 0.7 * float(jnp.finfo(dtype).max)

@@ -184,8 +184,9 @@ class SmallLogSumExpKernels {
   // Of `rows` rows of tiles, in place, factor·(e^(x - hi - lo) - [the label's place]).
   static __attribute__((noinline)) void WriteWeights(T* tiles, int rows, int n, const T* hi, const T* lo,
                                                      const T* factor, const std::int32_t* labels) {
-    constexpr int kMost = Tile::kMany * V::kLanes;
-    T scale_hi[kMost] = {}, scale_lo[kMost] = {}, exponents[kMost] = {}, z[kMost] = {}, at_labels[kMost];
+    constexpr int kMaxRows = Tile::kMany * V::kLanes;
+    T scale_hi[kMaxRows] = {}, scale_lo[kMaxRows] = {}, exponents[kMaxRows] = {}, z[kMaxRows] = {},
+      at_labels[kMaxRows];
     const auto for_labels = [&](const auto& body) {
       for (int r = 0; r < rows; ++r) {
         if (HasElement(n, labels[r])) body(r, tiles[ElementOf(r, labels[r], n)]);

@@ -108,10 +108,14 @@ def _entries(mesh: Mesh, arguments: Sequence[Any]) -> dict[str | None, Any]:
 
 def _sum_of_shards(part: jax.Array, whole: Shape, axes: Role, entries: dict[str | None, Any]) -> jax.Array:
     """A result of the whole shape, of which every device has its part: the gradient of what they share."""
-    shared = [axis for size, axis in zip(whole, axes, strict=True) if size == 1]
-    names = tuple(name for axis in shared for name in as_axis_names(entries[axis]))
+    names = tuple(name for axis in _shared(whole, axes) for name in as_axis_names(entries[axis]))
     summed: jax.Array = jax.lax.psum(part, names) if names else part
     return summed
+
+
+def _shared(shape: Shape, axes: Role) -> list[str | None]:
+    """What a result of this shape does not vary with."""
+    return [axis for size, axis in zip(shape, axes, strict=True) if size == 1]
 
 
 def _fits(
@@ -127,12 +131,8 @@ def _fits(
                 axis is not None and whole != 1 and counts.setdefault(axis, count) != count
             ):
                 return False
-    shared = [
-        axis
-        for result, axes in zip(results, result_roles, strict=True)
-        for size, axis in zip(result.shape, axes, strict=True)
-        if size == 1
-    ]
+    of_results = zip(results, result_roles, strict=True)
+    shared = (axis for result, axes in of_results for axis in _shared(result.shape, axes))
     return all(axis is None or counts.get(axis, 1) == 1 for axis in shared)
 
 
