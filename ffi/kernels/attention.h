@@ -25,6 +25,7 @@
 #include "ffi/base/layout.h"
 #include "ffi/kernels/access.h"
 #include "ffi/kernels/attention_args.h"
+#include "ffi/kernels/attention_rows.h"
 #include "ffi/kernels/attention_tiles.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/gemm.h"
@@ -37,6 +38,7 @@ template <typename V, typename E>
 class AttentionKernels {
   using T = typename V::Scalar;
   using Product = Gemm<V>;
+  using Rows = AttentionRows<V, E>;
   using Tiles = AttentionTiles<V, E>;
   static constexpr int kColumns = Product::kColumns;
   static constexpr int kKeys = Tiles::kKeys;
@@ -264,8 +266,8 @@ class AttentionKernels {
     if (raises) {
       alignas(64) T maximum[vectors * V::kLanes], factor[vectors * V::kLanes];
       SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) maxima[v].Store(maximum + v * V::kLanes);
-      if (Tiles::RaiseReferences(vectors * V::kLanes, maximum, state.reference, state.shift, state.limit,
-                                 factor)) {
+      if (Rows::RaiseReferences(vectors * V::kLanes, maximum, state.reference, state.shift, state.limit,
+                                factor)) {
         Rescale<vectors>(factor, state.sum, 1);
         Rescale<vectors>(factor, output, layout_.value_rows);
       }
@@ -337,23 +339,17 @@ class AttentionKernels {
     }
     Product::Unpack(panel.output, columns, layout_.value_rows, columns, rows(), layout_.value_rows);
     DoubleDouble<T> lses[kColumns];
-    Tiles::LseOf(columns, state.reference, state.shift, state.sum, lses);
+    Rows::LseOf(columns, state.reference, state.shift, state.sum, lses);
     for (std::int64_t i = 0; i < panel.rows; ++i) {
-      const std::int64_t t = (panel.row + i) / args_.heads;
-      T* const output = rows() + i * layout_.value_rows;
-      DoubleDouble<T> lse = lses[i];
-      if (t >= args_.query_length) {
-        for (std::int64_t h = 0; h < args_.value_size; ++h) output[h] = 0;
-        lse = {static_cast<T>(kMaskedLogit), 0};
-      } else if (args_.masked && !(state.best[i] > static_cast<T>(kMaskedLogit)) &&
-                 state.sum[i] == state.sum[i]) {
-        if (!has_mean_) Tiles::MeanOfValues(args_, mean());
-        has_mean_ = true;
-        for (std::int64_t h = 0; h < args_.value_size; ++h) output[h] = mean()[h];
-        lse = {static_cast<T>(kMaskedLogit), 0};
-      }
-      Tiles::WriteRow(args_, panel.row + i, output, lse);
+      Rows::Write(args_, panel.row + i, state.sum[i], state.best[i], lses[i], rows() + i * layout_.value_rows,
+                  [&] { return MeanOfValues(); });
     }
+  }
+
+  const T* MeanOfValues() {
+    if (!has_mean_) Rows::MeanOfValues(args_, mean());
+    has_mean_ = true;
+    return mean();
   }
 
   const AttentionArgs<E>& args_;

@@ -9,13 +9,13 @@
 // each is read from its first element to its last.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "ffi/base/inline.h"
 #include "ffi/base/layout.h"
 #include "ffi/kernels/access.h"
 #include "ffi/kernels/attention_args.h"
+#include "ffi/kernels/attention_rows.h"
 #include "ffi/kernels/attention_tiles.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/soft_cap.h"
@@ -26,6 +26,7 @@ namespace jax_softmax2p {
 template <typename V, typename E>
 class FewQueriesKernels {
   using T = typename V::Scalar;
+  using Rows = AttentionRows<V, E>;
   using Tiles = AttentionTiles<V, E>;
   static constexpr int kStep = V::kTransposeRows;
   static constexpr std::int64_t kKeys = Tiles::kKeys;
@@ -248,7 +249,7 @@ class FewQueriesKernels {
     for (std::int64_t j = 0; j < end; j += V::kLanes) maximum = Max(V::Load(logits + j), maximum);
     const T largest = maximum.ReduceMax();
     T factor = 1;
-    if (Tiles::RaiseReferences(1, &largest, state + kReference, state + kShift, state + kLimit, &factor)) {
+    if (Rows::RaiseReferences(1, &largest, state + kReference, state + kShift, state + kLimit, &factor)) {
       state[kSum] *= factor;
       const V factors = V::Broadcast(factor);
       for (std::int64_t h = kState; h < size_; h += V::kLanes)
@@ -356,26 +357,18 @@ class FewQueriesKernels {
   // What a sum relative to one reference is multiplied by, to be one relative to another.
   static T Factor(const T* from, const T* to) {
     if (from[kLimit] == kMinusInfinity<V>) return 1;  // It is 0.
-    const T power = from[kReference] - to[kReference];
-    if (from[kShift] == to[kShift]) return std::ldexp(T{1}, static_cast<int>(power));
-    const double shift = static_cast<double>(from[kShift]) - to[kShift];
-    return static_cast<T>(std::exp(shift + power * Format<T>::kLn2));
+    return Rows::RescalingFactor(from[kReference], from[kShift], to[kReference], to[kShift]);
   }
 
   static void Finish(const AttentionArgs<E>& args, std::int64_t r, T* state) {
     T* const output = state + kState;
     DoubleDouble<T> lse;
-    Tiles::LseOf(1, state + kReference, state + kShift, state + kSum, &lse);
-    if (r / args.heads >= args.query_length) {
-      for (std::int64_t h = 0; h < args.value_size; ++h) output[h] = 0;
-      lse = {static_cast<T>(kMaskedLogit), 0};
-    } else if (args.masked && !(state[kBest] > static_cast<T>(kMaskedLogit)) && state[kSum] == state[kSum]) {
-      Tiles::MeanOfValues(args, output);
-      lse = {static_cast<T>(kMaskedLogit), 0};
-    } else {
-      for (std::int64_t h = 0; h < args.value_size; ++h) output[h] /= state[kSum];
-    }
-    Tiles::WriteRow(args, r, output, lse);
+    Rows::LseOf(1, state + kReference, state + kShift, state + kSum, &lse);
+    for (std::int64_t h = 0; h < args.value_size; ++h) output[h] /= state[kSum];
+    Rows::Write(args, r, state[kSum], state[kBest], lse, output, [&] {
+      Rows::MeanOfValues(args, output);
+      return output;
+    });
   }
 
   const AttentionArgs<E>& args_;

@@ -415,7 +415,7 @@ class AttentionGradientKernels {
         continue;
       }
       const std::int64_t t = (panel.row + i) / args_.heads, g = (panel.row + i) % args_.heads;
-      Tiles::WriteElements(row, args_.size, args_.query_gradient + t * args_.query_stride + g * args_.size);
+      StoreElements<V>(row, args_.size, args_.query_gradient + t * args_.query_stride + g * args_.size);
     }
   }
 
@@ -426,8 +426,8 @@ class AttentionGradientKernels {
                                                            value_gradient() + j * layout_.value_row;
       for (std::int64_t h = 0; h < args_.size; ++h) key[h] *= args_.scale;
       for (std::int64_t h = 0; h < args_.value_size; ++h) value[h] += share * mean_cotangent()[h];
-      Tiles::WriteElements(key, args_.size, args_.key_gradient + (begin_ + j) * args_.key_stride);
-      Tiles::WriteElements(value, args_.value_size, args_.value_gradient + (begin_ + j) * args_.value_stride);
+      StoreElements<V>(key, args_.size, args_.key_gradient + (begin_ + j) * args_.key_stride);
+      StoreElements<V>(value, args_.value_size, args_.value_gradient + (begin_ + j) * args_.value_stride);
     }
   }
 
