@@ -152,6 +152,21 @@ class TestMasks:
         np.testing.assert_array_equal(np.isnan(y[0, :, 0, 0]), np.arange(t) >= 2)
         np.testing.assert_array_equal(y[:, :2], expected[:, :2])
 
+    @pytest.mark.parametrize("which", [1, 2])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_masked_key_or_value_that_is_not_finite_in_gradients(self, which, dtype, value):
+        """Its gradient is 0, and all others are as if it were finite."""
+        operands = operands_of(2, 70, 150, 2, 1, 8, dtype)
+        mask = np.arange(150) != 5
+        ours = functools.partial(dot_product_attention, implementation="native", mask=mask)
+        gradient = jax.jit(jax.grad(functools.partial(weighted, ours), (1, 2, 3)))
+        cotangent = normal(2, 70, 2, 8, seed=7).astype(dtype)
+        expected = gradient(cotangent, *operands)
+        operands[which][:, 5] = value
+        for x, y in zip(gradient(cotangent, *operands), expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+
     @pytest.mark.parametrize("t", [1, 3, 140])
     @pytest.mark.parametrize("length", [1, 61, 77])
     def test_padded_keys(self, t, length):
@@ -196,6 +211,14 @@ class TestLogits:
         bias[0, 0, 1, 5] = np.nan
         np.testing.assert_array_equal(np.isnan(fused(*operands, bias=bias)[0, :, 0, 0]), np.arange(t) == 1)
 
+    @pytest.mark.parametrize("t", [1, 40])
+    def test_nan_with_all_bits_set_stays_nan(self, t):
+        """Memory that was filled with ones, say: rounding to bfloat16 must not carry out of it."""
+        bias = np.zeros((1, 1, t, 9), np.float32)
+        bias[0, 0, 0, 3] = np.array(0xFFFFFFFF, np.uint32).view(np.float32)
+        y = fused(*operands_of(1, t, 9, 1, 1, 8, jnp.bfloat16), bias=bias)
+        np.testing.assert_array_equal(np.isnan(np.asarray(y[0, :, 0, 0], np.float32)), np.arange(t) == 0)
+
     def test_infinite_sinks(self):
         """A sink of +inf takes all, one of -inf nothing; they have no NaN, nor have gradients."""
         q, k, v = operands_of(1, 5, 9, 3, 1, 8)
@@ -236,6 +259,38 @@ GRADIENT_CASES = {
 
 def weighted(function, cotangent, *operands):
     return jnp.sum(function(*operands) * cotangent)
+
+
+class TestLongSums:
+    """Equal values, whose rounding errors do not cancel one another as those of random values do."""
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("t", [1, 16])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_values(self, dtype, t, masked):
+        s = 2**17
+        q, k = np.zeros((1, t, 1, 8), dtype), np.zeros((1, s, 1, 8), dtype)
+        v = np.full((1, s, 1, 8), 0.926, dtype)
+        y = fused(q, k, v, mask=np.zeros((1, 1, 1, 1), bool) if masked else None)
+        np.testing.assert_allclose(np.asarray(y), v[:, :1].repeat(t, 1), rtol=2 * np.sqrt(s) * EPS[dtype])
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_gradients(self, dtype):
+        """Of keys and values, sums over queries, and of queries, sums over keys."""
+        long, short = 2**16, 4
+        for t, s in ((long, short), (short, long)):
+            q, k, v = (np.full((1, n, 1, 8), x, dtype) for n, x in ((t, 0.1), (s, 0.1), (s, 0.926)))
+            k[:, 0], v[:, 0] = 0.3, 0.5  # So that weights and gradients are not all equal.
+            cotangent = np.full((1, t, 1, 8), 0.7, dtype)
+            ours = functools.partial(dot_product_attention, implementation="native")
+            actual = jax.jit(jax.grad(functools.partial(weighted, ours), (1, 2, 3)))(cotangent, q, k, v)
+            wide = [x.astype(np.float64) for x in (cotangent, q, k, v)]
+            expected = jax.jit(jax.grad(functools.partial(weighted, formula), (1, 2, 3)))(*wide)
+            for x, y in zip(actual, expected, strict=True):
+                tolerance = 4 * np.sqrt(long) * EPS[dtype] * np.abs(y).max()
+                np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=tolerance)
 
 
 class TestGradient:

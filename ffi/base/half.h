@@ -48,8 +48,10 @@ SOFTMAX2P_INLINE F WidenBits(Word halves, const BFloat16*) {
 
 template <typename F, typename Int, typename Word>
 SOFTMAX2P_INLINE Word NarrowToBits(F x, const BFloat16*) {
-  const Word bits = BitCast<Word>(x);
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Word bits = BitCast<Word>(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  // Rounding may carry out of a NaN.
+  const Int magnitude = BitCast<Int>(bits & 0x7fffffffu);
+  return magnitude > (255 << 23) ? Word{} + 0x7fc0u : rounded;
 }
 
 // Below 2^-14 the last place of Float16 is 2^-24, which is also that of 0.5 in float: it counts a subnormal's

@@ -15,7 +15,7 @@ struct Layout {
 };
 
 // a/b rounded up, for a >= 0 and b > 0.
-constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+SOFTMAX2P_INLINE constexpr std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // a rounded up to a multiple of b, likewise.
 SOFTMAX2P_INLINE constexpr std::int64_t RoundUp(std::int64_t a, std::int64_t b) { return CeilDiv(a, b) * b; }

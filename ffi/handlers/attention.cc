@@ -155,8 +155,10 @@ ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& 
         })}) {
     if (error.failure()) return error;
   }
-  if (!(attributes.soft_cap >= 0 && attributes.soft_cap <= std::numeric_limits<float>::max())) {
-    return Invalid("attribute soft_cap must be a positive number, or 0 for none");
+  using Limits = std::numeric_limits<float>;
+  if (attributes.soft_cap != 0 &&
+      !(attributes.soft_cap >= Limits::min() && attributes.soft_cap <= Limits::max())) {
+    return Invalid("attribute soft_cap must be a positive number that float32 can hold, or 0 for none");
   }
   first.soft_cap = static_cast<ComputeOf<E>>(attributes.soft_cap);
   first.masked = first.masked || first.mask.data != nullptr || attention.key_lengths != nullptr;

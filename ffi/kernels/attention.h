@@ -212,7 +212,7 @@ class AttentionKernels {
     if (finite || (!cut && args_.mask.data == nullptr)) {
       return AddValues<vectors>(panel.output, range.begin, padded);
     }
-    Tiles::template TakeNonFinite<vectors>(args_, values(), range, logits(), panel.output);
+    Tiles::template TakeNonFinite<vectors>(values(), args_.value_size, range, logits(), panel.output);
     AddValues<vectors>(panel.output, range.begin, padded);
     CopyValues(s, count);
   }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "ffi/base/half.h"
+#include "ffi/base/inline.h"
 
 namespace jax_softmax2p {
 
@@ -62,7 +63,7 @@ struct AttentionArgs {
   bool masked;
 
   // Rows are the queries of all heads, those of one query side by side.
-  std::int64_t Rows() const { return queries * heads; }
+  SOFTMAX2P_INLINE std::int64_t Rows() const { return queries * heads; }
 };
 
 // The same, with the results `output` and `lse`, for the gradient. Gradients have the layouts of their

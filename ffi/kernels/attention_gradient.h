@@ -243,8 +243,8 @@ class AttentionGradientKernels {
         Tiles::PrefetchKeys(args_, s + kKeys, end_);
       }
       packed = true;
-      Product::WithVectors(panel.vectors,
-                           [&](auto vectors) { AddTileOfPanel<vectors.value>(panel, s, range); });
+      Product::WithVectors(
+          panel.vectors, [&](auto vectors) { AddTileOfPanel<vectors.value>(panel, s, keys_in_tile, range); });
     }
   }
 
@@ -252,33 +252,45 @@ class AttentionGradientKernels {
     const E *const key = args_.key + s * args_.key_stride, *const value =
                                                                args_.value + s * args_.value_stride;
     Tiles::Pack(key, args_.key_stride, args_.size, count, layout_.depth, rows(), keys());
-    Tiles::Copy(key, args_.key_stride, args_.size, count, key_rows());
+    keys_are_finite_ = CopyKeys(s, count);
     Tiles::Pack(value, args_.value_stride, args_.value_size, count, layout_.value_depth, rows(), values());
   }
 
+  bool CopyKeys(std::int64_t s, std::int64_t count) {
+    return Tiles::Copy(args_.key + s * args_.key_stride, args_.key_stride, args_.size, count, key_rows());
+  }
+
   template <int vectors>
-  SOFTMAX2P_INLINE void AddTileOfPanel(const Panel& panel, std::int64_t s, KeyRange range) {
+  SOFTMAX2P_INLINE void AddTileOfPanel(const Panel& panel, std::int64_t s, std::int64_t count,
+                                       KeyRange range) {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
     TileOfKeys<vectors>(keys(), panel.queries, layout_.depth, args_.scale, kMinusInfinity<V>, range,
                         weights());
     if (args_.soft_cap != 0) CapLogits<vectors>(range);
     const bool cut = Tiles::BandCuts(args_, panel.row, panel.row + panel.rows, s, range);
-    if (cut || args_.bias.data != nullptr || args_.mask.data != nullptr) {
+    const bool masked = cut || args_.mask.data != nullptr;
+    if (masked || args_.bias.data != nullptr) {
       const LogitsTile<T> tile{weights(), At(6), reinterpret_cast<std::uint8_t*>(At(7)), kWidth};
       V maxima[vectors];
       alignas(64) T best[kColumns] = {};
       Tiles::template ApplyOperands<vectors>(args_, panel.row, panel.rows, s, range, cut, tile, best, maxima);
-      if (args_.bias.data != nullptr) ClearPadding<vectors>(panel, range);
     }
+    if (args_.bias.data != nullptr || !keys_are_finite_) ClearPadding<vectors>(panel, range);
     TileOfKeys<vectors>(values(), panel.cotangents, layout_.value_depth, T{1}, T{0}, range, products());
     const std::int64_t end = RoundUp(range.end, Product::kRows);
-    Weights<vectors>(panel, range.begin, end);
+    masked ? Weights<vectors, true>(panel, range.begin, end)
+           : Weights<vectors, false>(panel, range.begin, end);
     if (args_.bias_gradient != nullptr) AddBiasGradient<vectors>(panel, s, range);
     if (args_.soft_cap != 0) ApplyCapDerivatives<vectors>(range);
     const std::int64_t stride = Tiles::ValueStride(args_.size), at = range.begin * kWidth;
+    const bool takes_non_finite = masked && !keys_are_finite_;
+    if (takes_non_finite) {
+      Tiles::template TakeNonFinite<vectors>(key_rows(), args_.size, range, products(), panel.gradient);
+    }
     Product::template Accumulate<vectors>(key_rows() + range.begin * stride, Product::kRows, stride,
                                           products() + at, RoundUp(args_.size, Product::kRows),
                                           RoundUp(range.end, kUnroll) - range.begin, panel.gradient);
+    if (takes_non_finite) CopyKeys(s, count);
     T* const key = key_gradient() + (s - begin_) * layout_.row;
     T* const value = value_gradient() + (s - begin_) * layout_.value_row;
     AddRows<kWidth>(weights(), panel.cotangent_rows, layout_.value_row, range.begin, end, value);
@@ -325,7 +337,8 @@ class AttentionGradientKernels {
     return left < 0 ? 0 : left < panel.rows ? left : panel.rows;
   }
 
-  // Padding may have a bias that is not finite, which its lse would not make a weight of 0.
+  // Padding may have a bias that is not finite, and has a logit of NaN for keys that are not, which its lse
+  // would not make a weight of 0.
   template <int vectors>
   SOFTMAX2P_INLINE void ClearPadding(const Panel& panel, KeyRange range) {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
@@ -360,8 +373,9 @@ class AttentionGradientKernels {
     }
   }
 
-  // Replaces the logits by the weights P, and dP by dS.
-  template <int vectors>
+  // Replaces the logits by the weights P, and dP by dS. Where there are masks, dS is 0 where P is, also for
+  // values that are not finite.
+  template <int vectors, bool masked>
   SOFTMAX2P_INLINE void Weights(const Panel& panel, std::int64_t begin, std::int64_t end) {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
     const ExtExpKernel<V, 0> exp(V::Broadcast(0));
@@ -379,7 +393,9 @@ class AttentionGradientKernels {
         SOFTMAX2P_UNROLL for (int k = 0; k < kUnroll; ++k) {
           const V p = e.Value(k);
           p.Store(weights_at + k * kWidth);
-          (p * (V::Load(products_at + k * kWidth) - delta)).Store(products_at + k * kWidth);
+          V ds = p * (V::Load(products_at + k * kWidth) - delta);
+          if constexpr (masked) ds = WhereEqual(p, V::Broadcast(0), V::Broadcast(0), ds);
+          ds.Store(products_at + k * kWidth);
         }
       }
     }
@@ -394,9 +410,9 @@ class AttentionGradientKernels {
       Product::WithVectors(vectors, [&](auto count) {
         for (std::int64_t j = begin; j < end; j += Product::kRows) {
           typename Product::template Tile<count.value> tile;
-          tile.Load(to + j * size + h, size);
+          tile.Clear();
           tile.template AddProductOfRows<width>(a + j * width, b + h, size, width);
-          tile.Store(to + j * size + h, size);
+          tile.AddTo(to + j * size + h, size);
         }
       });
       h += vectors * V::kLanes;
@@ -437,6 +453,7 @@ class AttentionGradientKernels {
   T* const partial_;
   const ScratchLayout layout_;
   T* const scratch_;
+  bool keys_are_finite_ = true;  // of the tile
 };
 
 }  // namespace jax_softmax2p

@@ -12,6 +12,7 @@
 #include "ffi/base/inline.h"
 #include "ffi/kernels/access.h"
 #include "ffi/kernels/attention_args.h"
+#include "ffi/kernels/compensated_lanes.h"
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/log.h"
 
@@ -39,7 +40,7 @@ class AttentionRows {
       const T old_reference = reference[i], old_shift = shift[i], exponent = maximum[i] * F::kLog2E;
       const bool exact = exponent <= kLargest && exponent >= -kLargest;
       shift[i] = exact ? 0 : maximum[i];
-      reference[i] = exact ? 2 * std::floor(exponent / 2) : T{0};
+      reference[i] = exact ? static_cast<T>(2 * std::floor(static_cast<double>(exponent) / 2)) : T{0};
       limit[i] = shift[i] + (reference[i] + kHeadroom) * static_cast<T>(F::kLn2);
       if (first) continue;
       rescales = true;
@@ -51,7 +52,7 @@ class AttentionRows {
   // What a sum relative to one reference and shift is multiplied by, to be one relative to others.
   static T RescalingFactor(T reference, T shift, T to_reference, T to_shift) {
     const T power = reference - to_reference;
-    if (shift == to_shift) return std::ldexp(T{1}, static_cast<int>(power));
+    if (shift == to_shift) return static_cast<T>(std::ldexp(1.0, static_cast<int>(power)));
     const double difference = static_cast<double>(shift) - to_shift;
     return static_cast<T>(std::exp(difference + power * Format<T>::kLn2));
   }
@@ -83,11 +84,11 @@ class AttentionRows {
                     T* output, const Mean& mean) {
     const std::int64_t t = row / args.heads, g = row % args.heads;
     const bool padding = t >= args.query_length;
-    const bool hidden = args.masked && !(best > static_cast<T>(kMaskedLogit)) && sum == sum;
-    if (padding || hidden) lse = {static_cast<T>(kMaskedLogit), 0};
+    const bool fully_masked = args.masked && !(best > static_cast<T>(kMaskedLogit)) && sum == sum;
+    if (padding || fully_masked) lse = {static_cast<T>(kMaskedLogit), 0};
     if (padding) {
       for (std::int64_t h = 0; h < args.value_size; ++h) output[h] = 0;
-    } else if (hidden) {
+    } else if (fully_masked) {
       const T* const means = mean();
       for (std::int64_t h = 0; h < args.value_size; ++h) output[h] = means[h];
     }
@@ -101,11 +102,12 @@ class AttentionRows {
   // The mean of all values, those of padding included.
   static void MeanOfValues(const AttentionArgs<E>& args, T* mean) {
     ForVectors<V>(static_cast<int>(args.value_size), [&](int, int h, const auto& access) {
-      V sum = V::Broadcast(0);
+      CompensatedLanes<V> sum;
       for (std::int64_t s = 0; s < args.keys; ++s) {
-        sum = sum + access.Load(args.value + s * args.value_stride + h, 0);
+        sum.Add(access.Load(args.value + s * args.value_stride + h, 0), V::Broadcast(0));
       }
-      access.Store(sum / V::Broadcast(static_cast<T>(args.keys)), mean + h);
+      const V total = sum.sum + FiniteOr0(sum.rest);
+      access.Store(total / V::Broadcast(static_cast<T>(args.keys)), mean + h);
     });
   }
 

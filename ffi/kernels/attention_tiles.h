@@ -31,14 +31,14 @@ struct LogitsTile {
 template <typename T, int count>
 class ScratchBuffers {
  public:
-  std::int64_t total() const { return total_; }
-  T* At(T* aligned_scratch, int i) const { return aligned_scratch + at_[i]; }
+  SOFTMAX2P_INLINE std::int64_t total() const { return total_; }
+  SOFTMAX2P_INLINE T* At(T* aligned_scratch, int i) const { return aligned_scratch + at_[i]; }
 
-  static T* Aligned(T* scratch) { return scratch + ElementsToAlignment<kAlign>(scratch); }
+  static SOFTMAX2P_INLINE T* Aligned(T* scratch) { return scratch + ElementsToAlignment<kAlign>(scratch); }
 
  protected:
   // `sizes` are in elements.
-  void Allot(const std::int64_t (&sizes)[count]) {
+  SOFTMAX2P_INLINE void Allot(const std::int64_t (&sizes)[count]) {
     for (int i = 0; i < count; ++i) {
       at_[i] = total_ - kAlign;
       total_ += RoundUp(sizes[i], kAlign);
@@ -186,20 +186,18 @@ class AttentionTiles {
            : Apply<vectors, false, true>(range, tile, mask, best, maxima);
   }
 
-  // Replaces values that are not finite by 0, and adds their products with the exponentials that are not 0: a
-  // masked NaN harms nobody.
+  // Replaces elements of the copied keys or values that are not finite by 0, and adds their products with the
+  // factors that are not 0: a masked NaN harms nobody.
   template <int vectors>
-  static void TakeNonFinite(const AttentionArgs<E>& args, T* values, KeyRange range, const T* exponentials,
-                            T* output) {
+  static void TakeNonFinite(T* copied, std::int64_t size, KeyRange range, const T* factors, T* output) {
     constexpr std::int64_t kWidth = vectors * V::kLanes;
-    const std::int64_t stride = ValueStride(args.value_size);
+    const std::int64_t stride = ValueStride(size);
     for (std::int64_t j = range.begin; j < range.end; ++j) {
-      for (std::int64_t h = 0; h < args.value_size; ++h) {
-        T& value = values[j * stride + h];
+      for (std::int64_t h = 0; h < size; ++h) {
+        T& value = copied[j * stride + h];
         if (value - value == 0) continue;
         for (std::int64_t i = 0; i < kWidth; ++i) {
-          if (exponentials[j * kWidth + i] != 0)
-            output[h * kWidth + i] += exponentials[j * kWidth + i] * value;
+          if (factors[j * kWidth + i] != 0) output[h * kWidth + i] += factors[j * kWidth + i] * value;
         }
         value = 0;
       }
@@ -319,7 +317,9 @@ class AttentionTiles {
     }
     for (std::int64_t j = range.begin; j < range.end; ++j) {
       std::uint8_t* const mask = tile.mask + j * tile.width;
-      for (std::int64_t i = 0; i < tile.width; ++i) mask[i] &= j >= first[i] && j <= last[i];
+      for (std::int64_t i = 0; i < tile.width; ++i) {
+        mask[i] = mask[i] != 0 && j >= first[i] && j <= last[i];
+      }
     }
   }
 

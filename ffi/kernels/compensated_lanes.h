@@ -6,6 +6,13 @@
 
 namespace jax_softmax2p {
 
+// What an infinite or NaN term leaves in the rest of a sum is nothing sensible, and must not spoil the sum.
+template <typename V>
+SOFTMAX2P_INLINE V FiniteOr0(V rest) {
+  const V zero = V::Broadcast(0);
+  return WhereEqual(rest - rest, zero, rest, zero);
+}
+
 // sum + rest, in twice the working precision for some hundred terms (Ogita, Rump & Oishi: see
 // base/error_free.h).
 template <typename V>

@@ -50,18 +50,19 @@ struct CompensatedSum {
       AddLanes(w);
     }
   }
+  // An infinite or NaN term leaves nothing sensible in `lo`, which must not spoil `hi`.
+  SOFTMAX2P_INLINE double FiniteLo() const { return lo - lo == 0 ? lo : 0.0; }
   SOFTMAX2P_INLINE void Scale(double power_of_two) {
     hi *= power_of_two;
     lo *= power_of_two;
   }
 };
 
-// A sum as kernels take it: hi is its rounding, also where terms have cancelled. An infinite or NaN term
-// leaves nothing sensible in `lo`, which must not spoil `hi`.
+// A sum as kernels take it: hi is its rounding, also where terms have cancelled.
 template <typename T>
 SOFTMAX2P_INLINE DoubleDouble<T> Rounded(const CompensatedSum& sum) {
   double error;
-  const double total = TwoSum(sum.hi, sum.lo - sum.lo == 0 ? sum.lo : 0.0, error);
+  const double total = TwoSum(sum.hi, sum.FiniteLo(), error);
   const DoubleDouble<T> rounded = ToDoubleDouble<T>(total, error);
   return {rounded.hi, rounded.lo - rounded.lo == 0 ? rounded.lo : 0};
 }

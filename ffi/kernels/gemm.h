@@ -41,17 +41,14 @@ class Gemm {
         SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) c[i][v] = V::Broadcast(0);
       }
     }
-    // From or to C, whose rows are `stride` apart.
-    SOFTMAX2P_INLINE void Load(const T* from, std::int64_t stride = vectors * V::kLanes) {
+    // Adds the tile to C, whose rows are `stride` apart. A product that is summed from 0 and then added has a
+    // rounding error that grows with the number of products, and not with the whole depth.
+    SOFTMAX2P_INLINE void AddTo(T* to, std::int64_t stride = vectors * V::kLanes) const {
       SOFTMAX2P_UNROLL for (int i = 0; i < kRows; ++i) {
         SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
-          c[i][v] = V::Load(from + i * stride + v * V::kLanes);
+          T* const at = to + i * stride + v * V::kLanes;
+          (V::Load(at) + c[i][v]).Store(at);
         }
-      }
-    }
-    SOFTMAX2P_INLINE void Store(T* to, std::int64_t stride = vectors * V::kLanes) const {
-      SOFTMAX2P_UNROLL for (int i = 0; i < kRows; ++i) {
-        SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) c[i][v].Store(to + i * stride + v * V::kLanes);
       }
     }
     SOFTMAX2P_INLINE void AddProduct(const T* a, std::int64_t stride, const T* b, std::int64_t depth) {
@@ -88,9 +85,9 @@ class Gemm {
                          std::int64_t rows, std::int64_t depth, T* c) {
     for (std::int64_t i = 0; i < rows; i += kRows) {
       Tile<vectors> tile;
-      tile.Load(c);
+      tile.Clear();
       tile.AddProduct(a, stride, b, depth);
-      tile.Store(c);
+      tile.AddTo(c);
       a += tile_stride;
       c += kRows * vectors * V::kLanes;
     }

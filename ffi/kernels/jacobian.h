@@ -116,7 +116,9 @@ class JacobianKernels {
     if (i < n) add(odd, i, static_cast<int>(n - i));
     even.Add(odd);
     if constexpr (sizeof(T) == sizeof(float)) {
-      total.AddLanes(even.sum, even.rest);
+      const double sum = ReduceSum(even.sum, even.rest);
+      // An infinite or NaN term leaves nothing sensible in the rest. So seldom that a branch costs least.
+      total.Add(sum - sum == 0 ? sum : ReduceSum(even.sum, V::Broadcast(0)));
     } else {
       total.AddLanes(even.sum);
       CompensatedSum errors;

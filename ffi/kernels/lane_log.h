@@ -32,8 +32,10 @@ struct LaneLog {
     const LargestTerms terms(LaneAccumulator<V>(largest).reference(), largest);
     const Lanes lanes(sum);
     const auto others = [&](int l) {
+      // Infinite elements have no exponent, and Set no use for their sums.
+      const T exponent = lanes.exponents[l] - terms.exponents[l];
       return (static_cast<double>(lanes.hi[l]) + static_cast<double>(lanes.lo[l])) *
-             PowerOfTwo(static_cast<int>(lanes.exponents[l] - terms.exponents[l]));
+             PowerOfTwo(exponent > -2048 && exponent <= 0 ? static_cast<int>(exponent) : -2048);
     };
     Set(others, terms, lanes, 0);
   }

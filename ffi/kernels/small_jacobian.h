@@ -17,10 +17,11 @@ class SmallJacobianKernels {
   using T = typename V::Scalar;
   using Tile = SmallTile<V>;
   using Row = JacobianKernels<V, E>;
+
+ public:
   // From so many elements on, a row's own sum costs less than transpositions.
   static constexpr int kLongRow = 2 * V::kLanes;
 
- public:
   static void Write(const E* y, const E* t, E* out, std::int64_t rows, int n) {
     if (n >= kLongRow) {
       for (const E* const end = y + rows * n; y != end; y += n, t += n, out += n) {
@@ -49,7 +50,7 @@ class SmallJacobianKernels {
     V lo;
     const V hi = FastTwoSum(dot.sum, dot.rest, lo);
     // As Rounded of a row.
-    const V finite = WhereEqual(lo - lo, zero, lo, zero), sum = WhereEqual(lo - lo, zero, hi, dot.sum);
+    const V finite = FiniteOr0(lo), sum = WhereEqual(lo - lo, zero, hi, dot.sum);
     for (int i = 0; i < n * V::kLanes; i += V::kLanes) {
       (V::Load(of_y + i) * ((V::Load(of_t + i) - sum) - finite)).Store(of_t + i);
     }

@@ -260,7 +260,7 @@ void AttendGradient(const KernelTable<E>& kernels, Executor& executor, const Att
   const std::int64_t units = gradient.attention.batch * gradient.attention.key_heads;
   const std::int64_t query_elements = args.Rows() * args.size, bias_elements = gradient.bias_elements;
   std::fill_n(gradient.bias_gradient, bias_elements, T{0});
-  if (args.Rows() * units == 0) return;
+  if (units == 0) return;
   const GradientPlan plan = PlanGradient(gradient);
   GradientPartials<T> partials;
   if (plan.chunks > 1) partials.queries.reset(new T[units * plan.chunks * query_elements]);

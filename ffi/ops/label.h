@@ -67,7 +67,7 @@ const std::int32_t* LabelOf(const LabelledLse<E>& lse, std::int64_t row) {
 template <typename E>
 ComputeOf<E> MinusLabel(const CompensatedSum& dot, const std::int32_t* label, const E* t, std::int64_t stride,
                         std::int64_t n) {
-  double sum = dot.hi + dot.lo;
+  double sum = dot.hi + dot.FiniteLo();
   const std::int64_t index = label == nullptr ? -1 : LabelIndex(*label, n);
   if (index >= 0) sum -= Widen(t[index * stride]);
   return static_cast<ComputeOf<E>>(sum);

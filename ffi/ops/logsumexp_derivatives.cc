@@ -93,12 +93,12 @@ void WriteLogSoftmaxVjp(const Kernels& kernels, const LogitsRow<E>& row, const S
       [&](std::int64_t at, std::int64_t size) { return table.sum(t + at, size); },
       [](CompensatedSum& a, const CompensatedSum& b) { a.Add(b); });
   // NaN where the lse is not finite: nothing of such a row has a derivative.
-  const double total = (sum.hi + sum.lo) + static_cast<double>(hi - hi);
+  const double total = (sum.hi + sum.FiniteLo()) + static_cast<double>(hi - hi);
   const RowScale<T> scale = ScaleFromLse(table, hi, lo, 1);
   const auto near_one = [&](std::int64_t at, double t_at) {
     T z;
     row.ApplyOperands(at, 1, &z);
-    return FromDouble<E>(((t_at - sum.hi) - sum.lo) - std::expm1(LogProbability(z, hi, lo)) * total);
+    return FromDouble<E>(((t_at - sum.hi) - sum.FiniteLo()) - std::expm1(LogProbability(z, hi, lo)) * total);
   };
   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
     row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {

@@ -86,7 +86,8 @@ void SoftmaxJacobian(const KernelTable<E>& kernels, Executor& executor, const E*
     const std::int64_t row_bytes = n * static_cast<std::int64_t>(sizeof(E));
     const bool non_temporal =
         3 * rows * row_bytes > LastLevelCacheBytes() && FillsCacheLines(row_bytes) && out != y && out != t;
-    if (n > kMaxSmall || non_temporal) {
+    // Shorter rows are summed in lanes, whether or not their results go past the caches.
+    if (n > kMaxSmall || (non_temporal && n >= kernels.long_row)) {
       return JacobianRows(kernels, executor, y, t, out, rows, n, non_temporal);
     }
     return ParallelForWholeRows(

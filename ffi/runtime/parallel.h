@@ -40,6 +40,8 @@ void ParallelFor(Executor& executor, std::int64_t count, const std::function<voi
 inline void Pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb");
 #endif
 }
 

@@ -160,8 +160,12 @@ struct F32 {
   SOFTMAX2P_INLINE __m128i Narrow(const BFloat16*) const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    // Rounding may carry out of a NaN, which therefore becomes the usual one.
+    const __m256 carried = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    const __m256 kept =
+        _mm256_blendv_ps(_mm256_castsi256_ps(sum), _mm256_set1_ps(__builtin_nanf("")), carried);
+    const __m256i rounded = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
   }
   SOFTMAX2P_INLINE __m128i Narrow(const Float16*) const {

@@ -117,7 +117,9 @@ struct F32 {
   SOFTMAX2P_INLINE uint16x4_t Narrow(const BFloat16*) const {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-    return vshrn_n_u32(vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd), 16);
+    const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+    // Rounding may carry out of a NaN, which therefore becomes the usual one.
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, vdupq_n_u32(0x7fc00000)), 16);
   }
   SOFTMAX2P_INLINE uint16x4_t Narrow(const Float16*) const { return vreinterpret_u16_f16(vcvt_f16_f32(v)); }
   static SOFTMAX2P_INLINE void Transpose(F32 (&r)[4]) {

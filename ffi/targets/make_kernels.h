@@ -69,6 +69,7 @@ constexpr KernelTable<E> MakeKernelTable() {
   table.labels_minus_lse = SmallLse::template LabelsMinusLse<E>;
   table.small_subtract_minus_lse = SmallLse::template SubtractMinusLse<E, E>;
   table.logits_small_subtract_minus_lse = SmallLse::template SubtractMinusLse<T, E>;
+  table.long_row = SmallJacobianKernels<V, E>::kLongRow;
   table.small_jacobian_write = SmallJacobianKernels<V, E>::Write;
   table.dot = Jacobian::template Dot<E>;
   table.logits_dot = Jacobian::template Dot<T>;

@@ -101,6 +101,20 @@ def test_jacobian(dtype, isa):
                 np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_jacobian_past_the_caches(dtype, isa):
+    """Rows that fill cache lines are written past the caches where there are many: with the same bits."""
+    rng = np.random.default_rng(0)
+    for row_bytes in (64, 128, 256):
+        n = row_bytes // np.dtype(dtype).itemsize
+        y, t = (np.tile(rng.random((1000, n)), (2**24 // (1000 * n), 1)).astype(dtype) for _ in range(2))
+        few, many = np.empty_like(y[:1000]), np.empty_like(y)
+        native.softmax_jacobian_into(y[:1000], t[:1000], few, isa=isa)
+        native.softmax_jacobian_into(y, t, many, isa=isa)
+        np.testing.assert_array_equal(many, np.tile(few, (len(y) // 1000, 1)))
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (33, 2049), (16, 30576), (2, 3, 70_001)])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_jit_vmap_and_loop_agree(dtype, shape):

@@ -75,7 +75,7 @@ class TestAttention:
 
     def test_attributes(self, call):
         assert_refused(call.with_attributes(more=np.int64(0)), "Wrong number of attributes")
-        for cap in (-1.0, np.inf, np.nan):
+        for cap in (-1.0, np.inf, np.nan, 1e-50, 1e-39):
             assert_refused(
                 call.with_attributes(soft_cap=np.float64(cap)), f"{call.target}: attribute soft_cap"
             )
@@ -91,6 +91,16 @@ def test_sinks():
     for wrong in (zeros(3, 1, N, 1), zeros(1, 1, K, 1), zeros(N), zeros(1, 1, N, 1, dtype=np.float64)):
         assert_refused(forward.with_operands(16, wrong), f"{forward.target}: sinks must have shape")
     assert_refused(backward.with_operands(16, zeros(1, 1, N, 1)), f"{backward.target}: attribute operands")
+
+
+@pytest.mark.parametrize("t", [0, T])
+def test_gradients_without_queries_are_0(t):
+    """Keys and values have gradients where there are no queries or no heads of them."""
+    n = 0 if t else N
+    query, output, lse = zeros(B, t, n, H), zeros(B, t, n, W), zeros(B, t, n, 1)
+    operands = (query, KEY + 1, VALUE + 1, SCALE, output, lse, output)
+    for gradient in Call(native.ATTENTION_VJP_TARGET, operands, (query, KEY, VALUE), PLAIN)():
+        assert not np.any(gradient)
 
 
 def test_batches_of_1():

@@ -268,3 +268,23 @@ def test_weak_types_and_dtypes_as_in_jax_nn():
     for x in (jnp.asarray([1.0, 2.0]), np.array([1.0, 2.0], np.float32), jnp.full(3, 2.0)):
         y, expected = softmax(x), jax.nn.softmax(x)
         assert (y.dtype, y.weak_type) == (expected.dtype, False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [5, 16, 64, 1100])
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_infinite_tangents_and_cotangents(dtype, n, axis):
+    """The results are infinite and NaN where those of jax.nn are."""
+    x, t = np.zeros((n, n), dtype), np.zeros((n, n), dtype)
+    t[0, 0] = np.inf
+    for name in ("softmax", "logsumexp", "log_softmax"):
+        f = functools.partial(getattr(jax_softmax2p, name), axis=axis, implementation="native")
+        expected = functools.partial(getattr(jax.nn, name), axis=axis)
+        for tangent in (t, -t):
+            results = [jax.jvp(jax.jit(g), (x,), (tangent,))[1] for g in (f, expected)]
+            np.testing.assert_allclose(*results, rtol=1e-5)
+    results = [
+        jax.vjp(functools.partial(g, axis=axis), x)[1](t)[0]
+        for g in (functools.partial(softmax, implementation="native"), jax.nn.softmax)
+    ]
+    np.testing.assert_allclose(*results, rtol=1e-5)
