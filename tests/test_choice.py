@@ -8,7 +8,15 @@ import pytest
 from comparison import normal
 
 import jax_softmax2p
-from jax_softmax2p import Band, explain, log_softmax, logsumexp, softmax
+from jax_softmax2p import (
+    Band,
+    dot_product_attention,
+    explain,
+    linear_softmax_cross_entropy,
+    log_softmax,
+    logsumexp,
+    softmax,
+)
 from jax_softmax2p.primitives.thresholds import least_elements
 
 FUNCTIONS = {"softmax": softmax, "logsumexp": logsumexp, "log_softmax": log_softmax}
@@ -69,6 +77,19 @@ def test_scans_their_gradients_and_jitted_bodies_are_loops():
     assert explain(scan(jitted), floats(20, 3))[0].implementation == "reference"
     both = lambda x: scan(jitted)(x) + jitted(x[0])
     assert calls_in(both, floats(20, 3)) == 1
+
+
+def test_small_attention_and_losses_in_loops():
+    """What is lowered to other functions is in the loop, too, and so are its derivatives."""
+    scan = lambda f: lambda x: jax.lax.scan(lambda c, row: (c + f(row).sum(), None), 0.0, x)[0]
+    key = jnp.ones((1, 4, 1, 4), jnp.float32)
+    attention = scan(lambda q: dot_product_attention(q, key, key))
+    queries = jnp.ones((20, 1, 1, 1, 4), jnp.float32)
+    linear = scan(lambda x: linear_softmax_cross_entropy(x, jnp.ones((4, 7), jnp.float32), jnp.arange(2)))
+    inputs = jnp.ones((20, 2, 4), jnp.float32)
+    for function, x in ((attention, queries), (linear, inputs)):
+        for f in (function, jax.grad(function), lambda x, f=function: jax.jvp(f, (x,), (x,))):
+            assert calls_in(f, x) == 0
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

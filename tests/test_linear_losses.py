@@ -302,3 +302,16 @@ def test_recipes_of_the_docs():
     cost, g, log_a = ((x[:, None] - y) ** 2).sum(-1) / 2, rng.standard_normal(9), np.log(np.full(9, 1 / 9))
     expected = 0.5 * (log_a - np.log(np.exp((g - cost) / 0.5).sum(1)))
     np.testing.assert_allclose(recipe["half_step"](x, y, log_a, g, 0.5), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_strict_modes_of_jax(implementation):
+    """A bias needs no promotion of ranks, and tracing no transfer from the host."""
+    x, weights, bias, labels = jnp.ones((4, 6)), jnp.ones((6, 7)), jnp.ones(7), jnp.arange(4)
+    loss = lambda x, weights, bias, labels: s2p.linear_softmax_cross_entropy(
+        x, weights, labels, bias=bias, implementation=implementation
+    ).sum()
+    with jax.numpy_rank_promotion("raise"), jax.transfer_guard("disallow"):
+        value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, weights, bias, labels)
+    np.testing.assert_allclose(value, 4 * np.log(7), rtol=1e-6)
+    assert [g.shape for g in gradients] == [(4, 6), (6, 7), (7,)]

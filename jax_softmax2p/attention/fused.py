@@ -90,7 +90,7 @@ def _composed(
         arrays[name] = jnp.broadcast_to(arrays[name], (batch, *arrays[name].shape[1:]))
     arrays["scale"] = arrays["scale"].reshape((1,) * 5)
     options = Options(
-        implementation=None if implementation == "in_loop" else implementation,
+        implementation=implementation,
         return_lse=return_lse,
         logits_soft_cap=soft_cap,
     )

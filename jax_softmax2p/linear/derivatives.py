@@ -116,7 +116,7 @@ def _loss_avals(x: ShapedArray, weights: ShapedArray, *_: Any, spec: LossSpec, w
     dtype = compute_dtype(jnp.result_type(x, weights))
     row = lse_aval(x, -1).update(dtype=dtype)
     shaped = lambda aval, shape, dtype: aval.update(shape=shape, dtype=dtype, weak_type=False)
-    empty = row.update(shape=(0,), dtype=jnp.zeros(()).dtype)
+    empty = row.update(shape=(0,), dtype=jax.dtypes.canonicalize_dtype(float))
     return Loss(
         row,
         row,
@@ -319,6 +319,7 @@ def _map_batch(call: Callable[..., Any], operands: Sequence[Array], dims: Sequen
 linear_loss_p = define_primitive(
     "softmax2p_linear_loss",
     params=("spec", "wanted"),
+    spec_has_implementation=True,
     multiple_results=True,
     abstract_eval=lambda *avals, **params: list(_loss_avals(*avals, **params)),
     jvp_rule=_loss_jvp_rule,
@@ -329,6 +330,7 @@ linear_loss_p = define_primitive(
 linear_loss_jvp_p = define_primitive(
     "softmax2p_linear_loss_jvp",
     params=("spec", "wanted"),
+    spec_has_implementation=True,
     abstract_eval=_jvp_avals,
     jvp_rule=_jvp_jvp_rule,
     transpose_rule=_jvp_transpose_rule,
@@ -339,6 +341,7 @@ linear_loss_jvp_p = define_primitive(
 linear_loss_vjp_p = define_primitive(
     "softmax2p_linear_loss_vjp",
     params=("spec", "wanted"),
+    spec_has_implementation=True,
     multiple_results=True,
     abstract_eval=_vjp_avals,
     jvp_rule=_vjp_jvp_rule,

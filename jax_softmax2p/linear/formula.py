@@ -16,7 +16,7 @@ from jax_softmax2p.arguments import as_logits
 from jax_softmax2p.logits import apply_soft_cap, logit_at_label
 from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives import collectives
-from jax_softmax2p.primitives.dispatch import Implementation
+from jax_softmax2p.primitives.dispatch import LoweredImplementation
 from jax_softmax2p.primitives.logsumexp import combine_shards, logsumexp
 from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_vjp, no_labels
 from jax_softmax2p.primitives.operands import OperandSpec
@@ -35,7 +35,7 @@ class LossSpec(NamedTuple):
       z_loss: the factor of the squared lse.
       axis_names: the mesh axes over which classes are sharded.
       num_shards: among how many devices.
-      implementation: as users pass it.
+      implementation: as users pass it, or, where it is lowered, as its primitives have it.
       token_block_size: how many tokens a block has; None: as many as are fast.
       recompute: whether the gradients of the weights are left to the backward pass.
     """
@@ -46,7 +46,7 @@ class LossSpec(NamedTuple):
     z_loss: float = 0.0
     axis_names: tuple[str, ...] = ()
     num_shards: int = 1
-    implementation: Implementation | None = None
+    implementation: LoweredImplementation = None
     token_block_size: int | None = None
     recompute: bool = False
 
@@ -74,7 +74,7 @@ def logits(spec: LossSpec, x: Array, weights: Array, bias: Array) -> Array:
     """The logits of tokens, in the dtype that they are computed in; ``bias`` may have size 0 for none."""
     z = product(f"nd,{spec.weight_letters}->nv", x, weights)
     if bias.size:
-        z = z + bias.astype(z.dtype)
+        z = z + bias[None].astype(z.dtype)
     return z if spec.soft_cap is None else apply_soft_cap(z, spec.soft_cap)
 
 

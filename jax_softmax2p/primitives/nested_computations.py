@@ -8,21 +8,24 @@ operations that hold such computations first choose the reference for all primit
 other operations, such as ``while`` and ``cond``, lower to whole programs, where custom calls may be.
 
 In the bodies of loops small work is to fuse with what surrounds it (``thresholds``). The lowering rules of
-loops mark the primitives in them.
+loops mark the primitives in them, and a primitive that is marked, and lowered to others, marks these
+(``lower_fun``).
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import mlir
 
 from jax_softmax2p import jax_compat
 from jax_softmax2p.primitives import dispatch
 
-_PRIMITIVES_WITH_IMPLEMENTATION: set[Primitive] = set()
-"""This package's primitives that have the parameter ``implementation``."""
+_HAS_IMPLEMENTATION: dict[Primitive, Literal["params", "spec"]] = {}
+"""Which of this package's primitives have an implementation: a parameter of that name, or a field of the
+parameter ``spec``."""
 
 OPERATIONS = (jax.lax.reduce_p, jax.lax.reduce_window_p, jax.lax.select_and_scatter_p, jax.lax.scatter_p)
 """JAX's primitives whose computations users write. JAX writes those of the others, such as reduce_sum."""
@@ -33,9 +36,9 @@ LOOPS = (jax.lax.while_p, jax.lax.scan_p)
 Implementation = dispatch.LoweredImplementation
 
 
-def add_primitive(primitive: Primitive) -> None:
-    """Makes a primitive known that has the parameter ``implementation``."""
-    _PRIMITIVES_WITH_IMPLEMENTATION.add(primitive)
+def add_primitive(primitive: Primitive, implementation_in: Literal["params", "spec"]) -> None:
+    """Makes a primitive known that has an implementation."""
+    _HAS_IMPLEMENTATION[primitive] = implementation_in
 
 
 def choose_reference(implementation: Implementation) -> Implementation:
@@ -79,8 +82,11 @@ def replace_implementations(param: Any, replace: Callable[[Implementation], Impl
 
 def _replace_in_equation(equation: Any, replace: Callable[[Implementation], Implementation]) -> Any:
     params = {name: replace_implementations(value, replace) for name, value in equation.params.items()}
-    if equation.primitive in _PRIMITIVES_WITH_IMPLEMENTATION:
-        params["implementation"] = replace(params["implementation"])
+    match _HAS_IMPLEMENTATION.get(equation.primitive):
+        case "params":
+            params["implementation"] = replace(params["implementation"])
+        case "spec" if (new := replace(params["spec"].implementation)) != params["spec"].implementation:
+            params["spec"] = params["spec"]._replace(implementation=new)
     return (
         equation if _are_same(params.values(), equation.params.values()) else equation.replace(params=params)
     )
@@ -88,6 +94,25 @@ def _replace_in_equation(equation: Any, replace: Callable[[Implementation], Impl
 
 def _are_same(new: Any, old: Any) -> bool:
     return all(a is b for a, b in zip(new, old, strict=True))
+
+
+def lower_fun(function: Callable[..., Any], *, multiple_results: bool) -> Callable[..., Any]:
+    """The lowering rule that a function of JAX's and of this package's primitives makes.
+
+    Args:
+      function: as function(*operands, **params), with an implementation that users may pass.
+      multiple_results: whether it returns a sequence of results.
+    """
+
+    def in_place(*operands: Any, **params: Any) -> Any:
+        if params.get("implementation") != "in_loop":
+            return function(*operands, **params)
+        call = functools.partial(function, **params | {"implementation": None})
+        marked = replace_implementations(jax.make_jaxpr(call)(*operands), mark_loop)
+        results = jaxpr_as_fun(marked)(*operands)
+        return results if multiple_results else results[0]
+
+    return mlir.lower_fun(in_place, multiple_results=multiple_results)
 
 
 REPLACEMENTS = dict.fromkeys(OPERATIONS, choose_reference) | dict.fromkeys(LOOPS, mark_loop)

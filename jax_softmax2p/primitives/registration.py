@@ -7,6 +7,7 @@ those of attention work along one axis, their parameter ``axis``, which is negat
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -130,6 +131,7 @@ def define_primitive(
     transpose_rule: Rule | None = None,
     multiple_results: bool = False,
     eager_params: Mapping[str, Any] | None = None,
+    spec_has_implementation: bool = False,
 ) -> Primitive:
     """Makes a primitive with all of its rules.
 
@@ -147,6 +149,8 @@ def define_primitive(
       multiple_results: whether it returns a sequence of results.
       eager_params: parameters that have this value outside jit, whatever was passed. What reuses an operand's
         memory in a larger program would copy the operand first in one of its own.
+      spec_has_implementation: whether the implementation is a field of the parameter ``spec``, not a
+        parameter.
     """
     primitive = Primitive(name)
     LOWERINGS[primitive] = lowering
@@ -157,8 +161,10 @@ def define_primitive(
     batching.primitive_batchers[primitive] = batch_rule
     if transpose_rule is not None:
         ad.primitive_transposes[primitive] = transpose_rule
-    if "implementation" in params:
-        nested_computations.add_primitive(primitive)
+    if spec_has_implementation:
+        nested_computations.add_primitive(primitive, "spec")
+    elif "implementation" in params:
+        nested_computations.add_primitive(primitive, "params")
     # Those without a kernel of their own are lowered to others, which ask for devices.
     jax_compat.require_devices_during_lowering(primitive)
     if isinstance(lowering, KernelLowering):
@@ -166,7 +172,8 @@ def define_primitive(
         _register_native_lowering(primitive, lowering)
     else:
         interpreters.define_interpreter_rules(primitive, lowering)
-        mlir.register_lowering(primitive, mlir.lower_fun(lowering, multiple_results=multiple_results))
+        lower = nested_computations.lower_fun(lowering, multiple_results=multiple_results)
+        mlir.register_lowering(primitive, lower)
     return primitive
 
 
@@ -196,10 +203,9 @@ def _eager_evaluation(primitive: Primitive, params: tuple[str, ...], eager_param
 
 
 def _register_native_lowering(primitive: Primitive, lowering: KernelLowering) -> None:
-    lower_to_reference = mlir.lower_fun(lowering.reference, multiple_results=primitive.multiple_results)
-    lower_composed = lowering.composed and mlir.lower_fun(
-        lowering.composed, multiple_results=primitive.multiple_results
-    )
+    lower_fun = functools.partial(nested_computations.lower_fun, multiple_results=primitive.multiple_results)
+    lower_to_reference = lower_fun(lowering.reference)
+    lower_composed = lowering.composed and lower_fun(lowering.composed)
 
     def lower(ctx: mlir.LoweringRuleContext, *operands: Any, on_cpu: bool, **params: Any) -> Sequence[Any]:
         choice = dispatch.choose_lowering(

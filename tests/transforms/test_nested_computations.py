@@ -178,6 +178,22 @@ compare(program)
     )
 
 
+@pytest.mark.parametrize("num_classes", [20, 20000])
+def test_linear_losses_in_a_reducer(num_classes):
+    assert equal(
+        f"""
+def logsumexp(f, a, b):
+    x, weights = jnp.stack([a, b])[None], jnp.sin(jax.lax.iota(jnp.float32, 2 * {num_classes})).reshape(2, -1)
+    return s2p.logsumexp_of_products(x, weights.T) if f is s2p.logsumexp else f(x @ weights, -1)
+
+def program(f):
+    return jax.lax.reduce(row, 0.0, lambda a, b: logsumexp(f, a, b)[0], (0,))
+
+compare(program)
+"""
+    )
+
+
 def test_native_in_a_reducer_is_an_error_that_says_why():
     reducer = lambda a, b: s2p.logsumexp(jnp.stack([a, b]), 0, implementation="native")
     x = jnp.zeros(4, jnp.float32)
