@@ -20,7 +20,7 @@ from jax_softmax2p.primitives.dispatch import (
     check_native_support,
     choose_path,
 )
-from jax_softmax2p.primitives.operands import OPERAND_FLAGS, Band, OperandSpec
+from jax_softmax2p.primitives.operands import OPERAND_FLAGS, Band, OperandSpec, as_index, operand_mask
 from jax_softmax2p.primitives.row_bias import apply_invariant_bias
 from jax_softmax2p.reference import ScaleBiasMask, compute_dtype
 
@@ -138,7 +138,7 @@ def as_logits(
     mask = None if where is None else as_mask(where, x.shape, name)
     scale, biases, promoted = _as_operands(x, axes, scale, bias, name)
     if shift_invariant and scale is None and not biases and axis_name is None:
-        x = _as_inexact(x, axes, mask)
+        x = _as_inexact(x, axes, operand_mask(x.shape, mask, band))
     # That of the formula, jnp.exp(x * scale + bias).
     dtype = jax.eval_shape(jnp.exp, jax.ShapeDtypeStruct((), promoted or x.dtype)).dtype
     wide = jnp.float32 if _is_narrower_than_16_bits(dtype) else dtype
@@ -159,7 +159,7 @@ def as_logits(
     }
     merged, merged_axis = merge_axes(x, axes)
     operands = {
-        key: merge_axes(_broadcast_along_all_or_none(_with_rank(operand, x.ndim), x.shape, axes), axes)[0]
+        key: merge_axes(broadcast_along_all_or_none(_with_rank(operand, x.ndim), x.shape, axes), axes)[0]
         for key, operand in named.items()
         if operand is not None
     }
@@ -214,6 +214,45 @@ def as_numeric_array(x: jax.typing.ArrayLike, name: str = "x") -> Array:
     return array
 
 
+def as_real_array(x: jax.typing.ArrayLike, name: str) -> Array:
+    """An array of real numbers."""
+    array = as_numeric_array(x, name)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be real, got dtype {array.dtype}")
+    return array
+
+
+def as_number(value: Any, name: str) -> float:
+    """A finite number that is known when the function is traced; a ValueError names the argument."""
+    try:
+        array = np.asarray(value)
+        is_real = array.ndim == 0 and (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number))
+        number = float(array) if is_real and not np.iscomplexobj(array) else math.nan
+    except (TypeError, ValueError, OverflowError):  # Tracers, too, raise a TypeError.
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number that is known outside of jit, got {value!r}")
+    return number
+
+
+def as_positive_integer(value: Any, name: str) -> int:
+    """An integer of Python or NumPy from 1 on; a ValueError names the argument."""
+    number = as_index(value)
+    if number is None or number < 1:
+        raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+    return number
+
+
+def saturate_known_labels(labels: Any) -> Any:
+    """Integers of NumPy as int32, to whose range they saturate; anything else as it is.
+
+    Without jax_enable_x64, JAX would cut 64 bits down to 32.
+    """
+    if isinstance(labels, np.ndarray | np.generic) and labels.dtype.kind in "iu":
+        return _saturate_to_int32(labels)
+    return labels
+
+
 def as_labels(labels: jax.typing.ArrayLike) -> Array:
     """Integers of any dtype as int32, to whose range they saturate.
 
@@ -223,10 +262,7 @@ def as_labels(labels: jax.typing.ArrayLike) -> Array:
     Raises:
       TypeError: labels are not integers.
     """
-    if isinstance(labels, np.ndarray | np.generic) and labels.dtype.kind in "iu":
-        # Without jax_enable_x64, JAX would cut 64 bits down to 32.
-        labels = _saturate_to_int32(labels)
-    labels = as_array(labels, "labels")
+    labels = as_array(saturate_known_labels(labels), "labels")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
     return _saturate_to_int32(labels)
@@ -334,9 +370,7 @@ def _as_operands(
 
 
 def _as_operand(key: str, operand: jax.typing.ArrayLike, shape: tuple[int, ...], name: str) -> Array:
-    array = as_numeric_array(operand, key)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"{key} must be real, got dtype {array.dtype}")
+    array = as_real_array(operand, key)
     check_broadcasts(key, array, shape, f"{name}'s shape")
     return array
 
@@ -360,7 +394,7 @@ def _with_rank(array: Array, ndim: int) -> Array:
     return array.reshape((1,) * (ndim - array.ndim) + array.shape)
 
 
-def _broadcast_along_all_or_none(operand: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+def broadcast_along_all_or_none(operand: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
     """The operand, broadcast along all of the axes unless it has size 1 along all: so they can be merged."""
     if all(operand.shape[a] == 1 for a in axes) or all(operand.shape[a] == shape[a] for a in axes):
         return operand

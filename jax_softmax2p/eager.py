@@ -2,10 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_softmax2p import jax_compat
@@ -15,7 +17,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 _HASHABLE = (type(None), bool, int, str)
 
 
-def jit_when_eager(*array_names: str) -> Callable[[F], F]:
+def jit_when_eager(
+    *array_names: str, prepare: Mapping[str, Callable[[Any], Any]] = types.MappingProxyType({})
+) -> Callable[[F], F]:
     """Makes a function run as a jitted one where nothing is being traced.
 
     Outside jit, checks of arguments and reshapes are calls into JAX of some 20 µs each: softmax of (8, 128)
@@ -23,12 +27,13 @@ def jit_when_eager(*array_names: str) -> Callable[[F], F]:
     compiled once for shapes, dtypes and the values of the other arguments, and raises the same errors.
 
     The function runs as it is inside jit, grad, vmap and the like, which trace it themselves, and for
-    arguments that jit does not hand on as they are: NumPy arrays of a dtype that JAX would cut, unhashable
-    values, an ``axis_name``, and what is no array where one belongs, which the function refuses.
+    arguments that jit does not hand on as they are: integers of NumPy that JAX would cut, unhashable values,
+    an ``axis_name``, and what is no array where one belongs, which the function refuses.
 
     Args:
       array_names: the parameters that are arrays, numbers, tuples of these, or None; a ``Band``, which is a
         pytree without leaves, may stand in the place of one. All others are static.
+      prepare: what is done first to the argument of each of these parameters. The function does it, too.
     """
 
     def decorate(function: F) -> F:
@@ -42,6 +47,8 @@ def jit_when_eager(*array_names: str) -> Callable[[F], F]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if jax_compat.is_tracing():
                 return function(*args, **kwargs)
+            args = tuple(prepare.get(name, _same)(value) for name, value in zip(names, args, strict=False))
+            kwargs = {name: prepare.get(name, _same)(value) for name, value in kwargs.items()}
             for name, value in zip(names, args, strict=False):
                 if not is_allowed[name](value):
                     return function(*args, **kwargs)
@@ -55,6 +62,10 @@ def jit_when_eager(*array_names: str) -> Callable[[F], F]:
     return decorate
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 def _is_none(value: Any) -> bool:
     return value is None
 
@@ -66,8 +77,16 @@ def _is_kept(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_kept, value))
     if isinstance(value, np.ndarray | np.generic):
-        return value.dtype != object and jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
+        return _is_kept_dtype(value.dtype)
     return not jax.tree.leaves(value)
+
+
+def _is_kept_dtype(dtype: np.dtype) -> bool:
+    """Whether jit does with an array of NumPy of this dtype what jnp.asarray does, without an error."""
+    if dtype in (np.float64, np.complex128):
+        return True
+    is_known = dtype.kind == "b" or jnp.issubdtype(dtype, jnp.number)
+    return is_known and dtype.itemsize <= 8 and jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
 def _is_hashable(value: Any) -> bool:

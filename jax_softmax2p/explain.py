@@ -43,7 +43,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Exp
 
     Args:
       function: a function of arrays. It is traced, not run.
-      args: its arguments: arrays, or jax.ShapeDtypeStruct in their place.
+      args: its arguments: arrays, or jax.ShapeDtypeStruct in their place. Others, such as an axis, are bound
+        before: ``explain(functools.partial(softmax, axis=0), x)``.
       kwargs: as args.
 
     Returns:

@@ -10,16 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-
-# Private in all versions: the public module has no way to tell what checkify checks of a primitive.
 from jax._src import checkify
-
-# Private in all versions: JAX tells lowering rules about devices only if a primitive of this set is in the
-# program.
 from jax._src.core import trace_state_clean
 from jax._src.dispatch import prim_requires_devices_during_lowering
-
-# Private in all versions: the public module has no way to read a lowering rule.
 from jax._src.interpreters.mlir import _lowerings
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -34,7 +27,10 @@ def is_tracing() -> bool:
 
 
 def require_devices_during_lowering(primitive: Primitive) -> None:
-    """Has JAX tell the primitive's lowering rule about devices."""
+    """Has JAX tell the primitive's lowering rule about devices.
+
+    Private in all versions: JAX does so only if a primitive of this set is in the program.
+    """
     prim_requires_devices_during_lowering.add(primitive)
 
 
@@ -52,7 +48,10 @@ def map_params_before_lowering(primitive: Primitive, function: Callable[[Any], A
 
 
 def check_nans_under_checkify(primitive: Primitive) -> None:
-    """Has checkify's float checks look for NaNs in the primitive's results."""
+    """Has checkify's float checks look for NaNs in the primitive's results.
+
+    Private in all versions: the public module cannot be told what to check.
+    """
     checkify.error_checks[primitive] = functools.partial(checkify.nan_error_check, primitive)
 
 

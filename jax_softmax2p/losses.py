@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ from jax_softmax2p.arguments import (
     as_floating_array,
     as_labels,
     as_logits,
+    broadcast_along_all_or_none,
     canonical_axes,
     merge_axes,
+    saturate_known_labels,
 )
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.logits import logit_at_label
@@ -36,7 +39,7 @@ Array = jax.Array
 _Params = tuple[tuple[str, Any], ...]
 
 
-@jit_when_eager("logits", "labels", "where")
+@jit_when_eager("logits", "labels", "where", prepare={"labels": saturate_known_labels})
 def softmax_cross_entropy_with_integer_labels(
     logits: jax.typing.ArrayLike,
     labels: jax.typing.ArrayLike,
@@ -59,8 +62,8 @@ def softmax_cross_entropy_with_integer_labels(
         broadcast with that shape. Those below 0 count from the end, as in NumPy; one out of range makes the
         loss NaN, and no contribution of its own to the gradient.
       axis: the axis of the classes, or several, which are flattened in that order.
-      where: boolean array, of the logits' shape or of the labels'; masked logits take no part in the sum, and
-        rows without a True give 0.
+      where: boolean array, of the logits' shape or of the labels', or with sizes that broadcast with these;
+        masked logits take no part in the sum, and rows without a True give 0.
       axis_name: as in :func:`softmax`; labels count the classes of all shards, and are the same on all
         devices along the mesh axes. The axis must be one integer.
       implementation: as in :func:`softmax`.
@@ -84,16 +87,18 @@ def softmax_cross_entropy_with_integer_labels(
     """
     logits = as_floating_array(logits, "logits")
     labels = as_labels(labels)
-    if where is not None:
-        where = _with_axis(as_array(where, "where"), axis, logits.ndim)
     if axis is None:
         raise ValueError("axis must be an integer or a tuple of integers, got None")
-    if isinstance(axis, tuple):
+    axes = canonical_axes(axis, logits.ndim)
+    if where is not None:
+        where = _with_axes(as_array(where, "where"), axes, logits.ndim)
+    if isinstance(axis, Sequence):
         if axis_name is not None:
             raise ValueError(f"axis must be one integer where axis_name is given, got {axis}")
-        canonical_axes(axis, logits.ndim)
-        where = None if where is None else merge_axes(where, axis)[0]
-        logits, axis = merge_axes(logits, axis)
+        order = tuple(axis)
+        if where is not None:
+            where = merge_axes(broadcast_along_all_or_none(where, logits.shape, axes), order)[0]
+        logits, axis = merge_axes(logits, order)
     (axis,) = canonical_axes(axis, logits.ndim)
     dtype = logits.dtype
     logits, labels = _broadcast_rows(logits, labels, where, axis)
@@ -171,7 +176,9 @@ def softmax_cross_entropy(
     logits = as_floating_array(logits, "logits")
     labels = as_array(labels, "labels")
     _check_labels_broadcast(logits.shape, labels.shape)
-    mask = None if where is None else _with_axis(as_array(where, "where"), axis, logits.ndim)
+    mask = None if where is None else as_array(where, "where")
+    if mask is not None and axis is not None:
+        mask = _with_axes(mask, canonical_axes(axis, logits.ndim), logits.ndim)
     if mask is not None and mask.ndim == logits.ndim:
         with contextlib.suppress(ValueError):  # as_logits refuses masks that do not broadcast.
             logits = jnp.broadcast_to(logits, jnp.broadcast_shapes(logits.shape, mask.shape))
@@ -191,9 +198,23 @@ def softmax_cross_entropy(
     return total.astype(dtype)
 
 
-def _with_axis(where: Array, axis: int | tuple[int, ...] | None, ndim: int) -> Array:
-    """A mask of rows or of elements, as one that broadcasts to elements."""
-    return where if where.ndim == ndim or axis is None else jnp.expand_dims(where, axis)
+def _with_axes(where: Array, axes: tuple[int, ...], ndim: int) -> Array:
+    """A mask of rows or of elements, as one that broadcasts to elements.
+
+    Args:
+      where: as users pass it.
+      axes: of the classes, negative.
+      ndim: of the logits.
+
+    Raises:
+      ValueError: it has more dimensions than the logits.
+    """
+    if where.ndim > ndim:
+        raise ValueError(f"where must have at most the logits' {ndim} dimensions, got shape {where.shape}")
+    if where.ndim == ndim:
+        return where
+    missing = max(0, ndim - len(axes) - where.ndim)
+    return jnp.expand_dims(where.reshape((1,) * missing + where.shape), axes)
 
 
 def _broadcast_rows(logits: Array, labels: Array, where: Array | None, axis: int) -> tuple[Array, Array]:

@@ -43,8 +43,9 @@ def keep_memory(max_bytes: int | None = None) -> bool:
         kept. None: everything is kept.
 
     Returns:
-      Whether memory is kept from now on. False, and nothing has changed, where the C library is not glibc
-      (macOS, Windows, musl) or where another allocator replaces its malloc (jemalloc, tcmalloc, sanitizers).
+      Whether memory is kept from now on. False where the C library is not glibc (macOS, Windows, musl) or
+      another allocator replaces its malloc (jemalloc, tcmalloc, sanitizers): nothing has changed then. Also
+      False where glibc refuses a setting, beside others that it took.
 
     Raises:
       TypeError: max_bytes is neither an integer nor None.

@@ -44,8 +44,8 @@ def softmax(
 
     Args:
       x: array of logits, of any shape. float32, float64, bfloat16 and float16 have native kernels on CPUs;
-        complex is computed by the reference, float8 in float32. Integers are promoted as by jnp.exp, after
-        their maximum has been subtracted exactly.
+        complex is computed by the reference, float8 in float32. Integers are promoted as by jnp.exp, and
+        without scale, bias and axis_name their maximum is subtracted exactly before.
       axis: the axis or axes over which the result sums to 1: an integer, several, or None for all.
       where: boolean array that broadcasts to x's shape; positions where it is False take no part and
         give 0, and what x holds there, NaN included, harms nothing, in the gradient too. A row without

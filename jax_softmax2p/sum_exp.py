@@ -43,8 +43,10 @@ class SumExp(NamedTuple):
         Raises:
           TypeError: the dtype is another.
         """
-        if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
-            raise TypeError(f"dtype must be float32 or float64, got {jnp.dtype(dtype)}")
+        if jnp.dtype(dtype) not in (jnp.float32, jax.dtypes.canonicalize_dtype(jnp.float64)):
+            raise TypeError(
+                f"dtype must be float32, or float64 where that is enabled, got {jnp.dtype(dtype)}"
+            )
         return cls(jnp.zeros(shape, dtype), jnp.full(shape, jnp.finfo(dtype).min, dtype))
 
     def combine(self, other: "SumExp") -> "SumExp":

@@ -333,3 +333,23 @@ class TestSoftLabels:
         good = {"logits": np.ones((2, 3), np.float32), "labels": np.ones((2, 3), np.float32)}
         with pytest.raises(error, match=words):
             softmax_cross_entropy(**{**good, **arguments})
+
+
+def test_several_axes_of_classes_and_masks():
+    """As a list or a tuple; masks of rows that broadcast, and masks that broadcast along the classes."""
+    x, labels = jnp.asarray(normal(4, 3, 5, seed=1)), jnp.array([0, 3, 7, 14])
+    flat = x.reshape(4, 15)
+    loss = softmax_cross_entropy_with_integer_labels
+    expected = optax.softmax_cross_entropy_with_integer_labels(flat, labels)
+    for axis in ([1, 2], (1, 2), (-2, -1)):
+        np.testing.assert_allclose(loss(x, labels, axis), expected, rtol=1e-6)
+    mask = jnp.array([True, False, True, True, True])
+    wide = jnp.broadcast_to(mask, x.shape)
+    masked = optax.softmax_cross_entropy_with_integer_labels(
+        jnp.where(wide, x, -jnp.inf).reshape(4, 15), labels
+    )
+    np.testing.assert_allclose(loss(x, labels, (1, 2), where=mask[None, None]), masked, rtol=1e-6)
+    rows = jnp.array([True, False, True])
+    of_rows = loss(x.swapaxes(1, 2), jnp.zeros((4, 3), int), 1, where=rows)
+    plain = optax.softmax_cross_entropy_with_integer_labels(x, jnp.zeros((4, 3), int))
+    np.testing.assert_allclose(of_rows, jnp.where(rows, plain, 0), rtol=1e-6)

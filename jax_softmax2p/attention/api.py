@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_softmax2p.arguments import as_array, as_floating_array, as_numeric_array
+from jax_softmax2p.arguments import (
+    as_array,
+    as_floating_array,
+    as_numeric_array,
+    as_positive_integer,
+    as_real_array,
+)
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
 from jax_softmax2p.eager import jit_when_eager
@@ -224,7 +230,7 @@ def _check_heads(query: Array, key: Array, value: Array) -> None:
 
 def _as_bias(bias: ArrayLike, logits_shape: tuple[int, ...]) -> Array:
     """A numeric array of four dimensions that broadcasts to (B, N, T, S)."""
-    return _with_four_dimensions("bias", as_numeric_array(bias, "bias"), logits_shape)
+    return _with_four_dimensions("bias", as_real_array(bias, "bias"), logits_shape)
 
 
 def _as_mask(mask: ArrayLike, logits_shape: tuple[int, ...]) -> Array:
@@ -258,9 +264,7 @@ def _as_lengths(name: str, lengths: ArrayLike | None, batch: int) -> Array | Non
 
 def _as_scale(scale: ArrayLike) -> Array:
     """A real array of one element."""
-    array = as_numeric_array(scale, "scale")
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"scale must be real, got dtype {array.dtype}")
+    array = as_real_array(scale, "scale")
     if array.size != 1:
         raise ValueError(f"scale must be one number, got shape {array.shape}")
     return array
@@ -291,9 +295,7 @@ def _as_band(is_causal: bool, window: int | tuple[int, int] | None) -> Band | No
 
 def _as_block_size(size: int | None) -> int | None:
     """A positive integer or None."""
-    if size is not None and not (isinstance(size, int) and size > 0):
-        raise ValueError(f"query_block_size must be a positive integer or None, got {size!r}")
-    return size
+    return None if size is None else as_positive_integer(size, "query_block_size")
 
 
 def _as_implementation(implementation: str | None) -> Implementation | None:

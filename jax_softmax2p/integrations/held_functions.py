@@ -5,6 +5,7 @@ for: the functions and classes that are defined in the module, the containers th
 hold. It reads, and runs no code of theirs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -316,10 +317,15 @@ def replace(
 
 
 def restore(places: Iterable[Place]) -> None:
-    """Puts back what the places held, unless other contexts are open for them. The caller holds the lock."""
-    for place in places:
-        known = _replaced[place.identity()]
-        known.contexts -= 1
-        if not known.contexts:
-            del _replaced[place.identity()]
-            place.write(place.owner, place.key, known.held)
+    """Puts back what the places held, unless other contexts are open for them. The caller holds the lock.
+
+    Raises:
+      Exception: that of the first place that refuses; all others are restored first.
+    """
+    with contextlib.ExitStack() as writes:
+        for place in places:
+            known = _replaced[place.identity()]
+            known.contexts -= 1
+            if not known.contexts:
+                del _replaced[place.identity()]
+                writes.callback(place.write, place.owner, place.key, known.held)

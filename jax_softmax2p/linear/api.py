@@ -3,11 +3,9 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
@@ -17,6 +15,9 @@ from jax_softmax2p.arguments import (
     as_class_indices,
     as_floating_array,
     as_labels,
+    as_number,
+    as_positive_integer,
+    saturate_known_labels,
 )
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.jax_compat import as_varying
@@ -27,12 +28,15 @@ from jax_softmax2p.logits import as_soft_cap
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, as_implementation, check_native_support
+from jax_softmax2p.primitives.operands import as_index
 from jax_softmax2p.reference import compute_dtype
 
 Array = jax.Array
 
 
-@jit_when_eager("inputs", "weights", "labels", "bias", "where", "scale")
+@jit_when_eager(
+    "inputs", "weights", "labels", "bias", "where", "scale", prepare={"labels": saturate_known_labels}
+)
 def linear_softmax_cross_entropy(
     inputs: jax.typing.ArrayLike,
     weights: jax.typing.ArrayLike,
@@ -63,7 +67,8 @@ def linear_softmax_cross_entropy(
       weights: floating-point array (D, V), or (V, D) with ``class_axis=0``, as embeddings are stored.
       labels: array (...) of integers of any dtype. Those below 0 count from the end, as in NumPy; one out of
         range makes the loss NaN, and no contribution of its own to the gradient.
-      bias: array (V,), is added to the logits. -inf leaves a class out.
+      bias: array (V,), is added to the logits, before the soft cap. -inf leaves a class out, but not with
+        ``soft_cap`` or ``label_smoothing``: the cap makes such a logit finite, and smoothing takes its loss.
       where: boolean array that broadcasts to the labels' shape; tokens where it is False have a loss of 0 and
         add nothing to gradients, whatever they hold.
       scale: number, or array that broadcasts to the labels' shape followed by 1, such as a temperature's
@@ -116,7 +121,7 @@ def linear_softmax_cross_entropy(
     labels = as_labels(labels)
     spec = _as_spec(inputs, weights, class_axis, axis_name, implementation, token_block_size, recompute)
     soft_cap = as_soft_cap(soft_cap, "soft_cap")
-    label_smoothing, z_loss = _as_number(label_smoothing, "label_smoothing"), _as_number(z_loss, "z_loss")
+    label_smoothing, z_loss = as_number(label_smoothing, "label_smoothing"), as_number(z_loss, "z_loss")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     spec = spec._replace(soft_cap=soft_cap, label_smoothing=label_smoothing, z_loss=z_loss)
@@ -153,7 +158,8 @@ def logsumexp_of_products(
     Args:
       a: floating-point array (..., D).
       b: floating-point array (M, D).
-      bias: array (M,), is added to the products. -inf leaves an element out.
+      bias: array (M,), is added to the products, before the soft cap. Without one, -inf leaves an element
+        out.
       where: boolean array that broadcasts to a's shape without the last axis; rows where it is False give
         -inf, and add nothing to gradients.
       scale: as in :func:`linear_softmax_cross_entropy`, of a.
@@ -196,7 +202,7 @@ def _as_spec(
     names: tuple[str, str] = ("inputs", "weights"),
 ) -> LossSpec:
     """The checked parameters that both functions have."""
-    if class_axis not in (0, 1):
+    if as_index(class_axis) not in (0, 1):
         raise ValueError(f"class_axis must be 0 or 1, got {class_axis}")
     if inputs.ndim < 1 or weights.ndim != 2 or weights.shape[1 - class_axis] != inputs.shape[-1]:
         expected = "(D, V)" if class_axis else "(V, D)"
@@ -204,10 +210,8 @@ def _as_spec(
             f"{names[1]} must be {expected} for {names[0]} of (..., D), "
             f"got {weights.shape} for {inputs.shape}"
         )
-    if token_block_size is not None and not (
-        isinstance(token_block_size, int | np.integer) and token_block_size >= 1
-    ):
-        raise ValueError(f"token_block_size must be a positive integer, got {token_block_size}")
+    if token_block_size is not None:
+        token_block_size = as_positive_integer(token_block_size, "token_block_size")
     implementation = as_implementation(implementation)
     check_native_support(implementation, jnp.result_type(inputs, weights))
     axis_names = () if axis_name is None else as_axis_name(axis_name)
@@ -217,21 +221,8 @@ def _as_spec(
         num_shards=collectives.num_shards(axis_names),
         implementation=implementation,
         token_block_size=token_block_size,
-        recompute=recompute,
+        recompute=bool(recompute),
     )
-
-
-def _as_number(value: Any, name: str) -> float:
-    """A finite number that is known when the function is traced; a ValueError names the argument."""
-    try:
-        array = np.asarray(value)
-        is_real = array.ndim == 0 and not jnp.issubdtype(array.dtype, jnp.complexfloating)
-        number = float(array) if is_real else math.nan
-    except (TypeError, ValueError, OverflowError):  # Tracers, too, raise a TypeError.
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number that is known outside of jit, got {value}")
-    return number
 
 
 def _loss_of_tokens(
@@ -260,7 +251,7 @@ def _loss_of_tokens(
             labels = jnp.where(mask, labels, 0)
     if scale is not None:
         inputs = _scaled(inputs, scale, mask)
-    x = inputs.reshape(-1, d)
+    x = inputs.reshape(math.prod(shape), d)
     loss = _loss(spec, x, weights, bias, labels.reshape(-1), None if mask is None else mask.reshape(-1))
     loss = loss.reshape(shape).astype(dtype)
     return loss if mask is None else jnp.where(mask, loss, masked_loss)

@@ -6,6 +6,7 @@ they broadcast. The logits are scale·x + bias; positions where ``where`` or the
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,8 +60,20 @@ class Band:
     def __post_init__(self) -> None:
         for name in ("before", "after"):
             limit = getattr(self, name)
-            if limit is not None and not (isinstance(limit, int) and limit >= 0):
+            number = as_index(limit)
+            if limit is not None and (number is None or number < 0):
                 raise ValueError(f"{name} must be None or an integer from 0 on, got {limit!r}")
+            object.__setattr__(self, name, number)
+
+
+def as_index(value: Any) -> int | None:
+    """An integer of Python or NumPy; None for anything else, booleans among it."""
+    if isinstance(value, bool | np.bool_):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def band_columns(band: Band, rows: range, num_columns: int) -> range:
