@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,8 @@ def main() -> None:
     revision = None if is_json else options.compare
     if options.plot and revision:
         parser.error("--plot measures nothing: --compare needs a JSON beside it, not a revision")
+    if not options.plot and importlib.util.find_spec("optax") is None:
+        parser.error("losses are compared with optax's: pip install '.[bench]'")
     with contextlib.ExitStack() as stack:
         try:
             before = Results.load(pathlib.Path(options.compare)) if is_json else None
