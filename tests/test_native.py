@@ -131,6 +131,9 @@ def test_softmax_plan():
     assert native.softmax_plan((1, second // 16, 1))["reload"]
     far = native.softmax_plan((1, last, 1))
     assert far == {"maximum_first": False, "reload": False, "stream": True}
+    # Panels of columns are not; small matrices are.
+    assert not native.softmax_plan((1, last // 1024, 1024))["stream"]
+    assert native.softmax_plan((last, 4, 4))["stream"]
     assert native.softmax_plan((1, 1000, 1), algorithm="three_pass_reload")["maximum_first"]
     with pytest.raises(TypeError, match=r"dtype must be one of float32, .* got int32"):
         native.softmax_plan((1, 8, 1), dtype=np.int32)

@@ -39,9 +39,10 @@ SoftmaxPlan PlanSoftmax(Algorithm algorithm, const Layout& layout, int lanes) {
       plan.maximum_first = plan.reload = true;
       break;
   }
-  // Small rows are written as whole tiles.
-  const bool fills_lines = layout.inner > 1 || layout.n <= kMaxSmall ||
-                           FillsCacheLines(layout.n * static_cast<std::int64_t>(sizeof(E)));
+  // Small matrices are written as whole tiles; panels of columns are never written past the caches.
+  const bool fills_lines =
+      layout.n * layout.inner <= kMaxSmall ||
+      (layout.inner == 1 && FillsCacheLines(layout.n * static_cast<std::int64_t>(sizeof(E))));
   plan.non_temporal = exceeds_llc && (row_fits_l2 || !plan.reload) && fills_lines;
   return plan;
 }

@@ -17,13 +17,14 @@ namespace {
 class Pool {
  public:
   // Starts threads until there are `threads`, or fewer where the system has no more, or no memory for them:
-  // helpers are optional.
-  void Grow(int threads) {
+  // helpers are optional. Returns how many of these there are.
+  int Grow(int threads) {
     const std::lock_guard<std::mutex> lock(mutex_);
     try {
       for (; threads_ < threads; ++threads_) std::thread([this] { Run(); }).detach();
     } catch (const std::exception&) {
     }
+    return std::min(threads, threads_);
   }
 
   void Schedule(std::function<void()> task) {
@@ -84,7 +85,8 @@ Pool& CurrentPool() {
 }  // namespace
 
 Workers::Workers(int threads) : helpers_(std::min(threads, kMaxThreads) - 1) {
-  if (helpers_ > 0) CurrentPool().Grow(helpers_);
+  // Without a thread nobody would ever take what is scheduled.
+  if (helpers_ > 0) helpers_ = CurrentPool().Grow(helpers_);
 }
 
 void Workers::Schedule(std::function<void()> task) { CurrentPool().Schedule(std::move(task)); }
