@@ -100,7 +100,8 @@ def logsumexp(
     if exact:
         terms = _exp_of_shifted(z, x.dtype, axis)
         shift, log = (jnp.squeeze(part, axis) for part in (terms.z_max, log_of_sum(terms.p, axis)))
-        log = select(jnp.isfinite(log), log, 0)
+        # Of infinities alone, not of NaN: XLA's maximum of a row with a NaN may be a number.
+        log = select(jnp.isinf(shift), jnp.zeros_like(log), log)
     else:
         shift, _, total = _exp_and_sum(z, axis, in_blocks=for_derivative is not None)
         log = jnp.log(total)

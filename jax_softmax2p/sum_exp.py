@@ -137,7 +137,8 @@ def _from_lse(lse: Lse) -> SumExp:
     rest = jnp.where(small, rest, rest - jax.lax.stop_gradient(rest))
     for term in _ln2_terms():
         rest = rest - jnp.where(small, exponent, 0) * term
-    mantissa = jnp.where(finite, jnp.exp(jnp.where(finite, rest + lo, 0)), jnp.exp(hi))
+    # No branch may overflow where it is not taken: its derivative would be NaN.
+    mantissa = jnp.exp(jnp.where(finite, rest + lo, jnp.where(finite, 0, hi)))
     return SumExp(mantissa, exponent)
 
 

@@ -315,3 +315,28 @@ def test_strict_modes_of_jax(implementation):
         value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, weights, bias, labels)
     np.testing.assert_allclose(value, 4 * np.log(7), rtol=1e-6)
     assert [g.shape for g in gradients] == [(4, 6), (6, 7), (7,)]
+
+
+@pytest.mark.parametrize("class_axis", [0, 1])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_16_bit_weights(dtype, recompute, class_axis):
+    """With cotangents that differ between tokens, for which they are computed again."""
+    x, weights = (jnp.asarray(np.sin(np.arange(64 * n)).reshape(64, n), dtype) for n in (64, 1000))
+    labels, factors = jnp.arange(64) % 1000, jnp.linspace(0.5, 2.0, 64)
+
+    def ours(weights):
+        w = weights if class_axis else weights.T
+        loss = s2p.linear_softmax_cross_entropy(x, w, labels, class_axis=class_axis, recompute=recompute)
+        return jnp.sum(loss.astype(jnp.float32) * factors)
+
+    def exact(weights):
+        z = x.astype(jnp.float64) @ weights
+        loss = jax.nn.logsumexp(z, -1) - jnp.take_along_axis(z, labels[:, None], -1)[:, 0]
+        return jnp.sum(loss * factors)
+
+    actual = jax.jit(jax.grad(ours))(weights)
+    expected = jax.grad(exact)(weights.astype(jnp.float64))
+    np.testing.assert_allclose(
+        np.asarray(actual, np.float64), expected, rtol=0, atol=2.0**-6 * np.abs(expected).max()
+    )

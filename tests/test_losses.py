@@ -353,3 +353,12 @@ def test_several_axes_of_classes_and_masks():
     of_rows = loss(x.swapaxes(1, 2), jnp.zeros((4, 3), int), 1, where=rows)
     plain = optax.softmax_cross_entropy_with_integer_labels(x, jnp.zeros((4, 3), int))
     np.testing.assert_allclose(of_rows, jnp.where(rows, plain, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (3, 2400), (8, 300)])
+def test_nan_among_many_rows(shape, implementation):
+    """XLA's maximum of a large array loses NaNs."""
+    x = np.zeros(shape, np.float32)
+    x[:, 5] = np.nan
+    loss = softmax_cross_entropy_with_integer_labels(x, np.full(shape[0], 2), implementation=implementation)
+    assert np.all(np.isnan(loss))

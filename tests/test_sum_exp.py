@@ -114,6 +114,20 @@ class TestSumExp:
         np.testing.assert_array_equal(parts.log(), jax.nn.logsumexp(x, -1))
         np.testing.assert_array_equal(sum_exp(x[:, :, None]).reduce(1).log(), jax.nn.logsumexp(x, -1))
 
+    @pytest.mark.parametrize("offset", [0, 89, 800, -800])
+    def test_gradients_of_large_logits(self, offset, dtype):
+        x = jnp.asarray(normal(3, 4, seed=1) + offset, dtype)
+        expected = jax.nn.softmax(x.ravel()).reshape(x.shape)
+        for total in (
+            lambda x: sum_exp(x).reduce(),
+            lambda x: sum_exp(x[0]).combine(sum_exp(x[1:], None)),
+            lambda x: jax.lax.scan(
+                lambda t, row: (t.combine(sum_exp(row)), None), SumExp.empty((), dtype), x
+            )[0],
+        ):
+            gradient = jax.grad(lambda x, total=total: total(x).log())(x)
+            np.testing.assert_allclose(gradient, expected, rtol=1e-4 if dtype == np.float32 else 1e-9)
+
     @pytest.mark.long
     @pytest.mark.parametrize("value", [800, 8e4, 1e5, 1e30, 2.3e38, -8e4, -1e5, -1e30, -2.3e38])
     def test_huge_values_never_overflow(self, value, dtype):

@@ -204,7 +204,7 @@ def _over_chunks(
     dtype = compute_dtype(jnp.result_type(x, weights))
     n = x.shape[0]
     num_classes = spec.num_classes(weights)
-    x_transposed = x.T
+    x_transposed = _transposed(x)
     factor = factor.astype(dtype)
     narrow = jnp.result_type(x, weights)
     if start is None:
@@ -242,6 +242,15 @@ def _over_chunks(
     return list(put_chunk(size * count, rest, carry) if rest else carry)
 
 
+def _transposed(x: Array) -> Array:
+    """The transpose of x, as an array of its own.
+
+    XLA would make a transposition a part of the products that take its result, after it has widened those of
+    bfloat16 that it has no code for; it has none for those that it makes so.
+    """
+    return jax.lax.optimization_barrier(x.T)
+
+
 def _split_tokens(a: Array, size: int, count: int) -> Array:
     """(blocks, tokens of a block, ...), with zeros at the end; an empty array stays as it is."""
     if not a.size or (count == 1 and a.shape[0] == size):
@@ -266,7 +275,7 @@ def _add_block_gradients(
     x, weights, *_ = block
     num_classes = z.shape[1]
     narrow = jnp.result_type(x, weights)
-    x_transposed = x.T
+    x_transposed = _transposed(x)
 
     def add_chunk(first: Array | int, size: int, carry: Any) -> Any:
         x_bar, sums = carry

@@ -41,7 +41,8 @@ def reduce_lse(lse: Lse, axis_names: tuple[str, ...]) -> Lse:
     z, rest = subtract_max(lse, largest)
     terms = jnp.exp(z)
     is_largest = lse.hi == largest
-    others = jnp.where(is_largest, jnp.expm1(z), terms) + terms * rest
+    correction = jnp.where(jnp.isfinite(terms), terms, 0) * rest
+    others = jnp.where(is_largest, jnp.expm1(z), terms) + correction
     count, others = jax.lax.psum(jnp.stack([is_largest.astype(others.dtype), others]), axis_names)
     return add_max(largest, jnp.log1p((count - 1) + others))
 

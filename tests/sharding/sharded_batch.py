@@ -350,6 +350,20 @@ def test_sharded_axis_under_jit(ours, theirs):
     assert 2 * sum(size for _, size in found) <= 3 * sum(size for _, size in found_in_theirs)
 
 
+@pytest.mark.parametrize("implementation", [None, "native", "reference"])
+def test_infinities_and_nan_on_a_sharded_axis(implementation):
+    mesh = devices.make_mesh()
+    x = np.zeros((4, 16), np.float32)
+    x[0, 0], x[1, 1], x[2], x[3, 3] = np.inf, np.nan, -np.inf, -np.inf
+    sharded = place(x, mesh, None, "model")
+    lse = jax.jit(functools.partial(s2p.logsumexp, axis=-1, implementation=implementation))
+    np.testing.assert_allclose(lse(sharded), jax.nn.logsumexp(x, -1), rtol=1e-6)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        y = jax.jit(functools.partial(s2p.softmax, implementation=implementation))(sharded.astype(dtype))
+        expected = jax.nn.softmax(jnp.asarray(x, dtype))
+        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (y, expected)), rtol=1e-2)
+
+
 def test_band_with_sharded_columns():
     mesh = devices.make_mesh()
     f = lambda x: s2p.softmax(x, where=s2p.Band(before=9, after=3))
