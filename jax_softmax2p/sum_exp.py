@@ -138,7 +138,7 @@ def _from_lse(lse: Lse) -> SumExp:
     for term in _ln2_terms():
         rest = rest - jnp.where(small, exponent, 0) * term
     # No branch may overflow where it is not taken: its derivative would be NaN.
-    mantissa = jnp.exp(jnp.where(finite, rest + lo, jnp.where(finite, 0, hi)))
+    mantissa = jnp.exp(jnp.where(finite, rest + lo, hi))
     return SumExp(mantissa, exponent)
 
 
