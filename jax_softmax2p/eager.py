@@ -47,8 +47,11 @@ def jit_when_eager(
         def call(*args: Any, **kwargs: Any) -> Any:
             if jax_compat.is_tracing():
                 return function(*args, **kwargs)
-            args = tuple(prepare.get(name, _same)(value) for name, value in zip(names, args, strict=False))
-            kwargs = {name: prepare.get(name, _same)(value) for name, value in kwargs.items()}
+            for name, function_of in prepare.items():
+                if name in kwargs:
+                    kwargs[name] = function_of(kwargs[name])
+                elif (place := names.index(name)) < len(args):
+                    args = (*args[:place], function_of(args[place]), *args[place + 1 :])
             for name, value in zip(names, args, strict=False):
                 if not is_allowed[name](value):
                     return function(*args, **kwargs)
@@ -60,10 +63,6 @@ def jit_when_eager(
         return call  # type: ignore[return-value]
 
     return decorate
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _is_none(value: Any) -> bool:

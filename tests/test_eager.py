@@ -116,3 +116,10 @@ def test_band_goes_through_jit():
     """As an argument of the caller's own jitted function, where a mask would stand."""
     softmax = jax.jit(lambda x, where: s2p.softmax(x, where=where))
     np.testing.assert_array_equal(softmax(jnp.asarray(X), s2p.Band()), CALLS["softmax of a band"](X))
+
+
+def test_too_many_arguments_are_an_error():
+    """However many there are: none is dropped."""
+    for count in (5, 20):
+        with pytest.raises(TypeError, match="positional arguments"):
+            s2p.softmax_cross_entropy_with_integer_labels(X, LABELS, -1, *[None] * count)

@@ -338,8 +338,8 @@ struct KernelTable {
   void (*logits_small_subtract_minus_lse)(const T* z, const E* t, E* out, std::int64_t rows, int n,
                                           const T* hi, const T* lo);
 
-  // The Jacobian of softmax, out = y·(t - <y, t>), of rows [rows, n], n <= kMaxSmall. out may be y or t. Rows
-  // of long_row elements have the bits of `dot` and `jacobian_write`.
+  // The Jacobian of softmax, out = y·(t - <y, t>), of rows [rows, n], n <= kMaxSmall. out may be y or t. From
+  // long_row elements on, a row has the bits of `dot` and `jacobian_write`.
   int long_row;
   void (*small_jacobian_write)(const E* y, const E* t, E* out, std::int64_t rows, int n);
 

@@ -229,7 +229,7 @@ def _check_heads(query: Array, key: Array, value: Array) -> None:
 
 
 def _as_bias(bias: ArrayLike, logits_shape: tuple[int, ...]) -> Array:
-    """A numeric array of four dimensions that broadcasts to (B, N, T, S)."""
+    """A real array of four dimensions that broadcasts to (B, N, T, S)."""
     return _with_four_dimensions("bias", as_real_array(bias, "bias"), logits_shape)
 
 
