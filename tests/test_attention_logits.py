@@ -227,7 +227,9 @@ class TestSinks:
         f = lambda sinks: dot_product_attention(q, k, v, sinks=sinks)
         assert f(SINKS).dtype == jnp.bfloat16
         assert (
-            jax.grad(lambda sinks: f(sinks).sum().astype(float))(jnp.asarray(SINKS, np.float32)).dtype
+            jax.jit(jax.grad(lambda sinks: f(sinks).sum().astype(float)))(
+                jnp.asarray(SINKS, np.float32)
+            ).dtype
             == np.float32
         )
 

@@ -227,8 +227,10 @@ class TestLogits:
         assert not np.any(y[:, :, 0])
         assert np.isposinf(lse[:, :, 0]).all()
         np.testing.assert_allclose(y[:, :, 2], fused(q, k, v)[:, :, 2], rtol=1e-6)
-        gradients = jax.grad(lambda *xs: (fused(*xs, sinks=sinks)[:, :, ::2] ** 2).sum(), (0, 1, 2))(q, k, v)
-        expected = jax.grad(lambda *xs: (fused(*xs)[:, :, 2] ** 2).sum(), (0, 1, 2))(q, k, v)
+        gradients = jax.jit(jax.grad(lambda *xs: (fused(*xs, sinks=sinks)[:, :, ::2] ** 2).sum(), (0, 1, 2)))(
+            q, k, v
+        )
+        expected = jax.jit(jax.grad(lambda *xs: (fused(*xs)[:, :, 2] ** 2).sum(), (0, 1, 2)))(q, k, v)
         for x, y in zip(gradients, expected, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
@@ -302,8 +304,8 @@ class TestGradient:
         options = GRADIENT_CASES[case]
         operands = operands_of(2, 130, 150, 4, 2, 20, np.float64)
         cotangent = normal(2, 130, 4, 20, seed=7)
-        expected = jax.grad(
-            functools.partial(weighted, functools.partial(formula, **options), cotangent), (0, 1, 2)
+        expected = jax.jit(
+            jax.grad(functools.partial(weighted, functools.partial(formula, **options), cotangent), (0, 1, 2))
         )(*operands)
         ours = functools.partial(dot_product_attention, implementation="native", **options)
         gradient = jax.jit(jax.grad(functools.partial(weighted, ours, cotangent), (0, 1, 2)))
@@ -343,7 +345,7 @@ class TestGradient:
         expected = np.cumsum((cotangent / np.arange(1, 13)[:, None, None])[:, ::-1], 1)[:, ::-1]
         for size in (1e3, 1e4):
             operands = np.float32(size) * ones, np.float32(size) * ones, v.astype(np.float32)
-            value_gradient = jax.grad(lambda v, q, k: (ours(q, k, v) * cotangent).sum())(
+            value_gradient = jax.jit(jax.grad(lambda v, q, k: (ours(q, k, v) * cotangent).sum()))(
                 operands[2], *operands[:2]
             )
             assert_close(value_gradient, expected, 4e-6)
@@ -367,11 +369,11 @@ class TestGradient:
         lengths_of = {"key_value_seq_lengths": lengths(6)}
         ours = functools.partial(dot_product_attention, implementation="native", is_causal=True, **lengths_of)
         gradients = [
-            jax.vmap(jax.grad(lambda *xs, f=f: (f(*xs) ** 2).sum(), (0, 1, 2)), in_axes)(*operands)
+            jax.jit(jax.vmap(jax.grad(lambda *xs, f=f: (f(*xs) ** 2).sum(), (0, 1, 2)), in_axes))(*operands)
             for f in (ours, functools.partial(formula, is_causal=True, **lengths_of))
         ]
         assert_close(*gradients)
-        outer = jax.grad(lambda *xs: (jax.vmap(ours, in_axes)(*xs) ** 2).sum(), 2)(*operands)
+        outer = jax.jit(jax.grad(lambda *xs: (jax.vmap(ours, in_axes)(*xs) ** 2).sum(), 2))(*operands)
         total = gradients[1][2] if in_axes[2] is None else jnp.moveaxis(gradients[1][2], 0, in_axes[2])
         assert_close(outer, total.sum(0) if in_axes[2] is None else total)
 
@@ -464,9 +466,9 @@ class TestGradientInBias:
         q, k, v = operands_of(1, 7, 9, 2, 1, 8, np.float64)
         scales = np.array([0.5, 2.0])
         gradients = [
-            jax.vmap(jax.grad(lambda k, scale, f=f: (f(q, k, v, scale=scale) ** 2).sum()), (None, 0))(
-                k, scales
-            )
+            jax.jit(
+                jax.vmap(jax.grad(lambda k, scale, f=f: (f(q, k, v, scale=scale) ** 2).sum()), (None, 0))
+            )(k, scales)
             for f in (functools.partial(dot_product_attention, implementation="native"), formula)
         ]
         assert_close(*gradients)
@@ -538,7 +540,7 @@ def test_batching_repeats_nothing_that_broadcasts():
     for i in range(3):
         np.testing.assert_array_equal(y[i], fused((i + 1) * q, k, v))
     scales = np.array([0.5, 2.0], np.float32)
-    y = jax.vmap(lambda scale: fused(q, k, v, scale=scale))(scales)
+    y = jax.jit(jax.vmap(lambda scale: fused(q, k, v, scale=scale)))(scales)
     np.testing.assert_allclose(y[1], fused(q, k, v, scale=scales[1]), rtol=1e-5, atol=1e-6)
 
 

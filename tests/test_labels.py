@@ -98,7 +98,7 @@ def test_vmap(dtype, loss):
     check(jax.jit(jax.vmap(losses_and_gradient_of(loss))), edges(dtype, 200), dtype, 200)
     integers = edges(dtype, 200)
     x = logits_for([0], 200)
-    losses = jax.vmap(loss, (None, 0))(x[0], jax_array(integers, dtype))
+    losses = jax.jit(jax.vmap(loss, (None, 0)))(x[0], jax_array(integers, dtype))
     exact, _ = expected(np.repeat(x, len(integers), 0), integers)
     np.testing.assert_allclose(losses, exact, rtol=2e-6)
 

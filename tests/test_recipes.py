@@ -23,7 +23,7 @@ def test_temperature_of_every_query():
     np.testing.assert_allclose(y, plain_softmax(scores * inverse), rtol=1e-13)
     # The gradient of the scale is the covariance of scores and cotangents under the softmax.
     t = normal(2, 5, 7, seed=1)
-    g = jax.grad(lambda inverse: jnp.sum(t * s2p.softmax(scores, scale=inverse)))(inverse)
+    g = jax.jit(jax.grad(lambda inverse: jnp.sum(t * s2p.softmax(scores, scale=inverse))))(inverse)
     p = plain_softmax(scores * inverse)
     covariance = (p * scores * t).sum(-1) - (p * scores).sum(-1) * (p * t).sum(-1)
     np.testing.assert_allclose(g[..., 0], covariance, rtol=1e-12)
@@ -53,7 +53,7 @@ def test_decoupled_loss_for_many_positives():
         pairs = sum_exp(positives[:, None]).combine(sum_exp(negatives))
         return jnp.sum(pairs.log() - positives)
 
-    positive_grad, negative_grad = jax.grad(loss, (0, 1))(positives[0], negatives[0])
+    positive_grad, negative_grad = jax.jit(jax.grad(loss, (0, 1)))(positives[0], negatives[0])
     p = np.exp(positives[0]) / (np.exp(positives[0]) + negative_sum[0])
     np.testing.assert_allclose(positive_grad, p - 1, rtol=1e-12)
     expected = np.exp(negatives[0]) * ((1 - p) / negative_sum[0]).sum()
@@ -67,7 +67,7 @@ def test_distillation():
     loss = lambda student: temperature**2 * s2p.softmax_cross_entropy(student / temperature, soft)
     p, q = plain_softmax(teacher / temperature), plain_softmax(student / temperature)
     np.testing.assert_allclose(loss(student), -(temperature**2) * (p * np.log(q)).sum(-1), rtol=1e-13)
-    g = jax.grad(lambda student: loss(student).sum())(student)
+    g = jax.jit(jax.grad(lambda student: loss(student).sum()))(student)
     np.testing.assert_allclose(g, temperature * (q - p), rtol=1e-11, atol=1e-14)
 
 

@@ -167,7 +167,7 @@ class TestSpecialValues:
     def test_under_vmap(self, column):
         x, f = special_logits()
         g = np.array([0.5, 0.0 if column is None else column, 0.0, 1.0])
-        y = jax.vmap(lambda f: logsumexp(x, -1, bias=(f, g)))(np.stack([f, f]))
+        y = jax.jit(jax.vmap(lambda f: logsumexp(x, -1, bias=(f, g))))(np.stack([f, f]))
         with np.errstate(invalid="ignore"):
             z = x + f + g
         np.testing.assert_allclose(y, np.stack([jax.nn.logsumexp(z, -1)] * 2), rtol=1e-12)
@@ -185,9 +185,11 @@ class TestSpecialValues:
         x, g = normal(6, 5), normal(5)
         f = np.array([0, INF, -INF, NAN, 1, NAN])[:, None]
         where = np.arange(6)[:, None] < 5
-        ours = jax.grad(lambda x: weighted_sum(_finite(FUNCTIONS[name](x, where=where, bias=(f, g)))))(x)
+        ours = jax.jit(
+            jax.grad(lambda x: weighted_sum(_finite(FUNCTIONS[name](x, where=where, bias=(f, g)))))
+        )(x)
         assert np.isnan(ours[1:4]).all()
-        expected = jax.grad(lambda x: weighted_sum(_finite(JAX_NN[name](x + f + g, where=where))))(x)
+        expected = jax.jit(jax.grad(lambda x: weighted_sum(_finite(JAX_NN[name](x + f + g, where=where)))))(x)
         np.testing.assert_allclose(ours[np.array([0, 4])], expected[np.array([0, 4])], rtol=1e-12, atol=1e-14)
         np.testing.assert_array_equal(ours[5], 0)
 
@@ -198,7 +200,7 @@ class TestSpecialValues:
         for where in (None, np.array([True] * 4 + [False] * 2)[:, None]):
             total = lambda f, where=where: _finite(logsumexp(x, -1, where=where, bias=(f,))).sum()
             masked = 0.0 if where is not None else None
-            g = jax.grad(lambda f, t=total: t(f))(f)[:, 0]
+            g = jax.jit(jax.grad(lambda f, t=total: t(f)))(f)[:, 0]
             np.testing.assert_array_equal(g[:4], [1, NAN, NAN, NAN])
             np.testing.assert_array_equal(g[4:], [NAN, 1] if masked is None else [0, 0])
 
@@ -225,7 +227,7 @@ class TestTransforms:
         formula = lambda x, *biases: weighted_sum(JAX_NN[name](x + sum(biases), axis=axis))
         every = tuple(range(5))
         actual_gradients = jax.jit(jax.grad(ours, every))(*operands)
-        expected_gradients = jax.grad(formula, every)(*operands)
+        expected_gradients = jax.jit(jax.grad(formula, every))(*operands)
         for actual, expected in zip(actual_gradients, expected_gradients, strict=True):
             assert actual.shape == expected.shape
             np.testing.assert_allclose(actual, expected, rtol=1e-11, atol=1e-13)
@@ -238,7 +240,7 @@ class TestTransforms:
             for shape, axis in zip(shapes, in_axes, strict=True)
         ]
         actual = jax.jit(jax.vmap(lambda x, f, g: FUNCTIONS[name](x, bias=(f, g)), in_axes))(*operands)
-        expected = jax.vmap(lambda x, f, g: JAX_NN[name](x + f + g), in_axes)(*operands)
+        expected = jax.jit(jax.vmap(lambda x, f, g: JAX_NN[name](x + f + g), in_axes))(*operands)
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
     def test_jet(self, name):

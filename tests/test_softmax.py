@@ -212,7 +212,9 @@ class TestWhere:
         )
         with jax.debug_nans(True):
             softmax(jnp.nan_to_num(x), where=mask, implementation=implementation)
-            jax.grad(lambda x: softmax(x, where=mask, implementation=implementation)[0, 1])(jnp.nan_to_num(x))
+            jax.jit(jax.grad(lambda x: softmax(x, where=mask, implementation=implementation)[0, 1]))(
+                jnp.nan_to_num(x)
+            )
 
 
 class TestErrors:

@@ -64,7 +64,7 @@ class TestEquinox:
     def test_batch_and_longer_keys(self):
         ours, theirs = self.layers()
         q, k = normal(3, 5, 32), normal(3, 7, 32)
-        assert_close(jax.vmap(ours)(q, k, k), jax.vmap(theirs)(q, k, k))
+        assert_close(jax.jit(jax.vmap(ours))(q, k, k), jax.jit(jax.vmap(theirs))(q, k, k))
 
     def test_processing_of_heads(self):
         ours, theirs = self.layers()

@@ -122,6 +122,6 @@ def test_jit_vmap_and_loop_agree(dtype, shape):
     rows = x.reshape(-1, shape[-1])
     expected = softmax_into(rows).reshape(shape)
     np.testing.assert_array_equal(jax.jit(jax_softmax2p.softmax)(x), expected)
-    np.testing.assert_array_equal(jax.vmap(jax_softmax2p.softmax)(x), expected)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(jax_softmax2p.softmax))(x), expected)
     loop = np.stack([jax_softmax2p.softmax(row) for row in rows]).reshape(shape)
     np.testing.assert_array_equal(loop, expected)

@@ -234,8 +234,8 @@ class TestMaskedLosses:
         filled = jnp.where(mask, x, np.resize([NAN, INF, -INF], (3, 4)))
         for operand in (x, filled):
             assert_close(loss(operand), plain(x))
-            g = jax.grad(lambda x: loss(x).sum())(operand)
-            assert_close(g, jax.grad(lambda x: plain(x).sum())(x))
+            g = jax.jit(jax.grad(lambda x: loss(x).sum()))(operand)
+            assert_close(g, jax.jit(jax.grad(lambda x: plain(x).sum()))(x))
 
     @pytest.mark.parametrize("where", [ELEMENTS, ROWS], ids=["elements", "rows"])
     def test_soft_labels(self, where, implementation):
@@ -250,8 +250,8 @@ class TestMaskedLosses:
         masked_values = np.resize([NAN, INF, -INF], (3, 4))
         for operands in ((x, labels), (jnp.where(mask, x, masked_values), labels)):
             assert_close(loss(*operands), plain(x, labels))
-            gradient = jax.grad(lambda *v: loss(*v).sum())(*operands)
-            assert_close(gradient, jax.grad(lambda *v: plain(*v).sum())(x, labels))
+            gradient = jax.jit(jax.grad(lambda *v: loss(*v).sum()))(*operands)
+            assert_close(gradient, jax.jit(jax.grad(lambda *v: plain(*v).sum()))(x, labels))
 
     @pytest.mark.parametrize("where", [ELEMENTS, ROWS], ids=["elements", "rows"])
     def test_gradient_of_labels(self, where, implementation):
@@ -263,7 +263,7 @@ class TestMaskedLosses:
         expected = jnp.where(mask, -jax.nn.log_softmax(jnp.where(mask, x, -1e9)), 0)
         for masked_value in (0.0, NAN):
             filled = jnp.where(mask, x, masked_value)
-            assert_close(jax.grad(loss, 1)(filled, labels), expected)
+            assert_close(jax.jit(jax.grad(loss, 1))(filled, labels), expected)
 
 
 def vmap_by_loop(function, in_axes, operands, size):
@@ -310,7 +310,7 @@ class TestVmap:
         in_axes = (1, None, 0)
         operands = batched_operands([(2, 4), (1, 4), (2, 1)], in_axes)
         g = lambda x, scale, bias: FUNCTIONS[name](x, axis=0, scale=scale, bias=bias)
-        assert_close(jax.vmap(g, in_axes)(*operands), vmap_by_loop(g, in_axes, operands, 3))
+        assert_close(jax.jit(jax.vmap(g, in_axes))(*operands), vmap_by_loop(g, in_axes, operands, 3))
 
     @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (1, 1)])
     def test_over_operands_of_fewer_dimensions(self, in_axes, name):
@@ -318,14 +318,14 @@ class TestVmap:
         scale, bias = batched_operands([(1,), (5,)], in_axes)
         x = array(2, 3, 5)
         g = jax.jit(lambda scale, bias: FUNCTIONS[name](x, scale=scale[0], bias=bias))
-        assert_close(jax.vmap(g, in_axes)(scale, bias), vmap_by_loop(g, in_axes, [scale, bias], 3))
+        assert_close(jax.jit(jax.vmap(g, in_axes))(scale, bias), vmap_by_loop(g, in_axes, [scale, bias], 3))
 
     def test_with_a_band(self, name):
         x, bias = array(3, 4, 5), array(3, 4, 5, seed=1)
         g = jax.jit(lambda x, bias: FUNCTIONS[name](x, bias=bias, where=Band(1, 0)))
         for in_axes in ((0, 0), (0, None), (None, 0)):
             operands = [v if axis is not None else v[0] for v, axis in zip((x, bias), in_axes, strict=True)]
-            assert_close(jax.vmap(g, in_axes)(*operands), vmap_by_loop(g, in_axes, operands, 3))
+            assert_close(jax.jit(jax.vmap(g, in_axes))(*operands), vmap_by_loop(g, in_axes, operands, 3))
 
     def test_nested(self, name):
         f = FUNCTIONS[name]
@@ -365,14 +365,14 @@ class TestVmap:
         x, bias = array(2, 4), array(4, seed=1)
         y, pullback = jax.vjp(lambda x, bias: f(x, scale=2.0, bias=bias), x, bias)
         t = array(3, *y.shape, seed=2)
-        assert_close(jax.vmap(pullback)(t), vmap_by_loop(pullback, (0,), [t], 3))
+        assert_close(jax.jit(jax.vmap(pullback))(t), vmap_by_loop(pullback, (0,), [t], 3))
 
     def test_sum_exp(self):
         x, mask = array(3, 2, 5), array(3, 5, seed=1) > 0
         g = lambda x, mask: s2p.sum_exp(x, where=mask)
         for in_axes in ((0, 0), (0, None), (None, 0)):
             operands = [v if axis is not None else v[0] for v, axis in zip((x, mask), in_axes, strict=True)]
-            assert_close(jax.vmap(g, in_axes)(*operands), vmap_by_loop(g, in_axes, operands, 3))
+            assert_close(jax.jit(jax.vmap(g, in_axes))(*operands), vmap_by_loop(g, in_axes, operands, 3))
 
 
 class TestControlFlow:
@@ -386,13 +386,15 @@ class TestControlFlow:
 
         flat = lambda x: jax.nn.logsumexp(x, (0, 2))
         assert_close(jax.jit(total)(x), flat(x))
-        assert_close(jax.jit(jax.grad(lambda x: total(x).sum()))(x), jax.grad(lambda x: flat(x).sum())(x))
+        assert_close(
+            jax.jit(jax.grad(lambda x: total(x).sum()))(x), jax.jit(jax.grad(lambda x: flat(x).sum()))(x)
+        )
         t = array(6, 3, 4, seed=1)
         assert_close(jax.jvp(total, (x,), (t,))[1], jax.jvp(flat, (x,), (t,))[1])
 
     def test_associative_scan(self):
         x = 10 * array(9)
-        sums = jax.vmap(lambda v: s2p.sum_exp(v[None]))(x)
+        sums = jax.jit(jax.vmap(lambda v: s2p.sum_exp(v[None])))(x)
         cumulative = jax.jit(lambda s: jax.lax.associative_scan(lambda a, b: a.combine(b), s).log())(sums)
         assert_close(cumulative, np.logaddexp.accumulate(np.asarray(x)))
 
