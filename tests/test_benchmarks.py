@@ -94,6 +94,7 @@ class Missing(Named):
         raise ImportError("a library is missing")
 
 
+@pytest.mark.long(quantity="seconds", keeps_memory=True)
 @pytest.mark.parametrize(
     ("quantity", "keeps_memory", "name", "samples"),
     [("seconds", True, "1", 6), ("seconds", False, "as it comes", 6), ("ULP", True, "as it comes", 1)],

@@ -194,7 +194,14 @@ class TestArguments:
 
 
 class TestTransforms:
-    @pytest.mark.parametrize("where", [None, np.array([True, False, True, True]), Band(1, 1)], ids=str)
+    @pytest.mark.parametrize(
+        "where",
+        [
+            np.array([True, False, True, True]),
+            *(pytest.param(w, marks=pytest.mark.long) for w in (None, Band(1, 1))),
+        ],
+        ids=str,
+    )
     def test_derivatives_of_two_orders(self, where):
         b = normal(3, 4, seed=1) + np.array([[0], [2], [-2]])
         f = jax.jit(lambda a, b, f: logsumexp(a, -1, b, True, True, where, scale=1.5, bias=(f, 0.5))[0])

@@ -319,6 +319,7 @@ def test_strict_modes_of_jax(implementation):
     assert [g.shape for g in gradients] == [(4, 6), (6, 7), (7,)]
 
 
+@pytest.mark.long(class_axis=1, dtype=jnp.bfloat16, recompute=False)
 @pytest.mark.parametrize("class_axis", [0, 1])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("recompute", [False, True])

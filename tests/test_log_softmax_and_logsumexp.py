@@ -64,6 +64,7 @@ def call_rows(function, rows, dtype, **options):
     return x, np.asarray(function(x, **options))
 
 
+@pytest.mark.long(n=33, dtype=np.float32)
 @pytest.mark.parametrize("n", [3, 5, 33, 100, 128, 300])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_logsumexp_with_its_gradient_of_special_rows_in_a_loop(n, dtype):
@@ -134,6 +135,7 @@ def test_rows_do_not_affect_each_other(n, dtype, name, implementation):
     np.testing.assert_array_equal(np.asarray(function(changed))[others], np.asarray(function(x))[others])
 
 
+@pytest.mark.long(n=16, dtype=np.float32)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", [1, 2, 16, 129, 5000])
 def test_log_softmax_is_never_positive(n, dtype, implementation):
@@ -180,6 +182,7 @@ def test_log_softmax_along_any_axis(axis, implementation):
     assert_close("log_softmax", y, expected, np.float32, x)
 
 
+@pytest.mark.long(axis=1)
 @pytest.mark.parametrize("axis", AXES)
 def test_logsumexp_along_any_axis(axis, implementation):
     x = normal(4, 5, 6).astype(np.float32)
@@ -234,6 +237,7 @@ def test_empty_with_operands(shape, name, implementation):
 
 # The warning is jax.nn's, which takes -inf as the maximum of no integers.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.long(dtype="int32")
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "uint64"])
 def test_integers_promote_as_in_jax_nn(dtype, implementation):
     limits = np.iinfo(dtype)

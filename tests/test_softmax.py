@@ -25,6 +25,7 @@ def check(x, expected, implementation, **options):
 @pytest.mark.parametrize("n", [3, 21, 3000, 70_000])
 @pytest.mark.parametrize("dtype", FLOATS)
 class TestEdges:
+    @pytest.mark.long(where="middle", dtype=np.float32)
     @pytest.mark.parametrize("special", [NAN, INF])
     @pytest.mark.parametrize("where", ["first", "middle", "last"])
     def test_nan_or_infinity_makes_the_row_nan(self, where, special, dtype, n, implementation):
@@ -32,6 +33,7 @@ class TestEdges:
         x = jnp.zeros((2, n), dtype).at[0, position].set(special)
         check(x, np.stack([np.full(n, NAN), np.full(n, dtype(1) / dtype(n))]), implementation)
 
+    @pytest.mark.long(dtype=np.float32)
     def test_nan_among_minus_infinity(self, dtype, n, implementation):
         x = jnp.full(n, -INF, dtype).at[n // 2].set(NAN)
         check(x, np.full(n, NAN), implementation)
@@ -132,6 +134,7 @@ def test_half_precision_is_rounded_once(dtype):
     np.testing.assert_array_equal(softmax(x, implementation="reference"), wide.astype(dtype))
 
 
+@pytest.mark.long(dtype="int32")
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "uint64"])
 def test_integers_promote_as_in_jax_nn(dtype, implementation):
     limits = np.iinfo(dtype)

@@ -4,11 +4,15 @@ import pytest
 import turns
 
 
-def item(nodeid, *marks):
-    return types.SimpleNamespace(nodeid=nodeid, get_closest_marker=dict.fromkeys(marks, True).get)
+def item(nodeid, long=None, **parameters):
+    return types.SimpleNamespace(
+        nodeid=nodeid,
+        get_closest_marker={"long": long and long.mark}.get,
+        callspec=types.SimpleNamespace(params=parameters),
+    )
 
 
-ITEMS = [item(f"tests/test_a.py::test_b[{i}]", *["long"] * (i % 3 > 0)) for i in range(300)]
+ITEMS = [item(f"tests/test_a.py::test_b[{i}]", pytest.mark.long if i % 3 else None) for i in range(300)]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 7])
@@ -24,6 +28,18 @@ def test_every_long_test_is_in_one_part_and_others_in_all(parts):
 def test_a_part_that_is_none_is_an_error(text):
     with pytest.raises(ValueError, match="TEST_PART must be"):
         turns.split(ITEMS, text)
+
+
+def test_cases_that_a_mark_leaves_out_are_always_taken():
+    long = pytest.mark.long(n=1, m=3)
+    items = [item(f"test[{n}-{m}]", long, n=n, m=m, other=n + m) for n in range(8) for m in range(8)]
+    always = set.intersection(*(set(map(id, turns.split(items, f"{part}/8")[0])) for part in range(8)))
+    assert always == {id(items[8 + 3])}
+
+
+def test_a_mark_of_a_parameter_that_there_is_not():
+    with pytest.raises(KeyError, match="m"):
+        turns.split([item("test[1]", pytest.mark.long(m=1), n=1)], "0/1")
 
 
 def test_what_is_left_out_is_the_rest():

@@ -2,6 +2,8 @@
 
 The environment variable ``TEST_PART=K/N`` chooses the K-th of N parts, from 0; ``0/1`` is all. It is a
 variable, since tests start processes that run tests, and ``tests/selftest/run`` reads it too.
+
+``@pytest.mark.long(n=5, dtype=np.float32)`` leaves out the cases whose parameters are these: they run always.
 """
 
 import os
@@ -20,13 +22,22 @@ def chosen_part(text):
     return part, parts
 
 
+def takes_turns(item):
+    """Whether a test is ``long``, and not one of the cases that its mark leaves out."""
+    mark = item.get_closest_marker("long")
+    if mark is None:
+        return False
+    parameters = item.callspec.params if mark.kwargs else {}
+    return not mark.kwargs or any(parameters[name] != value for name, value in mark.kwargs.items())
+
+
 def split(items, text):
     """Those of the tests ``items`` that run, and those that are left to other parts."""
     part, parts = chosen_part(text)
     taken, left = [], []
     for item in items:
         # The name decides, so that a test stays in its part when others come and go.
-        is_taken = item.get_closest_marker("long") is None or zlib.crc32(item.nodeid.encode()) % parts == part
+        is_taken = not takes_turns(item) or zlib.crc32(item.nodeid.encode()) % parts == part
         (taken if is_taken else left).append(item)
     return taken, left
 

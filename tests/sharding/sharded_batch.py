@@ -124,9 +124,8 @@ def test_partly_manual_mesh():
     [(s2p.softmax, jax.nn.softmax), (s2p.log_softmax, jax.nn.log_softmax), (s2p.logsumexp, jax.nn.logsumexp)],
     ids=["softmax", "log_softmax", "logsumexp"],
 )
-@pytest.mark.parametrize(
-    "spec", [(None, ("data", "model"), None), pytest.param(("data", "model", None), marks=pytest.mark.long)]
-)
+@pytest.mark.long(theirs=jax.nn.softmax, spec=(None, ("data", "model"), None))
+@pytest.mark.parametrize("spec", [(None, ("data", "model"), None), ("data", "model", None)])
 def test_several_axes_of_an_explicit_mesh(ours, theirs, spec):
     """Results are sharded as JAX's, gradients as x."""
     x = normal(4, 8, 6)
@@ -182,6 +181,7 @@ def test_attention(name, axis_type):
     assert all(has_sharding_of(x, operands[0]) for x in jax.tree.leaves(actual))
 
 
+@pytest.mark.long(name="fused, masked")
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_inside_shard_map(name):
     q, k, v = normal(8, 32, 4, 8), normal(8, 32, 2, 8, seed=1), normal(8, 32, 2, 8, seed=2)
@@ -200,6 +200,7 @@ def test_attention_inside_shard_map(name):
     jax.tree.map(close, gradients[:3], expected_gradients[:3])
 
 
+@pytest.mark.long(axis_type=AxisType.Auto, implementation="native")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("implementation", ["native", "reference"])
 def test_attention_with_sinks(implementation, axis_type):

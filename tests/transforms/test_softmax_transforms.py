@@ -270,6 +270,7 @@ def test_weak_types_and_dtypes_as_in_jax_nn():
         assert (y.dtype, y.weak_type) == (expected.dtype, False)
 
 
+@pytest.mark.long(dtype=np.float32, n=16, axis=-1)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [5, 16, 64, 1100])
 @pytest.mark.parametrize("axis", [-1, 0])
