@@ -22,24 +22,14 @@ struct LogitsOperand {
   std::int64_t key = 0;
 };
 
-// T queries of G heads, and S keys. The heads of all arrays lie side by side, (..., heads, size), and strides
-// are those from one query, or one key, to the next.
-template <typename E>
-struct AttentionArgs {
-  using T = ComputeOf<E>;
-  const E* query;
-  const E* key;
-  const E* value;
-  E* output;
-  T* lse;
-  std::int64_t query_stride;
-  std::int64_t key_stride;
-  std::int64_t value_stride;
-  std::int64_t output_stride;
-  std::int64_t lse_stride;
-  // From one head to the next: 1, or 2 where every lse is two numbers, its rounding hi and the rest lo.
-  std::int64_t lse_parts;
+struct KeyRange {
+  std::int64_t begin;
+  std::int64_t end;
+};
 
+// What of T queries of G heads, and S keys, has no element type of theirs: sizes, masks, biases, sinks.
+template <typename T>
+struct AttentionShape {
   std::int64_t heads;       // G
   std::int64_t queries;     // T
   std::int64_t keys;        // S
@@ -64,6 +54,41 @@ struct AttentionArgs {
 
   // Rows are the queries of all heads, those of one query side by side.
   SOFTMAX2P_INLINE std::int64_t Rows() const { return queries * heads; }
+
+  // The keys that any of the rows from `begin` to `end` attends to, by the band and the lengths.
+  KeyRange KeysOfRows(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t first = begin / heads, last = (end - 1) / heads;
+    KeyRange range{first - before, last + after + 1};
+    if (range.begin < 0) range.begin = 0;
+    if (range.end > key_length) range.end = key_length;
+    const bool none = first >= query_length || range.begin >= range.end;
+    return none ? KeyRange{keys, 0} : range;
+  }
+
+  // Whether the band masks any of the keys s + range for any of the rows from `begin` to `end`.
+  bool BandCuts(std::int64_t begin, std::int64_t end, std::int64_t s, KeyRange range) const {
+    const std::int64_t first = begin / heads, last = (end - 1) / heads;
+    return last - before > s + range.begin || first + after < s + range.end - 1;
+  }
+};
+
+// The heads of all arrays lie side by side, (..., heads, size), and strides are those from one query, or one
+// key, to the next.
+template <typename E>
+struct AttentionArgs : AttentionShape<ComputeOf<E>> {
+  using T = ComputeOf<E>;
+  const E* query;
+  const E* key;
+  const E* value;
+  E* output;
+  T* lse;
+  std::int64_t query_stride;
+  std::int64_t key_stride;
+  std::int64_t value_stride;
+  std::int64_t output_stride;
+  std::int64_t lse_stride;
+  // From one head to the next: 1, or 2 where every lse is two numbers, its rounding hi and the rest lo.
+  std::int64_t lse_parts;
 };
 
 // The same, with the results `output` and `lse`, for the gradient. Gradients have the layouts of their

@@ -15,6 +15,7 @@
 #include "ffi/base/layout.h"
 #include "ffi/kernels/access.h"
 #include "ffi/kernels/attention_args.h"
+#include "ffi/kernels/attention_logits.h"
 #include "ffi/kernels/attention_rows.h"
 #include "ffi/kernels/attention_tiles.h"
 #include "ffi/kernels/exp.h"
@@ -29,7 +30,7 @@ class FewQueriesKernels {
   using Rows = AttentionRows<V, E>;
   using Tiles = AttentionTiles<V, E>;
   static constexpr int kStep = V::kTransposeRows;
-  static constexpr std::int64_t kKeys = Tiles::kKeys;
+  static constexpr std::int64_t kKeys = AttentionLogits<V>::kKeys;
   // Rows that are computed side by side.
   static constexpr int kMaxTogether = 4;
 
@@ -64,7 +65,7 @@ class FewQueriesKernels {
       }
     };
     for_heads([](const FewQueriesKernels& head) { head.Start(); });
-    const KeyRange keys = Tiles::KeysOfRows(args, 0, args.Rows());
+    const KeyRange keys = args.KeysOfRows(0, args.Rows());
     const std::int64_t first = begin > keys.begin ? begin : keys.begin,
                        last = end < keys.end ? end : keys.end;
     for (std::int64_t s = begin; s < last; s += kKeys) {
@@ -210,7 +211,7 @@ class FewQueriesKernels {
   // Adds the biases and masks with -inf, what lies outside the range, too. Returns whether anything is masked
   // that is not so for all rows by the range.
   bool ApplyOperands(std::int64_t s, KeyRange range) const {
-    const bool cut = Tiles::BandCuts(args_, 0, rows_, s, range);
+    const bool cut = args_.BandCuts(0, rows_, s, range);
     for (std::int64_t r = 0; r < rows_; ++r) {
       const std::int64_t t = r / args_.heads, g = r % args_.heads;
       T* const logits = logits_ + r * kKeys;
