@@ -19,7 +19,7 @@ from jax_softmax2p import (
     logsumexp,
     softmax,
 )
-from jax_softmax2p.primitives.thresholds import least_elements
+from jax_softmax2p.primitives.thresholds import min_elements
 
 FUNCTIONS = {"softmax": softmax, "logsumexp": logsumexp, "log_softmax": log_softmax}
 
@@ -43,7 +43,7 @@ def test_loops_follow_the_table(name, n, axis):
     """On both sides of each threshold; explain says the same."""
     shape_of = lambda rows: (rows, n) if axis == -1 else (n, rows)
     call = in_loop(lambda x: FUNCTIONS[name](x, axis=axis))
-    least = least_elements(name, shape_of(8), axis, in_loop=True)
+    least = min_elements(name, shape_of(8), axis, in_loop=True)
     for rows, expected in ((least // n, 1), (least // n - 1, 0)):
         if not rows:
             continue

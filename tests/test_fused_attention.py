@@ -555,8 +555,8 @@ def test_gradient_of_many_logits_is_native():
 def test_choice():
     """Small work in loops and the gradient of few queries are composed."""
 
-    def choices(function, t):
-        operands = [jax.ShapeDtypeStruct((1, size, 1, 4), "float32") for size in (t, 4, 4)]
+    def choices(function, t, keys=4):
+        operands = [jax.ShapeDtypeStruct((1, size, 1, 4), "float32") for size in (t, keys, keys)]
         found = [x for x in explain(function, *operands) if x.operation.startswith("softmax2p_attention")]
         assert all("multiply-adds" in x.reason or "queries" in x.reason for x in found)
         return [x.implementation for x in found]
@@ -565,6 +565,9 @@ def test_choice():
     gradient = jax.grad(lambda *xs: dot_product_attention(*xs).sum(), 2)
     assert [choices(dot_product_attention, t) for t in (1, 9)] == [["native"], ["native"]]
     assert [choices(loop, t) for t in (1, 9)] == [["reference"], ["native"]]
+    # A single query's products fuse, where two queries' have a kernel.
+    assert [choices(loop, t, keys=64) for t in (1, 2)] == [["reference"], ["native"]]
+    assert choices(loop, 1, keys=4096) == ["native"]
     assert [choices(gradient, t) for t in (1, 9)] == [["native", "reference"], ["native", "native"]]
 
 

@@ -250,7 +250,7 @@ class FewQueriesKernels {
     for (std::int64_t j = 0; j < end; j += V::kLanes) maximum = Max(V::Load(logits + j), maximum);
     const T largest = maximum.ReduceMax();
     T factor = 1;
-    if (Rows::RaiseReferences(1, &largest, state + kReference, state + kShift, state + kLimit, &factor)) {
+    if (Rows::UpdateReferences(1, &largest, state + kReference, state + kShift, state + kLimit, &factor)) {
       state[kSum] *= factor;
       const V factors = V::Broadcast(factor);
       for (std::int64_t h = kState; h < size_; h += V::kLanes)

@@ -184,8 +184,8 @@ class AttentionPanels {
     } else {
       for (int i = 0; i < vectors * V::kLanes; ++i) state.best[i] = 0;
     }
-    Raise<vectors>(state, panel.output, maxima) ? Exponentials<vectors, true>(state, range)
-                                                : Exponentials<vectors, false>(state, range);
+    Rescale<vectors>(state, panel.output, maxima) ? Exponentials<vectors, true>(state, range)
+                                                  : Exponentials<vectors, false>(state, range);
     const bool unchanged = finite || (!cut && shape_.mask.data == nullptr);
     if (!unchanged) {
       Tiles::template TakeNonFinite<vectors>(values(), shape_.value_size, range, logits(), panel.output);
@@ -215,7 +215,7 @@ class AttentionPanels {
   // Raises the references of rows whose maximum exceeds their limit, and rescales what they have summed.
   // Returns whether any row is shifted.
   template <int vectors>
-  SOFTMAX2P_INLINE bool Raise(const State& state, T* output, const V (&maxima)[vectors]) const {
+  SOFTMAX2P_INLINE bool Rescale(const State& state, T* output, const V (&maxima)[vectors]) const {
     bool raises = false;
     SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
       raises = raises || AnyGreater(maxima[v], V::Load(state.limit + v * V::kLanes));
@@ -223,10 +223,10 @@ class AttentionPanels {
     if (raises) {
       alignas(64) T maximum[vectors * V::kLanes], factor[vectors * V::kLanes];
       SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) maxima[v].Store(maximum + v * V::kLanes);
-      if (Rows::RaiseReferences(vectors * V::kLanes, maximum, state.reference, state.shift, state.limit,
-                                factor)) {
-        Rescale<vectors>(factor, state.sum, 1);
-        Rescale<vectors>(factor, output, layout_.value_rows);
+      if (Rows::UpdateReferences(vectors * V::kLanes, maximum, state.reference, state.shift, state.limit,
+                                 factor)) {
+        MultiplyRows<vectors>(factor, state.sum, 1);
+        MultiplyRows<vectors>(factor, output, layout_.value_rows);
       }
     }
     for (int i = 0; i < vectors * V::kLanes; ++i) {
@@ -236,7 +236,7 @@ class AttentionPanels {
   }
 
   template <int vectors>
-  static SOFTMAX2P_INLINE void Rescale(const T* factor, T* x, std::int64_t rows) {
+  static SOFTMAX2P_INLINE void MultiplyRows(const T* factor, T* x, std::int64_t rows) {
     V factors[vectors];
     SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) factors[v] = V::Load(factor + v * V::kLanes);
     for (std::int64_t i = 0; i < rows; ++i) {

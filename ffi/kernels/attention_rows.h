@@ -29,7 +29,7 @@ class AttentionRows {
 
   // For `width` rows whose maximum exceeds their limit, another reference, shift and limit, and the factor by
   // which what was summed so far is to be multiplied: 1 for the others. Returns whether any is not 1.
-  static bool RaiseReferences(int width, const T* maximum, T* reference, T* shift, T* limit, T* factor) {
+  static bool UpdateReferences(int width, const T* maximum, T* reference, T* shift, T* limit, T* factor) {
     using F = Format<T>;
     constexpr T kLargest = ReductionFor<V>::kMaxExponent - 256;
     bool rescales = false;

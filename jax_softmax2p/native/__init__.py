@@ -18,9 +18,9 @@ from jax_softmax2p.native.names import ATTENTION_VJP_TARGET as ATTENTION_VJP_TAR
 from jax_softmax2p.native.names import DTYPES as DTYPES
 from jax_softmax2p.native.names import LOG_SOFTMAX_TARGET as LOG_SOFTMAX_TARGET
 from jax_softmax2p.native.names import LOG_SOFTMAX_VJP_TARGET as LOG_SOFTMAX_VJP_TARGET
-from jax_softmax2p.native.names import LOG_SUM_JVP_TARGET as LOG_SUM_JVP_TARGET
-from jax_softmax2p.native.names import LOG_SUM_TARGET as LOG_SUM_TARGET
-from jax_softmax2p.native.names import LOG_SUM_VJP_TARGET as LOG_SUM_VJP_TARGET
+from jax_softmax2p.native.names import LOGSUMEXP_JVP_TARGET as LOGSUMEXP_JVP_TARGET
+from jax_softmax2p.native.names import LOGSUMEXP_TARGET as LOGSUMEXP_TARGET
+from jax_softmax2p.native.names import LOGSUMEXP_VJP_TARGET as LOGSUMEXP_VJP_TARGET
 from jax_softmax2p.native.names import SOFTMAX_JACOBIAN_TARGET as SOFTMAX_JACOBIAN_TARGET
 from jax_softmax2p.native.names import SOFTMAX_TARGET as SOFTMAX_TARGET
 from jax_softmax2p.native.names import TARGETS as TARGETS

@@ -8,9 +8,9 @@ import numpy as np
 SOFTMAX_TARGET = "jax_softmax2p_softmax_v1"
 LOG_SOFTMAX_TARGET = "jax_softmax2p_log_softmax_v1"
 LOG_SOFTMAX_VJP_TARGET = "jax_softmax2p_log_softmax_vjp_v1"
-LOG_SUM_TARGET = "jax_softmax2p_log_sum_v1"
-LOG_SUM_JVP_TARGET = "jax_softmax2p_log_sum_jvp_v1"
-LOG_SUM_VJP_TARGET = "jax_softmax2p_log_sum_vjp_v1"
+LOGSUMEXP_TARGET = "jax_softmax2p_log_sum_v1"
+LOGSUMEXP_JVP_TARGET = "jax_softmax2p_log_sum_jvp_v1"
+LOGSUMEXP_VJP_TARGET = "jax_softmax2p_log_sum_vjp_v1"
 SOFTMAX_JACOBIAN_TARGET = "jax_softmax2p_softmax_jacobian_v1"
 ATTENTION_TARGET = "jax_softmax2p_attention_v1"
 ATTENTION_VJP_TARGET = "jax_softmax2p_attention_vjp_v1"
@@ -19,9 +19,9 @@ TARGETS = (
     SOFTMAX_TARGET,
     LOG_SOFTMAX_TARGET,
     LOG_SOFTMAX_VJP_TARGET,
-    LOG_SUM_TARGET,
-    LOG_SUM_JVP_TARGET,
-    LOG_SUM_VJP_TARGET,
+    LOGSUMEXP_TARGET,
+    LOGSUMEXP_JVP_TARGET,
+    LOGSUMEXP_VJP_TARGET,
     SOFTMAX_JACOBIAN_TARGET,
     ATTENTION_TARGET,
     ATTENTION_VJP_TARGET,

@@ -162,7 +162,7 @@ class _VjpLowering(AttentionLowering):
     """
 
     num_leading: tuple[int, int] = (3, 3)
-    least_rows: int = 4
+    min_rows: int = 4
 
     def is_composed(self, ctx: mlir.LoweringRuleContext, params: Mapping[str, Any]) -> bool:
         """Where there are sinks. The kernel needs none, since the lse has them already."""

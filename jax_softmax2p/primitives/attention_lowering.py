@@ -34,13 +34,21 @@ OPERAND_NAMES = ("bias", "mask", "query_lengths", "key_lengths", "sinks")
 PARAMS = ("names", "band", "soft_cap", "return_lse", "implementation")
 """The primitives' parameters. Without return_lse, the lse means nothing to users."""
 
-LEAST_WORK_IN_LOOPS = 256
+MIN_WORK_IN_LOOPS = 256
 """From how many multiply-adds on a kernel is faster in loops; elsewhere it always is.
 
-The time of the composed function by that of the kernel, and jax.nn's by it, forward, in a scan, on a Zen 4:
-(B, T, N, H) of (1, 1, 1, 4) with 4 keys 0.25 and 0.23, (1, 2, 2, 4) 0.31 and 0.29, (1, 4, 1, 8) 1.10 and
-1.15, (1, 1, 2, 16) with 16 keys 1.43 and 1.49, (1, 8, 2, 16) 1.42 and 1.38, (1, 64, 4, 32) 1.65 and 1.74.
-Outside of loops (1, 8, 2, 16) 2.3 and 2.1, (1, 1, 2, 16) with 16 keys 1.8 and 4.2.
+jax.nn's time by that of the kernel, and by that of the composed function, forward, in a scan, on a Zen 3, for
+(B, T, N, H) and a number of keys: (1, 4, 1, 4), 8 keys (256 multiply-adds) 0.83 and 0.71; (1, 2, 1, 8),
+8 keys 0.97 and 0.94; (1, 2, 2, 8), 8 keys 1.26 to 1.61 and 0.88; (1, 2, 2, 8), 16 keys 1.63 and 0.88;
+(1, 8, 2, 8), 8 keys 0.71 to 0.81 and 0.49; (1, 8, 4, 16), 32 keys 1.05 and 1.02.
+"""
+
+MIN_WORK_OF_ONE_QUERY_IN_LOOPS = 16384
+"""The same where one query attends to a head of keys: XLA fuses its products with what surrounds them.
+
+As above: (1, 1, 1, 4), 4 keys (32 multiply-adds) 0.12 and 0.92; (1, 1, 2, 8), 8 keys 0.32 and 0.95;
+(1, 1, 8, 8), 8 keys 0.51 and 1.45; (1, 1, 8, 16), 16 keys 0.87 and 1.55; (1, 1, 8, 8), 32 keys 0.71 and 0.85;
+(1, 1, 8, 16), 32 keys 0.90 and 1.18; (1, 1, 8, 32), 32 keys (16,384 multiply-adds) 1.40 and 1.46.
 """
 
 ARRAY: Role = ("batch", None, "heads", None)
@@ -115,11 +123,11 @@ class AttentionLowering(KernelLowering):
 
     Attributes:
       num_leading: as in :func:`roles_of`.
-      least_rows: from how many queries that share a head of keys on the kernel is faster.
+      min_rows: from how many queries that share a head of keys on the kernel is faster.
     """
 
     num_leading: tuple[int, int] = (3, 0)
-    least_rows: int = 0
+    min_rows: int = 0
 
     def choose_on_device(self, avals: Sequence[Any], params: Mapping[str, Any], *, on_cpu: bool) -> Choice:
         """By the number of multiply-adds, and of queries."""
@@ -128,10 +136,10 @@ class AttentionLowering(KernelLowering):
             return forced
         query, key, value = avals[:3]
         rows = query.shape[1] * query.shape[2] // key.shape[2]
-        if rows < self.least_rows:
-            return Choice("reference", f"{rows} queries: from {self.least_rows} on a kernel is faster")
+        if rows < self.min_rows:
+            return Choice("reference", f"{rows} queries: from {self.min_rows} on a kernel is faster")
         in_loop = params["implementation"] == "in_loop"
-        least = LEAST_WORK_IN_LOOPS if in_loop else 0
+        least = 0 if not in_loop else MIN_WORK_OF_ONE_QUERY_IN_LOOPS if rows == 1 else MIN_WORK_IN_LOOPS
         batch = batch_of(avals, roles_of(params["names"], *self.num_leading))
         work = batch * rows * math.prod(key.shape[1:3]) * (query.shape[3] + value.shape[3])
         reason = f"{work} multiply-adds{' in a loop' * in_loop}: from {least} on a kernel is faster"

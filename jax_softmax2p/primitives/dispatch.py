@@ -15,7 +15,7 @@ from jax.core import ShapedArray
 from jax.interpreters import mlir
 
 from jax_softmax2p import jax_compat, native
-from jax_softmax2p.primitives.thresholds import COMPOSED_ELEMENTS, Operation, least_elements
+from jax_softmax2p.primitives.thresholds import COMPOSED_ELEMENTS, Operation, min_elements
 
 Implementation = Literal["native", "reference"]
 """What users may ask for; None leaves the choice to :func:`choose_lowering`."""
@@ -127,7 +127,7 @@ def choose_on_device(
     if (forced := forced_choice(implementation, x, on_cpu=on_cpu)) is not None:
         return forced
     in_loop = implementation == "in_loop"
-    least, elements = least_elements(operation, x.shape, axis, in_loop=in_loop), math.prod(x.shape)
+    least, elements = min_elements(operation, x.shape, axis, in_loop=in_loop), math.prod(x.shape)
     reason = f"{elements} elements{' in a loop' * in_loop}: from {least} on a native call is faster"
     return Choice("native" if elements >= least else "reference", reason)
 

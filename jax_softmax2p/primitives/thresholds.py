@@ -90,14 +90,14 @@ def keeps_derivative(operation: Operation, shape: tuple[int, ...], axis: int) ->
 
     Args:
       operation: a derivative.
-      shape: as in :func:`least_elements`.
+      shape: as in :func:`min_elements`.
       axis: as shape.
     """
     most = MAX_KEPT_LOSS if operation == "derivative of cross-entropy" else math.inf
-    return math.prod(shape) < min(most, least_elements(operation, shape, axis, in_loop=True))
+    return math.prod(shape) < min(most, min_elements(operation, shape, axis, in_loop=True))
 
 
-def least_elements(operation: Operation, shape: tuple[int, ...], axis: int, *, in_loop: bool) -> int:
+def min_elements(operation: Operation, shape: tuple[int, ...], axis: int, *, in_loop: bool) -> int:
     """The number of elements from which on an operation is native.
 
     Args:

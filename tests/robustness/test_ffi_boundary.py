@@ -22,9 +22,9 @@ PLAIN = AXIS | {"operands": np.int64(0), "before": np.int64(-1), "after": np.int
 CALLS = [
     Call(native.SOFTMAX_TARGET, (X,), (X,), PLAIN | {"algorithm": "auto"}),
     Call(native.LOG_SOFTMAX_TARGET, (X,), (X, ROW, ROW), PLAIN),
-    Call(native.LOG_SUM_TARGET, (X,), (ROW, ROW), PLAIN),
-    Call(native.LOG_SUM_JVP_TARGET, (X, ROW, ROW, LABELS, X), (ROW,), PLAIN),
-    Call(native.LOG_SUM_VJP_TARGET, (X, ROW, ROW, LABELS, ROW), (X,), PLAIN),
+    Call(native.LOGSUMEXP_TARGET, (X,), (ROW, ROW), PLAIN),
+    Call(native.LOGSUMEXP_JVP_TARGET, (X, ROW, ROW, LABELS, X), (ROW,), PLAIN),
+    Call(native.LOGSUMEXP_VJP_TARGET, (X, ROW, ROW, LABELS, ROW), (X,), PLAIN),
     Call(native.LOG_SOFTMAX_VJP_TARGET, (X, ROW, ROW, NO_LABELS, X), (X,), PLAIN),
     Call(native.SOFTMAX_JACOBIAN_TARGET, (X, X), (X,), AXIS),
 ]
