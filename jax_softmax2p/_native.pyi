@@ -52,6 +52,34 @@ class _Measurement:
         threads: int,
     ) -> float | None: ...
     @staticmethod
+    def product_into(
+        a: np.ndarray,
+        b: np.ndarray,
+        out: np.ndarray,
+        dtype: str,
+        rows: int,
+        depth: int,
+        columns: int,
+        isa: str,
+    ) -> None: ...
+    @staticmethod
+    def attention_into(
+        query: np.ndarray,
+        key: np.ndarray,
+        value: np.ndarray,
+        cotangent: np.ndarray | None,
+        results: Sequence[np.ndarray],
+        dtype: str,
+        sizes: Sequence[int],
+        scale: float,
+        before: int,
+        after: int,
+        soft_cap: float,
+        sinks: np.ndarray | None,
+        isa: str,
+        threads: int,
+    ) -> None: ...
+    @staticmethod
     def softmax_plan(
         dtype: str, outer: int, n: int, inner: int, algorithm: str, isa: str
     ) -> dict[str, bool]: ...

@@ -79,7 +79,7 @@ ffi::Error ReadSizes(const ffi::AnyBuffer& query, const ffi::AnyBuffer& key, con
 }
 
 // An operand (B, N, T, S), of which any size may be 1.
-template <typename E, typename Element>
+template <typename Element>
 ffi::Error ReadOperand(const ffi::AnyBuffer& operand, ffi::DataType type, const AttentionSizes& sizes,
                        LogitsOperand<Element>& to, UnitStrides& strides) {
   const auto dims = operand.dimensions();
@@ -143,11 +143,11 @@ ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& 
   for (const ffi::Error& error :
        {read(A::kBias,
              [&](const ffi::AnyBuffer& x) {
-               return ReadOperand<E>(x, compute, sizes, first.bias, attention.bias);
+               return ReadOperand(x, compute, sizes, first.bias, attention.bias);
              }),
         read(A::kMask,
              [&](const ffi::AnyBuffer& x) {
-               return ReadOperand<E>(x, ffi::DataType::PRED, sizes, first.mask, attention.mask);
+               return ReadOperand(x, ffi::DataType::PRED, sizes, first.mask, attention.mask);
              }),
         read(A::kQueryLengths, lengths(attention.query_lengths)),
         read(A::kKeyLengths, lengths(attention.key_lengths)), read(A::kSinks, [&](const ffi::AnyBuffer& x) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ffi/base/inline.h"
 #include "ffi/base/layout.h"

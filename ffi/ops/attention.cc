@@ -25,9 +25,6 @@ constexpr std::int64_t kGradientTasks = 16;
 // The same where a bias is shared, for which examples and heads are split.
 constexpr std::int64_t kSharedBiasTasks = 64;
 
-// At least the caller's: XLA may have no pool, and then counts -1 helpers.
-std::int64_t ThreadsOf(const Executor& executor) { return std::max<std::int64_t>(1, executor.Helpers() + 1); }
-
 // The arguments of one example and head of keys.
 template <typename E>
 AttentionArgs<E> ArgsOf(const Attention<E>& attention, std::int64_t unit) {
@@ -54,7 +51,7 @@ AttentionArgs<E> ArgsOf(const Attention<E>& attention, std::int64_t unit) {
 // and so few that all threads end at about the same time.
 std::int64_t GrainOf(const Executor& executor, std::int64_t tasks, std::int64_t work) {
   constexpr std::int64_t kCalls = 16;  // a thread
-  const std::int64_t threads = ThreadsOf(executor);
+  const std::int64_t threads = executor.Threads();
   return std::max<std::int64_t>(
       {1, CeilDiv(kGrain, std::max<std::int64_t>(1, work)), tasks / (threads * kCalls)});
 }
@@ -67,7 +64,7 @@ std::int64_t RowsOfBlock(const KernelTable<E>& kernels, const Executor& executor
   const std::int64_t rows = args.Rows(), panel = kernels.attention_columns;
   const auto bytes = static_cast<std::int64_t>(sizeof(ComputeOf<E>)) * (args.size + args.value_size);
   const std::int64_t most = std::max<std::int64_t>(1, kBlockBytes / (bytes * panel));
-  const std::int64_t threads = ThreadsOf(executor), units = attention.batch * attention.key_heads;
+  const std::int64_t threads = executor.Threads(), units = attention.batch * attention.key_heads;
   const std::int64_t blocks = threads == 1 ? 1 : std::max<std::int64_t>(1, kTasks * threads / units);
   const std::int64_t panels = std::clamp<std::int64_t>(CeilDiv(CeilDiv(rows, blocks), panel), 1, most);
   // Blocks of about one size.
@@ -85,7 +82,7 @@ void AttendFew(const KernelTable<E>& kernels, Executor& executor, const Attentio
   // As many heads in a task as leave all threads enough tasks, and a task enough work.
   const std::int64_t work = rows * std::min(args.keys, kChunk) * (args.size + args.value_size);
   const std::int64_t fewest = std::min(attention.key_heads, CeilDiv(kGrain / 4, work));
-  const std::int64_t wanted = CeilDiv(units * chunks, kTasks * (ThreadsOf(executor)));
+  const std::int64_t wanted = CeilDiv(units * chunks, kTasks * executor.Threads());
   const std::int64_t heads = std::clamp(wanted, fewest, attention.key_heads);
   const std::int64_t groups = CeilDiv(attention.key_heads, heads), tasks = attention.batch * chunks * groups;
   const std::int64_t grain = CeilDiv(kGrain / 4, work * heads);

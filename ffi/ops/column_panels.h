@@ -42,7 +42,7 @@ struct PanelPlan {
 // more pages.
 inline std::int64_t PanelWidth(const Executor& executor, const Layout& layout) {
   constexpr std::int64_t kNarrowest = 64;
-  const std::int64_t threads = executor.Helpers() + 1;
+  const std::int64_t threads = executor.Threads();
   std::int64_t width = kPanelWidth;
   if (layout.outer * layout.n * layout.inner >= kMinParallel) {
     while (width > kNarrowest && layout.outer * CeilDiv(layout.inner, width) < 2 * threads) width /= 2;
@@ -256,7 +256,7 @@ void ForColumnPanels(Executor& executor, const Layout& layout, const PanelPlan& 
     auto panel = make(ColumnPanel(segments_executor, layout, plan));
     for (std::int64_t p = first; p < end; ++p) panel.Compute(p);
   };
-  if (layout.n / plan.fold > kMaxPanelRows && plan.panels < kManyRows * (executor.Helpers() + 1)) {
+  if (layout.n / plan.fold > kMaxPanelRows && plan.panels < kManyRows * executor.Threads()) {
     const ScopedFloatMode mode;
     body(0, plan.panels, executor);
     return;

@@ -21,7 +21,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "ffi/kernels/table.h"
 #include "ffi/ops/logits_row.h"

@@ -1,9 +1,9 @@
 #include "ffi/ops/logsumexp.h"
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "ffi/base/bit_cast.h"
 #include "ffi/kernels/log.h"

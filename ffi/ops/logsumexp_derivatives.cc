@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "ffi/ops/label.h"
 #include "ffi/ops/logsumexp.h"

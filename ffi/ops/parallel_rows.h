@@ -80,7 +80,7 @@ class Segments {
 
 // Whether rows of n elements are better split among threads than handed out whole.
 inline bool SplitsRows(const Executor& executor, std::int64_t rows, std::int64_t n) {
-  return n > kSegment && rows < kManyRows * (executor.Helpers() + 1);
+  return n > kSegment && rows < kManyRows * executor.Threads();
 }
 
 // Calls body(first row, end) until all rows are done, whole rows of n elements on as many threads as are

@@ -1,6 +1,5 @@
 // Softmax along an axis that is not the last: panels of columns, without a transpose.
 
-#include <algorithm>
 #include <cmath>
 #include <type_traits>
 

@@ -1,7 +1,5 @@
 #include "ffi/ops/softmax_jacobian.h"
 
-#include <algorithm>
-
 #include "ffi/ops/column_panels.h"
 #include "ffi/ops/panel_dot_sum.h"
 #include "ffi/ops/parallel_rows.h"

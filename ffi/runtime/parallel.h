@@ -10,8 +10,11 @@ namespace jax_softmax2p {
 class Executor {
  public:
   virtual ~Executor() = default;
-  // How many threads may run tasks, beside the caller's.
+  // How many threads may run tasks, beside the caller's: none, too, where it is not positive, as XLA says -1
+  // where it has no pool.
   virtual int Helpers() const = 0;
+  // These and the caller's.
+  int Threads() const { return Helpers() > 0 ? Helpers() + 1 : 1; }
   // Runs the task, which throws nothing, at some time: perhaps only after the caller is done, perhaps at once
   // in the caller's thread. Or throws, and will not run it.
   virtual void Schedule(std::function<void()> task) = 0;
