@@ -422,7 +422,10 @@ ERRORS = [
     ({"query_seq_lengths": np.array([1, 2])}, ValueError, r"query_seq_lengths must be int32 of shape \(2,\)"),
     ({"key_value_seq_lengths": lengths(1)}, ValueError, "key_value_seq_lengths must be int32"),
     ({"local_window_size": (1, -1)}, ValueError, r"local_window_size must not be negative, got \(1, -1\)"),
-    ({"local_window_size": 1.5}, ValueError, "local_window_size must be an integer or two, got 1.5"),
+    *(
+        ({"local_window_size": size}, ValueError, "local_window_size must be an integer or two, got")
+        for size in (1.5, True, (1,), (1, 2, 3), (1, None), "12")
+    ),
     ({"sinks": normal(3)}, ValueError, r"sinks must have shape \(4,\), one for each head of query, got .*3"),
     ({"sinks": normal(4, 1)}, ValueError, r"sinks must have shape \(4,\), .* got shape \(4, 1\)"),
     ({"sinks": np.ones(4, int)}, TypeError, "sinks must be floating-point numbers, got dtype int64"),
@@ -430,9 +433,9 @@ ERRORS = [
         (
             {"logits_soft_cap": cap},
             ValueError,
-            "logits_soft_cap must be a positive finite number or None, got",
+            "logits_soft_cap must be None or a positive finite number that is known outside of jit, got",
         )
-        for cap in (0, -5.0, NAN, INF, 1e-60, "50", np.ones(1))
+        for cap in (0, -5.0, NAN, INF, 1e-60, "50", np.ones(1), True, 1j)
     ),
     ({"query_block_size": 0}, ValueError, "query_block_size must be a positive integer or None, got 0"),
     ({"implementation": "cudnn"}, ValueError, "implementation='cudnn' is jax.nn's alone"),

@@ -138,6 +138,16 @@ class TestSoftCap:
                 # The lse is the sum of a logarithm and of an exponent's.
                 assert (error <= bound * np.maximum(np.abs(exact), 1)).all()
 
+    def test_is_any_number_that_is_known(self):
+        q, k, v = inputs()
+        expected = dot_product_attention(q, k, v, logits_soft_cap=3.0)
+        for cap in (3, np.float32(3), np.array(3.0), jnp.float32(3)):
+            np.testing.assert_array_equal(dot_product_attention(q, k, v, logits_soft_cap=cap), expected)
+
+    def test_traced_number(self):
+        with pytest.raises(ValueError, match=r"soft_cap must be .* known outside of jit, got .*Tracer"):
+            jax.jit(lambda cap: dot_product_attention(*inputs(), logits_soft_cap=cap))(3.0)
+
     def test_nan_harms_its_query_alone(self):
         q, k, v = inputs()
         q[0, 2, 1] = np.nan

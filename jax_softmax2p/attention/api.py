@@ -1,6 +1,5 @@
 """The public function of attention, and the checks of its arguments."""
 
-import operator
 from typing import Literal, overload
 
 import jax
@@ -19,7 +18,7 @@ from jax_softmax2p.attention.operands import Options
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.logits import as_soft_cap
 from jax_softmax2p.primitives.dispatch import Implementation, as_implementation
-from jax_softmax2p.primitives.operands import Band
+from jax_softmax2p.primitives.operands import Band, as_index
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
@@ -284,10 +283,11 @@ def _as_band(is_causal: bool, window: int | tuple[int, int] | None) -> Band | No
     """The keys that a query attends to by is_causal and local_window_size; None: all."""
     if window is None:
         return Band() if is_causal else None
-    try:
-        before, after = map(operator.index, window if isinstance(window, tuple | list) else (window, window))
-    except (TypeError, ValueError):
-        raise ValueError(f"local_window_size must be an integer or two, got {window!r}") from None
+    given = window if isinstance(window, tuple | list) else (window, window)
+    limits = [limit for limit in map(as_index, given) if limit is not None]
+    if len(given) != 2 or len(limits) != 2:
+        raise ValueError(f"local_window_size must be an integer or two, got {window!r}")
+    before, after = limits
     if before < 0 or after < 0:
         raise ValueError(f"local_window_size must not be negative, got {window!r}")
     return Band(before, 0 if is_causal else after)
