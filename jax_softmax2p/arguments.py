@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jax_softmax2p.integers import as_index
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import (
@@ -20,7 +21,7 @@ from jax_softmax2p.primitives.dispatch import (
     check_native_support,
     choose_path,
 )
-from jax_softmax2p.primitives.operands import OPERAND_FLAGS, Band, OperandSpec, as_index, operand_mask
+from jax_softmax2p.primitives.operands import OPERAND_FLAGS, Band, OperandSpec, operand_mask
 from jax_softmax2p.primitives.row_bias import apply_invariant_bias
 from jax_softmax2p.reference import ScaleBiasMask, compute_dtype
 

@@ -1,9 +1,10 @@
 """Letting a process keep the memory that it frees, instead of faulting it in again."""
 
 import ctypes
-import operator
 import sys
 from typing import Any
+
+from jax_softmax2p.integers import as_index
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
 """The options of mallopt, from glibc's malloc.h."""
@@ -76,11 +77,8 @@ def keep_memory(max_bytes: int | None = None) -> bool:
 
 def _checked_bytes(max_bytes: int) -> int:
     """max_bytes as an int that mallopt takes, or an error."""
-    try:
-        checked = operator.index(max_bytes)
-    except TypeError:
-        checked = None
-    if checked is None or isinstance(max_bytes, bool):
+    checked = as_index(max_bytes)
+    if checked is None:
         raise TypeError(f"max_bytes must be an integer or None, got {max_bytes!r}")
     if not 0 <= checked <= _MAX_INT:
         raise ValueError(f"max_bytes must be from 0 to {_MAX_INT}, got {checked}")

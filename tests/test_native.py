@@ -124,6 +124,32 @@ def test_invalid_pass_arguments(name, x, error, words):
         native.pass_into(name, x, np.empty_like(x), maximum=0.0)
 
 
+Q = np.ones((1, 2, 2, 3), np.float32)
+INVALID_MEASUREMENTS = [
+    (native.product, ([[1.0]], X), {}, TypeError, "a must be a NumPy array, got list"),
+    (native.product, (X, X.T), {}, ValueError, r"b must be C-contiguous, .* got shape \(3, 2\)"),
+    (native.product, (X, X), {}, ValueError, "b must have 3 rows, got 2"),
+    (native.product, (X, X.astype(np.float16)), {}, TypeError, "b must be .* as a, got float16"),
+    (native.attention, (Q, Q, Q[0]), {}, ValueError, "value must be C-contiguous, with 4 dimensions"),
+    (native.attention, (Q, Q, None), {}, TypeError, "value must be a NumPy array, got NoneType"),
+    (native.attention, (Q, Q, Q, Q[:, :1]), {}, ValueError, "cotangent must have shape"),
+    (native.attention, (Q, Q, Q), {"before": -1}, ValueError, "before must be an integer from 0 on, got -1"),
+    (native.attention, (Q, Q, Q), {"after": 0.5}, ValueError, "after must be an integer from 0 on, got 0.5"),
+    (native.attention, (Q, Q, Q), {"soft_cap": -1.0}, ValueError, "soft_cap must be .* positive finite"),
+    (native.attention, (Q, Q, Q), {"sinks": [0.0]}, TypeError, "sinks must be a NumPy array, got list"),
+    (native.attention, (Q, Q, Q), {"sinks": np.ones(2)}, ValueError, "sinks must be float32 .* got float64"),
+    (native.softmax_plan, ((1, 0, 1),), {}, ValueError, r"shape\[1\] must be an integer from 1 on, got 0"),
+    (native.softmax_plan, ((1, 8, -2),), {}, ValueError, r"shape\[2\] must be an integer from 1 on, got -2"),
+    (native.softmax_plan, ((1, 8),), {}, ValueError, "shorter"),
+]
+
+
+@pytest.mark.parametrize(("function", "args", "options", "error", "words"), INVALID_MEASUREMENTS)
+def test_invalid_arguments_of_what_measures(function, args, options, error, words):
+    with pytest.raises(error, match=words):
+        function(*args, **options)
+
+
 def test_softmax_plan():
     """A row that is larger than the caches is recomputed in pass 2 and stored past them."""
     second, last = native.cache_bytes()

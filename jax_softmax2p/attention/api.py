@@ -16,9 +16,10 @@ from jax_softmax2p.arguments import (
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
 from jax_softmax2p.eager import jit_when_eager
+from jax_softmax2p.integers import as_index
 from jax_softmax2p.logits import as_soft_cap
 from jax_softmax2p.primitives.dispatch import Implementation, as_implementation
-from jax_softmax2p.primitives.operands import Band, as_index
+from jax_softmax2p.primitives.operands import Band
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike

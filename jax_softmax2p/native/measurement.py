@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_softmax2p.integers import as_index
 from jax_softmax2p.native import library
 from jax_softmax2p.native.names import DTYPE_NAMES, DTYPES, Algorithm, check_algorithm
 from jax_softmax2p.native.numpy_kernels import checked_copies, checked_isa, checked_threads
@@ -76,10 +77,9 @@ def product(a: np.ndarray, b: np.ndarray, *, isa: str | None = None) -> np.ndarr
     """
     kernels = _library()
     for name, x in (("a", a), ("b", b)):
+        _check_array(name, x, 2)
         if x.dtype not in (np.float32, np.float64) or x.dtype != a.dtype:
             raise TypeError(f"{name} must be float32 or float64 as a, got {x.dtype}")
-        if x.ndim != 2 or not x.flags.c_contiguous or not x.flags.aligned:
-            raise ValueError(f"{name} must be C-contiguous, with two dimensions")
     if a.shape[1] != b.shape[0]:
         raise ValueError(f"b must have {a.shape[1]} rows, got {b.shape[0]}")
     out = np.empty((a.shape[0], b.shape[1]), a.dtype)
@@ -122,6 +122,10 @@ def attention(
       TypeError, ValueError: an argument is not as described.
     """
     kernels = _library()
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        _check_array(name, array, 4)
+    if cotangent is not None:
+        _check_array("cotangent", cotangent, 4)
     (b, t, n, h), (s, k), w = query.shape, key.shape[1:3], value.shape[3]
     shapes = {"query": (b, t, n, h), "key": (b, s, k, h), "value": (b, s, k, w), "cotangent": (b, t, n, w)}
     arrays = dict(zip(shapes, (query, key, value, cotangent), strict=True))
@@ -130,13 +134,22 @@ def attention(
             continue
         if x.dtype not in DTYPE_NAMES or x.dtype != query.dtype:
             raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, as query; got {x.dtype}")
-        if x.shape != shapes[name] or not x.size or not x.flags.c_contiguous or not x.flags.aligned:
-            raise ValueError(f"{name} must be C-contiguous, of shape {shapes[name]}, and not empty")
+        if x.shape != shapes[name] or not x.size:
+            raise ValueError(f"{name} must have shape {shapes[name]} and not be empty, got {x.shape}")
     if n % k:
         raise ValueError(f"query must have a multiple of key's {k} heads, got {n}")
     wide = np.float64 if query.dtype == np.float64 else np.float32
-    if sinks is not None and (sinks.dtype != wide or sinks.shape != (n,) or not sinks.flags.c_contiguous):
-        raise ValueError(f"sinks must be C-contiguous {np.dtype(wide)} of shape ({n},)")
+    if sinks is not None:
+        _check_array("sinks", sinks, 1)
+        if sinks.dtype != wide or sinks.shape != (n,):
+            raise ValueError(
+                f"sinks must be {np.dtype(wide)} of shape ({n},), got {sinks.dtype} {sinks.shape}"
+            )
+    for name, limit in (("before", before), ("after", after)):
+        if limit is not None:
+            _check_integer(name, limit, 0)
+    if soft_cap is not None and not 0 < soft_cap < np.inf:
+        raise ValueError(f"soft_cap must be None or a positive finite number, got {soft_cap!r}")
     results = [np.empty((b, t, n, w), query.dtype), np.empty((b, t, n), wide)]
     if cotangent is not None:
         results += [np.empty_like(x) for x in (query, key, value)]
@@ -167,7 +180,7 @@ def softmax_plan(
     """How an algorithm computes an array. For tests and measurement.
 
     Args:
-      shape: the sizes of what lies outside, along and inside of the axis.
+      shape: the sizes of what lies outside, along and inside of the axis, none 0.
       dtype: one of :data:`DTYPES`.
       algorithm: one of :data:`ALGORITHMS`.
       isa: as in :func:`softmax_into`.
@@ -186,6 +199,8 @@ def softmax_plan(
     """
     kernels = _library()
     check_algorithm(algorithm)
+    for name, size in zip(("shape[0]", "shape[1]", "shape[2]"), shape, strict=True):
+        _check_integer(name, size, 1)
     if (dtype := np.dtype(dtype)) not in DTYPE_NAMES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
     return dict(kernels.softmax_plan(DTYPE_NAMES[dtype], *shape, algorithm, checked_isa(isa)))
@@ -199,6 +214,18 @@ def cache_bytes() -> tuple[int, int]:
     """
     second, last = _library().cache_bytes()
     return second, last
+
+
+def _check_array(name: str, x: Any, ndim: int) -> None:
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(x).__name__}")
+    if x.ndim != ndim or not x.flags.c_contiguous or not x.flags.aligned:
+        raise ValueError(f"{name} must be C-contiguous, with {ndim} dimensions, got shape {x.shape}")
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if as_index(value) is None or value < least:
+        raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
 
 
 def _library() -> Any:

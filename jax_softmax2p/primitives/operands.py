@@ -6,7 +6,6 @@ they broadcast. The logits are scale·x + bias; positions where ``where`` or the
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 
+from jax_softmax2p.integers import as_index
 from jax_softmax2p.reference import ScaleBiasMask
 
 Array = jax.Array
@@ -64,16 +64,6 @@ class Band:
             if limit is not None and (number is None or number < 0):
                 raise ValueError(f"{name} must be None or an integer from 0 on, got {limit!r}")
             object.__setattr__(self, name, number)
-
-
-def as_index(value: Any) -> int | None:
-    """An integer of Python or NumPy; None for anything else, booleans among it."""
-    if isinstance(value, bool | np.bool_):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def band_columns(band: Band, rows: range, num_columns: int) -> range:
