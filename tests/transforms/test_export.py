@@ -5,6 +5,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
+import processes
 import pytest
 
 import jax_softmax2p as s2p
@@ -177,3 +178,30 @@ def test_ahead_of_time_compilation_is_no_export():
     lowered = jax.jit(lambda x: s2p.softmax(x, implementation="native")).lower(X)
     assert "custom_call @jax_softmax2p_softmax_v1" in lowered.as_text()
     np.testing.assert_allclose(lowered.compile()(X), jax.nn.softmax(X), rtol=1e-6)
+
+
+CACHED = """
+import jax
+import jax.numpy as jnp
+import jax_softmax2p
+
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+x = jnp.linspace(-3, 3, 3000, dtype=jnp.float32)
+f = jax.value_and_grad(lambda x: jax_softmax2p.logsumexp(x, implementation="native"))
+value, gradient = jax.jit(f)(x)
+print("/jax/compilation_cache/cache_hits" in events, value, gradient.sum())
+"""
+
+
+def test_compilation_cache_on_disk(tmp_path):
+    """A program that another process has compiled calls the kernels of this one."""
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    runs = [processes.run_python(CACHED, **environment) for _ in range(2)]
+    (compiled, *expected), (cached, *results) = (run.stdout.split() for run in runs)
+    assert (compiled, cached) == ("False", "True"), runs[1].stderr[-3000:]
+    assert results == expected
