@@ -295,6 +295,7 @@ class TestMasking:
 
 
 class TestTransforms:
+    @pytest.mark.long(block=2)
     @pytest.mark.parametrize("block", [None, 2])
     def test_derivatives(self, block):
         """Of first and second order, in both modes, with fully masked queries."""

@@ -350,6 +350,7 @@ class TestGradient:
             )
             assert_close(value_gradient, expected, 4e-6)
 
+    @pytest.mark.long(last=4)
     @pytest.mark.parametrize("last", [4, 1])
     def test_bias_and_scale_and_higher_orders(self, last):
         @jax.jit
@@ -359,6 +360,7 @@ class TestGradient:
         operands = (*operands_of(1, 3, 4, 2, 1, 2, np.float64), normal(1, 2, 1, last), 0.4)
         check_grads(f, operands, order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.long(in_axes=(1, 0, 0))
     @pytest.mark.parametrize("in_axes", [(0, None, None), (1, 0, 0), (None, None, 2)])
     def test_vmap(self, in_axes):
         operands = [normal(1, 7, 4, 8), normal(1, 9, 2, 8, seed=1), normal(1, 9, 2, 8, seed=2)]

@@ -85,6 +85,7 @@ class Mallopt:
 
 @needs_glibc
 class TestProcesses:
+    @pytest.mark.long(call="jax_softmax2p.keep_memory()")
     @pytest.mark.parametrize(
         "call", ["jax_softmax2p.keep_memory()", "jax_softmax2p.keep_memory(max_bytes=2**28)"]
     )
@@ -99,6 +100,7 @@ class TestProcesses:
             pytest.skip(f"{by_default['faults']} page faults a call by default: pages are huge")
         assert kept["faults"] < 0.3 * by_default["faults"]
 
+    @pytest.mark.long(call="jax_softmax2p.keep_memory(2**24)")
     @pytest.mark.parametrize(
         ("call", "keeps"),
         [

@@ -183,6 +183,7 @@ class TestWhere:
         # A row in which every unmasked logit is -inf gives NaN, as in jax.nn.
         np.testing.assert_array_equal(np.isnan(np.asarray(y[2], float)), [True, True, False])
 
+    @pytest.mark.long(implementation="native")
     def test_broadcasts(self, implementation):
         x = np.random.default_rng(0).standard_normal((2, 3, 4))
         for mask in (np.arange(4) > 0, np.array(True), np.array([[[True]], [[False]]])):

@@ -54,6 +54,7 @@ class TestSumExp:
         assert total.mantissa.dtype == total.exponent.dtype == np.float32
         np.testing.assert_allclose(total.log(), exact_log([1, 2, 4]), rtol=1e-6)
 
+    @pytest.mark.long(dtype=np.float32)
     def test_any_split_has_the_same_sum(self, dtype):
         x = (100 * normal(60)).astype(dtype)
         expected = exact_log(x)

@@ -138,6 +138,7 @@ def test_64_threads_while_some_compile():
 
 
 @pytest.mark.skipif("JAX_SOFTMAX2P_ISA" in os.environ, reason="pools are the same for every instruction set")
+@pytest.mark.long(pool=5)
 @pytest.mark.parametrize(("pool", "devices"), [(1, 1), (5, 1), (64, 1), (2, 8)])
 def test_thread_pool_sizes(pool, devices):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"

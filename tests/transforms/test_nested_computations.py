@@ -91,6 +91,7 @@ def equal(code, **environment):
 
 
 # A process starts in seconds: each holds several programs, and what fails is named in its output.
+@pytest.mark.long(first=0)
 @pytest.mark.parametrize("first", range(0, len(REDUCERS), 6))
 def test_reducers_and_updates(first):
     chosen = list(REDUCERS.items())[first : first + 6]

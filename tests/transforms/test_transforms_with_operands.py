@@ -335,6 +335,7 @@ class TestVmap:
         )
         assert_close(g(x, scale, bias), PLAIN[name](scale[:, None] * x + bias[:, None]))
 
+    @pytest.mark.long(in_axes=(1, 0))
     @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0), (1, 0), (2, 1)])
     def test_integer_labels(self, in_axes):
         loss = s2p.softmax_cross_entropy_with_integer_labels
