@@ -88,7 +88,9 @@ def sum_exp(
     Args:
       x: array of logits, as in :func:`softmax`.
       axis: the axis or axes to reduce; None for all.
-      where: as in :func:`softmax`; what is masked adds nothing.
+      where: as in :func:`softmax`; what is masked adds nothing. Where gradients are wanted, mask what is
+        -inf: those of a chunk of nothing else are NaN, as in jax.nn.logsumexp, also when it is combined with
+        others.
       implementation: as in :func:`softmax`.
 
     Returns:

@@ -130,6 +130,13 @@ class TestSumExp:
             gradient = jax.jit(jax.grad(lambda x, total=total: total(x).log()))(x)
             np.testing.assert_allclose(gradient, expected, rtol=1e-4 if dtype == np.float32 else 1e-9)
 
+    def test_gradients_of_a_chunk_that_is_masked(self, dtype):
+        """What is -inf has none where it is masked, as documented."""
+        x = jnp.asarray([[-INF, -INF], [1, 2]], dtype)
+        chunk = lambda x: sum_exp(x, where=x > -INF)
+        gradient = jax.jit(jax.grad(lambda x: chunk(x[0]).combine(chunk(x[1])).log()))(x)
+        np.testing.assert_allclose(gradient, jax.nn.softmax(x.ravel()).reshape(2, 2), rtol=1e-6)
+
     @pytest.mark.long
     @pytest.mark.parametrize("value", [800, 8e4, 1e5, 1e30, 2.3e38, -8e4, -1e5, -1e30, -2.3e38])
     def test_huge_values_never_overflow(self, value, dtype):
