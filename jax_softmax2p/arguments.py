@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jax_softmax2p.integers import as_index
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import (
@@ -221,27 +220,6 @@ def as_real_array(x: jax.typing.ArrayLike, name: str) -> Array:
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got dtype {array.dtype}")
     return array
-
-
-def as_number(value: Any, name: str) -> float:
-    """A finite number that is known when the function is traced; a ValueError names the argument."""
-    try:
-        array = np.asarray(value)
-        is_real = array.ndim == 0 and (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number))
-        number = float(array) if is_real and not np.iscomplexobj(array) else math.nan
-    except (TypeError, ValueError, OverflowError):  # Tracers, too, raise a TypeError.
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number that is known outside of jit, got {value!r}")
-    return number
-
-
-def as_positive_integer(value: Any, name: str) -> int:
-    """An integer of Python or NumPy from 1 on; a ValueError names the argument."""
-    number = as_index(value)
-    if number is None or number < 1:
-        raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
-    return number
 
 
 def saturate_known_labels(labels: Any) -> Any:

@@ -1,32 +1,11 @@
 """What losses and attention do with logits: the soft cap, and the logit at a label."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_softmax2p import reference
-from jax_softmax2p.arguments import as_number
 
 Array = jax.Array
-
-
-def as_soft_cap(soft_cap: Any, name: str) -> float | None:
-    """A positive finite number that is known when the function is traced, or None; a ValueError names it."""
-    if soft_cap is None:
-        return None
-    try:
-        number = 0.0 if isinstance(soft_cap, bool | np.bool_) else as_number(soft_cap, name)
-    except ValueError:
-        number = 0.0
-    # Arithmetic in float32 must neither divide by 0 nor multiply by infinity.
-    limits = np.finfo(np.float32)
-    if not limits.tiny <= number <= limits.max:
-        raise ValueError(
-            f"{name} must be None or a positive finite number that is known outside of jit, got {soft_cap!r}"
-        )
-    return number
 
 
 def apply_soft_cap(z: Array, soft_cap: float) -> Array:

@@ -4,7 +4,7 @@ import ctypes
 import sys
 from typing import Any
 
-from jax_softmax2p.integers import as_index
+from jax_softmax2p.scalars import as_index
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
 """The options of mallopt, from glibc's malloc.h."""

@@ -24,7 +24,7 @@ PYTHON_LAYERS = (
     ("primitives",),
     ("eager",),
     ("jax_compat", "memory", "native", "reference"),
-    ("exact_sums", "integers"),
+    ("exact_sums", "scalars"),
 )
 
 # What only measures is for the demonstration, the benchmarks and the tests.

@@ -10,16 +10,14 @@ from jax_softmax2p.arguments import (
     as_array,
     as_floating_array,
     as_numeric_array,
-    as_positive_integer,
     as_real_array,
 )
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
 from jax_softmax2p.eager import jit_when_eager
-from jax_softmax2p.integers import as_index
-from jax_softmax2p.logits import as_soft_cap
 from jax_softmax2p.primitives.dispatch import Implementation, as_implementation
 from jax_softmax2p.primitives.operands import Band
+from jax_softmax2p.scalars import as_index, as_positive_integer, as_soft_cap
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike

@@ -12,11 +12,12 @@ from jax_softmax2p.arguments import as_array, check_broadcasts
 from jax_softmax2p.attention.api import as_sinks
 from jax_softmax2p.attention.multi_head import multi_head_attention
 from jax_softmax2p.attention.operands import Options
-from jax_softmax2p.logits import apply_soft_cap, as_soft_cap
+from jax_softmax2p.logits import apply_soft_cap
 from jax_softmax2p.ops import logsumexp, softmax
 from jax_softmax2p.primitives.attention_sinks import apply_sinks
 from jax_softmax2p.primitives.operands import Band
 from jax_softmax2p.reference import compute_dtype
+from jax_softmax2p.scalars import as_soft_cap
 
 if TYPE_CHECKING:
     from flax import linen, nnx

@@ -15,21 +15,18 @@ from jax_softmax2p.arguments import (
     as_class_indices,
     as_floating_array,
     as_labels,
-    as_number,
-    as_positive_integer,
     saturate_known_labels,
 )
 from jax_softmax2p.eager import jit_when_eager
-from jax_softmax2p.integers import as_index
 from jax_softmax2p.jax_compat import as_varying
 from jax_softmax2p.linear import derivatives, formula
 from jax_softmax2p.linear.blocks import Wanted
 from jax_softmax2p.linear.formula import LossSpec
-from jax_softmax2p.logits import as_soft_cap
 from jax_softmax2p.primitives import collectives
 from jax_softmax2p.primitives.collectives import AxisNames
 from jax_softmax2p.primitives.dispatch import Implementation, as_implementation, check_native_support
 from jax_softmax2p.reference import compute_dtype
+from jax_softmax2p.scalars import as_index, as_number, as_positive_integer, as_soft_cap
 
 Array = jax.Array
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from jax_softmax2p.integers import as_index
 from jax_softmax2p.native import library
 from jax_softmax2p.native.names import DTYPE_NAMES, DTYPES, Algorithm, check_algorithm
-from jax_softmax2p.native.numpy_kernels import checked_copies, checked_isa, checked_threads
+from jax_softmax2p.native.numpy_kernels import check_is_array, checked_copies, checked_isa, checked_threads
+from jax_softmax2p.scalars import as_index, as_soft_cap
 
 PASSES = ("max", "sum_exp", "exp_store", "scale", "extended_sum", "extended_write")
 """The passes of which the algorithms consist, for :func:`pass_into`."""
@@ -122,16 +122,14 @@ def attention(
       TypeError, ValueError: an argument is not as described.
     """
     kernels = _library()
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        _check_array(name, array, 4)
+    arrays = {"query": query, "key": key, "value": value}
     if cotangent is not None:
-        _check_array("cotangent", cotangent, 4)
+        arrays["cotangent"] = cotangent
+    for name, x in arrays.items():
+        _check_array(name, x, 4)
     (b, t, n, h), (s, k), w = query.shape, key.shape[1:3], value.shape[3]
     shapes = {"query": (b, t, n, h), "key": (b, s, k, h), "value": (b, s, k, w), "cotangent": (b, t, n, w)}
-    arrays = dict(zip(shapes, (query, key, value, cotangent), strict=True))
     for name, x in arrays.items():
-        if x is None:
-            continue
         if x.dtype not in DTYPE_NAMES or x.dtype != query.dtype:
             raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, as query; got {x.dtype}")
         if x.shape != shapes[name] or not x.size:
@@ -148,21 +146,19 @@ def attention(
     for name, limit in (("before", before), ("after", after)):
         if limit is not None:
             _check_integer(name, limit, 0)
-    if soft_cap is not None and not 0 < soft_cap < np.inf:
-        raise ValueError(f"soft_cap must be None or a positive finite number, got {soft_cap!r}")
     results = [np.empty((b, t, n, w), query.dtype), np.empty((b, t, n), wide)]
     if cotangent is not None:
         results += [np.empty_like(x) for x in (query, key, value)]
     as_integers = lambda x: None if x is None else x.view(np.uint16) if x.dtype.itemsize == 2 else x
     limits = (-1 if limit is None else limit for limit in (before, after))
     kernels.attention_into(
-        *map(as_integers, arrays.values()),
+        *map(as_integers, (query, key, value, cotangent)),
         [as_integers(x) for x in results],
         DTYPE_NAMES[query.dtype],
         [b, t, s, n, k, h, w],
         1 / np.sqrt(h),
         *limits,
-        soft_cap or 0.0,
+        as_soft_cap(soft_cap, "soft_cap") or 0.0,
         sinks,
         checked_isa(isa),
         checked_threads(threads),
@@ -217,8 +213,7 @@ def cache_bytes() -> tuple[int, int]:
 
 
 def _check_array(name: str, x: Any, ndim: int) -> None:
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(x).__name__}")
+    check_is_array(name, x)
     if x.ndim != ndim or not x.flags.c_contiguous or not x.flags.aligned:
         raise ValueError(f"{name} must be C-contiguous, with {ndim} dimensions, got shape {x.shape}")
 

@@ -96,11 +96,16 @@ def _as_integers(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint16) if array.dtype.itemsize == 2 else array
 
 
+def check_is_array(name: str, array: object) -> None:
+    """TypeError for what is no array of NumPy."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
+
+
 def _check_arrays(**arrays: np.ndarray) -> None:
     shape, dtype = None, None
     for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):
-            raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
+        check_is_array(name, array)
         if array.dtype not in DTYPE_NAMES:
             raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}; got {array.dtype}")
         if not array.flags.c_contiguous or not array.flags.aligned:

@@ -139,7 +139,8 @@ class AttentionLowering(KernelLowering):
         if rows < self.min_rows:
             return Choice("reference", f"{rows} queries: from {self.min_rows} on a kernel is faster")
         in_loop = params["implementation"] == "in_loop"
-        least = 0 if not in_loop else MIN_WORK_OF_ONE_QUERY_IN_LOOPS if rows == 1 else MIN_WORK_IN_LOOPS
+        min_in_loop = MIN_WORK_OF_ONE_QUERY_IN_LOOPS if rows == 1 else MIN_WORK_IN_LOOPS
+        least = min_in_loop if in_loop else 0
         batch = batch_of(avals, roles_of(params["names"], *self.num_leading))
         work = batch * rows * math.prod(key.shape[1:3]) * (query.shape[3] + value.shape[3])
         reason = f"{work} multiply-adds{' in a loop' * in_loop}: from {least} on a kernel is faster"

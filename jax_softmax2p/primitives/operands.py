@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 
-from jax_softmax2p.integers import as_index
 from jax_softmax2p.reference import ScaleBiasMask
+from jax_softmax2p.scalars import as_index
 
 Array = jax.Array
 T = TypeVar("T")
