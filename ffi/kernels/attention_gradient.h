@@ -153,7 +153,7 @@ class AttentionGradientKernels {
   void AddTile(const Panel* panels, int count, std::int64_t s, std::int64_t keys_in_tile) const {
     bool packed = false, finite = true;
     for (int i = 0; i < count; ++i) {
-      const KeyRange range = Panels::RangeOf(panels[i], s, keys_in_tile);
+      const KeyRange range = AttentionLogits<V>::RangeInTile(panels[i].keys, s, keys_in_tile);
       if (range.begin >= range.end) continue;
       if (!packed) {
         finite = PackTile(s, keys_in_tile);

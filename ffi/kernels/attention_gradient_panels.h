@@ -12,7 +12,6 @@
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/gemm.h"
 #include "ffi/kernels/scratch_buffers.h"
-#include "ffi/kernels/soft_cap.h"
 
 namespace jax_softmax2p {
 
@@ -107,12 +106,6 @@ class AttentionGradientPanels {
     return left < 0 ? 0 : left < panel.rows ? left : panel.rows;
   }
 
-  // Of the tile of `count` keys from s on, those that a panel attends to.
-  static KeyRange RangeOf(const Panel& panel, std::int64_t s, std::int64_t count) {
-    const std::int64_t first = panel.keys.begin - s, last = panel.keys.end - s;
-    return {first <= 0 ? 0 : first / Product::kRows * Product::kRows, last < count ? last : count};
-  }
-
   // Adds what a panel gives to the gradients for the keys s + range. Returns false where the copied keys,
   // which are `finite` or not, are as they were no more.
   bool AddTile(const Panel& panel, std::int64_t s, KeyRange range, bool finite) const {
@@ -132,8 +125,8 @@ class AttentionGradientPanels {
   // Where things lie in the scratch memory.
   struct ScratchLayout : ScratchBuffers<T, 13> {
     ScratchLayout(const AttentionShape<T>& shape, bool has_bias_gradient, std::int64_t keys)
-        : depth(RoundUp(shape.size, kAlignRows)),
-          value_depth(RoundUp(shape.value_size, kAlignRows)),
+        : depth(RoundUp(shape.size, Product::kAlign)),
+          value_depth(RoundUp(shape.value_size, Product::kAlign)),
           row(RoundUp(shape.size, V::kLanes)),
           value_row(RoundUp(shape.value_size, V::kLanes)),
           panel_size(kColumns * (2 * depth + value_depth + row + value_row + 3)) {
@@ -157,8 +150,6 @@ class AttentionGradientPanels {
       };
       this->Allot(sizes);
     }
-    static constexpr std::int64_t kAlignRows =
-        Product::kRows > Product::kTranspose ? Product::kRows : Product::kTranspose;
     std::int64_t depth, value_depth, row, value_row, panel_size;
   };
 
@@ -173,7 +164,14 @@ class AttentionGradientPanels {
     const auto nothing = [](V, int) {};
     Tiles::template Multiply<vectors>(keys(), panel.queries, layout_.depth, shape_.scale, kMinusInfinity<V>,
                                       range, weights(), nothing);
-    if (shape_.soft_cap != 0) CapLogits<vectors>(range);
+    if (shape_.soft_cap != 0) {
+      Tiles::template Cap<vectors>(shape_.soft_cap, range, weights(),
+                                   [&](const auto& capped, std::int64_t at) {
+                                     SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
+                                       capped.derivative[v].Store(cap_derivatives() + at + v * V::kLanes);
+                                     }
+                                   });
+    }
     const bool cut = shape_.BandCuts(panel.row, panel.row + panel.rows, s, range);
     const bool masked = cut || shape_.mask.data != nullptr;
     if (masked || shape_.bias.data != nullptr) {
@@ -191,32 +189,13 @@ class AttentionGradientPanels {
            : Weights<vectors, false>(panel, range.begin, end);
     if (bias_gradient_ != nullptr) AddBiasGradient<vectors>(panel, s, range);
     if (shape_.soft_cap != 0) ApplyCapDerivatives<vectors>(range);
-    const bool unchanged = finite || !masked;
-    if (!unchanged) {
-      Tiles::template TakeNonFinite<vectors>(key_rows(), shape_.size, range, products(), panel.gradient);
-    }
-    const std::int64_t stride = Tiles::CopiedStride(shape_.size);
-    Product::template Accumulate<vectors>(
-        key_rows() + range.begin * stride, Product::kRows, stride, products() + range.begin * kWidth,
-        RoundUp(shape_.size, Product::kRows), RoundUp(range.end, kUnroll) - range.begin, panel.gradient);
+    const bool unchanged = Tiles::template AddCopied<vectors>(key_rows(), shape_.size, range, products(),
+                                                              finite, masked, panel.gradient);
     T* const key = key_gradient() + (s - begin_) * layout_.row;
     T* const value = value_gradient() + (s - begin_) * layout_.value_row;
     AddRows<kWidth>(weights(), panel.cotangent_rows, layout_.value_row, range.begin, end, value);
     AddRows<kWidth>(products(), panel.query_rows, layout_.row, range.begin, end, key);
     return unchanged;
-  }
-
-  // Replaces the logits by those with the soft cap, and keeps the derivatives.
-  template <int vectors>
-  SOFTMAX2P_INLINE void CapLogits(KeyRange range) const {
-    constexpr std::int64_t kWidth = vectors * V::kLanes;
-    for (std::int64_t at = range.begin * kWidth; at < range.end * kWidth; at += kWidth) {
-      const auto capped = jax_softmax2p::CapLogits<V, vectors>(shape_.soft_cap, weights() + at);
-      SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
-        capped.z[v].Store(weights() + at + v * V::kLanes);
-        capped.derivative[v].Store(cap_derivatives() + at + v * V::kLanes);
-      }
-    }
   }
 
   // Padding may have a bias that is not finite, and has a logit of NaN for keys that are not, which its lse

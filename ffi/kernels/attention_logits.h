@@ -9,6 +9,7 @@
 #include "ffi/kernels/access.h"
 #include "ffi/kernels/attention_args.h"
 #include "ffi/kernels/gemm.h"
+#include "ffi/kernels/soft_cap.h"
 
 namespace jax_softmax2p {
 
@@ -37,6 +38,12 @@ class AttentionLogits {
     return (CeilDiv(RoundUp(size, Product::kRows), kLine) | 1) * kLine;
   }
 
+  // Of the tile of `count` keys from s on, those from `keys`, with the ones before them in a tile of kRows.
+  static SOFTMAX2P_INLINE KeyRange RangeInTile(KeyRange keys, std::int64_t s, std::int64_t count) {
+    const std::int64_t first = keys.begin - s, last = keys.end - s;
+    return {first <= 0 ? 0 : first / Product::kRows * Product::kRows, last < count ? last : count};
+  }
+
   // to[keys][rows] = factor·A·B, for packed A and a panel B, and `fill` beyond the range, up to a multiple of
   // kRows. Calls visit(products, vector) for every vector of them.
   template <int vectors, typename Visit>
@@ -56,6 +63,17 @@ class AttentionLogits {
           visit(x, v);
         }
       }
+    }
+  }
+
+  // Applies the soft cap to a tile of logits. Calls visit(capped logits, where they lie) for every key.
+  template <int vectors, typename Visit>
+  static SOFTMAX2P_INLINE void Cap(T soft_cap, KeyRange range, T* logits, const Visit& visit) {
+    constexpr std::int64_t kWidth = vectors * V::kLanes;
+    for (std::int64_t at = range.begin * kWidth; at < range.end * kWidth; at += kWidth) {
+      const auto capped = CapLogits<V, vectors>(soft_cap, logits + at);
+      SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) capped.z[v].Store(logits + at + v * V::kLanes);
+      visit(capped, at);
     }
   }
 
@@ -86,6 +104,21 @@ class AttentionLogits {
            : Apply<vectors, false, true>(range, tile, mask, best, maxima);
   }
 
+  // output[size][rows] += A^T·factors, for copied keys or values A. Returns whether these are as they were:
+  // where they are not `finite`, and masks may hide them, those that are not finite become 0.
+  template <int vectors>
+  static SOFTMAX2P_INLINE bool AddCopied(T* copied, std::int64_t size, KeyRange range, const T* factors,
+                                         bool finite, bool masked, T* output) {
+    const bool unchanged = finite || !masked;
+    if (!unchanged) TakeNonFinite<vectors>(copied, size, range, factors, output);
+    const std::int64_t stride = CopiedStride(size);
+    Product::template Accumulate<vectors>(
+        copied + range.begin * stride, Product::kRows, stride, factors + range.begin * vectors * V::kLanes,
+        RoundUp(size, Product::kRows), RoundUp(range.end, kUnroll) - range.begin, output);
+    return unchanged;
+  }
+
+ private:
   // Replaces elements of the copied keys or values that are not finite by 0, and adds their products with the
   // factors that are not 0: a masked NaN harms nobody.
   template <int vectors>
@@ -104,7 +137,6 @@ class AttentionLogits {
     }
   }
 
- private:
   // How a tile is masked: the lanes from `lane` on, of the keys j, where the mask is False become `other`.
   struct TileMask {
     const std::uint8_t* mask;

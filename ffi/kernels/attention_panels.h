@@ -14,7 +14,6 @@
 #include "ffi/kernels/exp.h"
 #include "ffi/kernels/gemm.h"
 #include "ffi/kernels/scratch_buffers.h"
-#include "ffi/kernels/soft_cap.h"
 
 namespace jax_softmax2p {
 
@@ -101,10 +100,7 @@ class AttentionPanels {
   // Adds the tile of `count` keys from s on to a panel, if that attends to any. Returns false where the
   // copied values, which are `finite` or not, are as they were no more.
   bool AddTile(const Panel& panel, std::int64_t s, std::int64_t count, bool finite) const {
-    // Tiles of kRows keys are computed, and exponentials of kUnroll.
-    const std::int64_t first = panel.keys.begin - s, last = panel.keys.end - s;
-    const KeyRange range{first <= 0 ? 0 : first / Product::kRows * Product::kRows,
-                         last < count ? last : count};
+    const KeyRange range = Tiles::RangeInTile(panel.keys, s, count);
     if (range.begin >= range.end) return true;
     bool unchanged = true;
     Product::WithVectors(panel.vectors,
@@ -131,7 +127,7 @@ class AttentionPanels {
   struct ScratchLayout : ScratchBuffers<T, 8> {
     ScratchLayout(const AttentionShape<T>& shape, std::int64_t rows)
         : depth(RoundUp(shape.size, Product::kTranspose)),
-          value_rows(RoundUp(shape.value_size, kValueAlign)),
+          value_rows(RoundUp(shape.value_size, Product::kAlign)),
           panels(CeilDiv(rows, kColumns) + 1),
           panel_size((depth + value_rows) * kColumns + 5 * kColumns) {
       const std::int64_t widest = kColumns * (depth > value_rows ? depth : value_rows);
@@ -145,8 +141,6 @@ class AttentionPanels {
                                     panels * panel_size};
       this->Allot(sizes);
     }
-    static constexpr std::int64_t kValueAlign =
-        Product::kRows > Product::kTranspose ? Product::kRows : Product::kTranspose;
     std::int64_t depth, value_rows, panels, panel_size;
   };
 
@@ -170,14 +164,22 @@ class AttentionPanels {
   template <int vectors>
   bool AddKeys(const Panel& panel, std::int64_t s, KeyRange range, bool finite) const {
     const bool cut = shape_.BandCuts(panel.row, panel.row + panel.rows, s, range);
-    const bool plain = !cut && shape_.bias.data == nullptr && shape_.mask.data == nullptr;
+    const bool masked = cut || shape_.mask.data != nullptr;
     const State& state = panel.state;
     V maxima[vectors];
-    SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) maxima[v] = V::Broadcast(kMinusInfinity<V>);
+    const auto clear = [&] {
+      SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) maxima[v] = V::Broadcast(kMinusInfinity<V>);
+    };
+    clear();
     Tiles::template Multiply<vectors>(keys(), panel.queries, layout_.depth, shape_.scale, kMinusInfinity<V>,
                                       range, logits(), [&](V x, int v) { maxima[v] = Max(x, maxima[v]); });
-    if (shape_.soft_cap != 0) CapLogits<vectors>(range, maxima);
-    if (!plain) {
+    if (shape_.soft_cap != 0) {
+      clear();
+      Tiles::template Cap<vectors>(shape_.soft_cap, range, logits(), [&](const auto& capped, std::int64_t) {
+        SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) maxima[v] = Max(capped.z[v], maxima[v]);
+      });
+    }
+    if (masked || shape_.bias.data != nullptr) {
       const LogitsTile<T> tile{logits(), bias(), mask(), vectors * V::kLanes};
       Tiles::template ApplyOperands<vectors>(shape_, panel.row, panel.rows, s, range, cut, tile, state.best,
                                              maxima);
@@ -186,30 +188,8 @@ class AttentionPanels {
     }
     Rescale<vectors>(state, panel.output, maxima) ? Exponentials<vectors, true>(state, range)
                                                   : Exponentials<vectors, false>(state, range);
-    const bool unchanged = finite || (!cut && shape_.mask.data == nullptr);
-    if (!unchanged) {
-      Tiles::template TakeNonFinite<vectors>(values(), shape_.value_size, range, logits(), panel.output);
-    }
-    const std::int64_t stride = Tiles::CopiedStride(shape_.value_size);
-    Product::template Accumulate<vectors>(
-        values() + range.begin * stride, Product::kRows, stride, logits() + range.begin * vectors * V::kLanes,
-        RoundUp(shape_.value_size, Product::kRows), RoundUp(range.end, kUnroll) - range.begin, panel.output);
-    return unchanged;
-  }
-
-  // Applies the soft cap to the logits, and finds their maxima again.
-  template <int vectors>
-  SOFTMAX2P_INLINE void CapLogits(KeyRange range, V (&maxima)[vectors]) const {
-    constexpr std::int64_t kWidth = vectors * V::kLanes;
-    SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) maxima[v] = V::Broadcast(kMinusInfinity<V>);
-    for (std::int64_t j = range.begin; j < range.end; ++j) {
-      T* const at = logits() + j * kWidth;
-      const auto capped = jax_softmax2p::CapLogits<V, vectors>(shape_.soft_cap, at);
-      SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) {
-        capped.z[v].Store(at + v * V::kLanes);
-        maxima[v] = Max(capped.z[v], maxima[v]);
-      }
-    }
+    return Tiles::template AddCopied<vectors>(values(), shape_.value_size, range, logits(), finite, masked,
+                                              panel.output);
   }
 
   // Raises the references of rows whose maximum exceeds their limit, and rescales what they have summed.

@@ -186,6 +186,8 @@ class Gemm {
   }
 
   static constexpr int kTranspose = V::kTransposeRows;
+  // Sizes that are multiples of it are packed, and computed in whole tiles.
+  static constexpr int kAlign = kRows > kTranspose ? kRows : kTranspose;
 };
 
 }  // namespace jax_softmax2p
