@@ -15,6 +15,16 @@ def weighted_sum(y):
     return jnp.sum(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape) * y)
 
 
+def values_and_gradient(f):
+    """(x, *others) -> f's values, and the gradient of their sum in x, infinite values included."""
+
+    def both(x, *others):
+        y, vjp = jax.vjp(lambda x: f(x, *others), x)
+        return y, vjp(jnp.ones_like(y))[0]
+
+    return both
+
+
 def assert_close(actual, expected, tolerance=1e-12):
     """Compares two pytrees of one structure, with the tolerance both relative and absolute."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)

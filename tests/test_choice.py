@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from comparison import normal
+from comparison import normal, values_and_gradient
 
 import jax_softmax2p
 from jax_softmax2p import (
@@ -166,19 +166,12 @@ def test_derivatives_of_the_loss_on_both_sides(shape):
     np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def value_and_gradient(f, x):
-    """The value, and the gradient of the sum of its elements, infinite ones included."""
-    y, vjp = jax.vjp(f, x)
-    return y, *vjp(jnp.ones_like(y))
-
-
 @pytest.mark.parametrize("name", ["logsumexp", "log_softmax"])
 @pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan])
 def test_gradients_of_special_rows_are_those_of_jax(name, special):
     for x in (np.array([[0.0, special, 1.0]]), np.full((1, 3), special)):
-        ours = value_and_gradient(lambda x: FUNCTIONS[name](x, axis=-1), x)
-        theirs = value_and_gradient(lambda x: getattr(jax.nn, name)(x, axis=-1), x)
+        ours = jax.jit(values_and_gradient(lambda x: FUNCTIONS[name](x, axis=-1)))(x)
+        theirs = jax.jit(values_and_gradient(lambda x: getattr(jax.nn, name)(x, axis=-1)))(x)
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-15, err_msg=str(x))
 
@@ -193,8 +186,9 @@ def test_gradients_of_special_rows_of_any_layout(name, special, n, axis, impleme
     x = normal(20, n)
     x[3, 1], x[17, -1], x[8] = special, special, special
     x = x if axis == -1 else x.T
-    ours = value_and_gradient(lambda x: FUNCTIONS[name](x, axis=axis, implementation=implementation), x)
-    theirs = value_and_gradient(lambda x: getattr(jax.nn, name)(x, axis=axis), x)
+    f = functools.partial(FUNCTIONS[name], axis=axis, implementation=implementation)
+    ours = jax.jit(values_and_gradient(f))(x)
+    theirs = jax.jit(values_and_gradient(functools.partial(getattr(jax.nn, name), axis=axis)))(x)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-14)
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-13, atol=1e-13)
 

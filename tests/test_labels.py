@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import values_and_gradient
 
 from jax_softmax2p import softmax_cross_entropy_with_integer_labels
 
@@ -55,16 +56,6 @@ def expected(x, integers):
     return losses, gradient
 
 
-def losses_and_gradient_of(loss):
-    """(x, labels) -> losses and the gradient of their sum."""
-
-    def losses_and_gradient(x, labels):
-        losses, vjp = jax.vjp(lambda x: loss(x, labels), x)
-        return losses, vjp(jnp.ones_like(losses))[0]
-
-    return losses_and_gradient
-
-
 def check(function, integers, dtype, num_classes):
     x = logits_for(integers, num_classes)
     actual = function(x, jax_array(integers, dtype))
@@ -82,20 +73,20 @@ def loss(implementation):
 @pytest.mark.parametrize("num_classes", [3, 300])
 def test_edges_of_the_dtype(dtype, num_classes, loss):
     """There are fewer or more classes than the dtype can count."""
-    check(jax.jit(losses_and_gradient_of(loss)), edges(dtype, num_classes), dtype, num_classes)
+    check(jax.jit(values_and_gradient(loss)), edges(dtype, num_classes), dtype, num_classes)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["uint8", "uint32", "int64"])
 def test_eager(dtype, loss):
-    check(losses_and_gradient_of(loss), edges(dtype, 200), dtype, 200)
+    check(values_and_gradient(loss), edges(dtype, 200), dtype, 200)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
 def test_vmap(dtype, loss):
     """Both logits and labels are mapped over, or labels alone."""
-    check(jax.jit(jax.vmap(losses_and_gradient_of(loss))), edges(dtype, 200), dtype, 200)
+    check(jax.jit(jax.vmap(values_and_gradient(loss))), edges(dtype, 200), dtype, 200)
     integers = edges(dtype, 200)
     x = logits_for([0], 200)
     losses = jax.jit(jax.vmap(loss, (None, 0)))(x[0], jax_array(integers, dtype))
@@ -106,7 +97,7 @@ def test_vmap(dtype, loss):
 @pytest.mark.parametrize("dtype", ["uint8", "int64"])
 def test_along_another_axis(dtype, implementation):
     loss = functools.partial(softmax_cross_entropy_with_integer_labels, axis=0, implementation=implementation)
-    function = jax.jit(losses_and_gradient_of(lambda x, labels: loss(x.T, labels)))
+    function = jax.jit(values_and_gradient(lambda x, labels: loss(x.T, labels)))
     check(function, edges(dtype, 200), dtype, 200)
 
 
@@ -117,7 +108,7 @@ def test_64_bits_of_numpy_without_x64(dtype, loss):
     integers = [0, 2, 3, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 2, limits.max, limits.min]
     x = logits_for(integers, 3)
     with jax.enable_x64(False):
-        losses, gradient = losses_and_gradient_of(loss)(x, np.array(integers, dtype))
+        losses, gradient = values_and_gradient(loss)(x, np.array(integers, dtype))
     exact_losses, exact_gradient = expected(x, integers)
     np.testing.assert_allclose(losses, exact_losses, rtol=2e-6)
     np.testing.assert_allclose(gradient, exact_gradient, atol=2e-6)

@@ -5,10 +5,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+from comparison import values_and_gradient
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from near_certainty import assert_exact, exact_loss, rows_of
-from test_labels import check, edges, expected, jax_array, logits_for, losses_and_gradient_of
+from test_labels import check, edges, expected, jax_array, logits_for
 
 from jax_softmax2p import softmax_cross_entropy_with_integer_labels
 
@@ -38,7 +39,7 @@ def sharded_over(mesh, loss):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_explicitly_sharded_classes(dtype, implementation):
     loss = functools.partial(softmax_cross_entropy_with_integer_labels, implementation=implementation)
-    function = on_mesh(losses_and_gradient_of(loss), AxisType.Explicit, P(None, "devices"), P())
+    function = on_mesh(values_and_gradient(loss), AxisType.Explicit, P(None, "devices"), P())
     check(function, edges(dtype, CLASSES), dtype, CLASSES)
 
 
@@ -55,7 +56,7 @@ def test_explicitly_sharded_classes(dtype, implementation):
 )
 def test_sharded(axis_type, x_spec, labels_spec, dtype, implementation):
     loss = functools.partial(softmax_cross_entropy_with_integer_labels, implementation=implementation)
-    function = on_mesh(losses_and_gradient_of(loss), axis_type, x_spec, labels_spec)
+    function = on_mesh(values_and_gradient(loss), axis_type, x_spec, labels_spec)
     check(function, edges(dtype, CLASSES), dtype, CLASSES)
 
 
@@ -66,13 +67,13 @@ def test_axis_name(dtype, implementation):
         softmax_cross_entropy_with_integer_labels, axis_name="devices", implementation=implementation
     )
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
-    check(jax.jit(losses_and_gradient_of(sharded_over(mesh, loss))), edges(dtype, CLASSES), dtype, CLASSES)
+    check(jax.jit(values_and_gradient(sharded_over(mesh, loss))), edges(dtype, CLASSES), dtype, CLASSES)
 
 
 def test_axis_name_where_a_row_has_many_labels():
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
     loss = functools.partial(softmax_cross_entropy_with_integer_labels, axis_name="devices")
-    check_one_row(jax.jit(losses_and_gradient_of(sharded_over(mesh, loss))))
+    check_one_row(jax.jit(values_and_gradient(sharded_over(mesh, loss))))
 
 
 @pytest.mark.long
@@ -82,7 +83,7 @@ def test_axis_name_where_a_row_has_many_labels():
 )
 def test_a_row_has_many_labels(axis_type, x_spec, labels_spec, implementation):
     loss = functools.partial(softmax_cross_entropy_with_integer_labels, implementation=implementation)
-    check_one_row(on_mesh(losses_and_gradient_of(loss), axis_type, x_spec, labels_spec))
+    check_one_row(on_mesh(values_and_gradient(loss), axis_type, x_spec, labels_spec))
 
 
 def check_one_row(function):
@@ -100,6 +101,6 @@ def check_one_row(function):
 def test_near_certainty(dtype, spec):
     z, labels = (array[: len(array) // 8 * 8] for array in rows_of(40, dtype))
     loss = softmax_cross_entropy_with_integer_labels
-    function = on_mesh(losses_and_gradient_of(loss), AxisType.Auto, spec, P())
+    function = on_mesh(values_and_gradient(loss), AxisType.Auto, spec, P())
     for actual, exact in zip(function(z, labels), exact_loss(z, labels), strict=True):
         assert_exact(actual, exact, dtype)
