@@ -130,12 +130,32 @@ class TestSumExp:
             gradient = jax.jit(jax.grad(lambda x, total=total: total(x).log()))(x)
             np.testing.assert_allclose(gradient, expected, rtol=1e-4 if dtype == np.float32 else 1e-9)
 
-    def test_gradients_of_a_chunk_that_is_masked(self, dtype):
-        """What is -inf has none where it is masked, as documented."""
-        x = jnp.asarray([[-INF, -INF], [1, 2]], dtype)
-        chunk = lambda x: sum_exp(x, where=x > -INF)
-        gradient = jax.jit(jax.grad(lambda x: chunk(x[0]).combine(chunk(x[1])).log()))(x)
-        np.testing.assert_allclose(gradient, jax.nn.softmax(x.ravel()).reshape(2, 2), rtol=1e-6)
+    @pytest.mark.parametrize("is_masked", [False, True])
+    def test_derivatives_beside_a_chunk_of_minus_infinity(self, is_masked, dtype, implementation):
+        """It has none, masked or not, and does not harm those of the others."""
+        x = jnp.asarray([[-INF, -INF], [1, 2], [-INF, 0.5]], dtype)
+
+        def log(x):
+            where = x > -INF if is_masked else None
+            return sum_exp(x, where=where, implementation=implementation).reduce().log()
+
+        p = np.asarray(jax.nn.softmax(x.ravel()), np.float64)
+        hessian = np.diag(p) - np.outer(p, p)
+        derivatives = jax.jit(lambda x: (jax.grad(log)(x), jax.hessian(log)(x), jax.jacrev(jax.grad(log))(x)))
+        atol = 4 * np.finfo(dtype).eps
+        for result, expected in zip(derivatives(x), (p, hessian, hessian), strict=True):
+            np.testing.assert_allclose(result, expected.reshape(result.shape), atol=atol)
+
+    def test_derivatives_of_the_pair(self, dtype, implementation):
+        """Those of the mantissa in units of 2^exponent; the exponent has none."""
+        x = jnp.asarray([0.5, 3, 40], dtype)
+        total = lambda x: sum_exp(x, implementation=implementation)
+        part = lambda name: lambda x: getattr(total(x), name)
+        unit = np.exp2(np.float64(total(x).exponent))
+        exact, eps = np.exp(np.float64(x)), np.finfo(dtype).eps
+        np.testing.assert_allclose(unit * jax.grad(part("mantissa"))(x), exact, rtol=16 * eps)
+        np.testing.assert_allclose(unit * jax.hessian(part("mantissa"))(x), np.diag(exact), rtol=16 * eps)
+        np.testing.assert_array_equal(jax.jacfwd(part("exponent"))(x), 0)
 
     @pytest.mark.long
     @pytest.mark.parametrize("value", [800, 8e4, 1e5, 1e30, 2.3e38, -8e4, -1e5, -1e30, -2.3e38])
