@@ -167,7 +167,8 @@ void AttentionInto(const Input& query, const Input& key, const Input& value,
                    const std::optional<Input>& cotangent, const std::vector<Output>& results,
                    const std::string& dtype, const std::vector<std::int64_t>& sizes, double scale,
                    std::int64_t before, std::int64_t after, double soft_cap,
-                   const std::optional<Input>& sinks, const std::string& isa, int threads) {
+                   const std::optional<Input>& dropout_mask, const std::optional<Input>& sinks,
+                   const std::string& isa, int threads) {
   const Kernels& kernels = Require(FindKernels(isa, "isa"));
   DispatchType(dtype, [&](auto zero) {
     using E = decltype(zero);
@@ -179,6 +180,10 @@ void AttentionInto(const Input& query, const Input& key, const Input& value,
         {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]}, in(query), in(key), in(value),
         out(0), static_cast<T*>(results[1].data()), static_cast<T>(scale), before, after);
     gradient.attention.first.soft_cap = static_cast<T>(soft_cap);
+    if (dropout_mask) {
+      const auto* const data = static_cast<const std::uint8_t*>(dropout_mask->data());
+      gradient.attention.first.dropout_mask = {data, sizes[2], 0, 1};
+    }
     if (sinks) {
       gradient.attention.first.sinks = static_cast<const T*>(sinks->data());
       gradient.attention.sinks = {0, sizes[3] / sizes[4]};
@@ -208,7 +213,8 @@ void DefineMeasurement(nb::module_ module) {
   module.def("attention_into", AttentionInto, nb::arg("query").noconvert(), nb::arg("key").noconvert(),
              nb::arg("value").noconvert(), nb::arg("cotangent").noconvert().none(), nb::arg("results"),
              nb::arg("dtype"), nb::arg("sizes"), nb::arg("scale"), nb::arg("before"), nb::arg("after"),
-             nb::arg("soft_cap"), nb::arg("sinks").noconvert().none(), nb::arg("isa"), nb::arg("threads"));
+             nb::arg("soft_cap"), nb::arg("dropout_mask").noconvert().none(),
+             nb::arg("sinks").noconvert().none(), nb::arg("isa"), nb::arg("threads"));
   module.def("softmax_plan", PlanOf, nb::arg("dtype"), nb::arg("outer"), nb::arg("n"), nb::arg("inner"),
              nb::arg("algorithm"), nb::arg("isa"));
 }

@@ -75,6 +75,7 @@ class _Measurement:
         before: int,
         after: int,
         soft_cap: float,
+        dropout_mask: np.ndarray | None,
         sinks: np.ndarray | None,
         isa: str,
         threads: int,

@@ -33,8 +33,8 @@ class Explanation(NamedTuple):
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
     """Says which operations of this package in a function are native, which are the reference, and why.
 
-    Attention that no kernel takes whatever its sizes, as with dropout, is called the reference, and followed
-    by the softmaxes that it is composed of.
+    Attention that no kernel takes whatever its sizes, as with a ``precision``, is called the reference, and
+    followed by the softmaxes that it is composed of.
 
     With ``implementation=None`` small work in loops, and small derivatives, run as jax.numpy code that XLA
     fuses with its neighbours, and the rest in native kernels. The shape decides, the dtype, the operation and

@@ -53,11 +53,12 @@ def formula(
     local_window_size=None,
     logits_soft_cap=None,
     sinks=None,
+    dropout_mask=None,
     return_residual=False,
 ):
     """jax.nn's definition in jax.numpy, computed in the dtype of the operands, which is to be float64.
 
-    Sinks are one more key, as in gpt-oss.
+    Sinks are one more key, as in gpt-oss. The mask of dropout multiplies the weights.
     """
     groups = query.shape[2] // key.shape[2]
     t, s = query.shape[1], key.shape[1]
@@ -76,7 +77,10 @@ def formula(
         column = jnp.broadcast_to(jnp.asarray(sinks)[:, None, None], (*z.shape[:-1], 1))
         z = jnp.concatenate([z, column.astype(z.dtype)], -1)
     e = jnp.exp(z - jax.lax.stop_gradient(z.max(-1, keepdims=True)))
-    result = jnp.einsum("bnts,bsnh->btnh", (e / e.sum(-1, keepdims=True))[..., :s], value)
+    weights = (e / e.sum(-1, keepdims=True))[..., :s]
+    if dropout_mask is not None:
+        weights = weights * dropout_mask
+    result = jnp.einsum("bnts,bsnh->btnh", weights, value)
     if query_seq_lengths is not None:
         result = result * (np.arange(t) < query_seq_lengths[:, None])[..., None, None]
     return (result, jnp.moveaxis(jax.nn.logsumexp(z, -1), 1, 2)) if return_residual else result

@@ -200,6 +200,23 @@ def window_attention(shape, rng):
     return loss, (parameters, normal(rng, windows, tokens, width))
 
 
+def attention_with_dropout(shape, rng):
+    """Flax's attention as its layers call it in training. Shape: batch, context, heads, size."""
+    from flax import linen
+
+    batch, context, heads, size = shape
+    width = heads * size
+    rate = np.float32(0.1)  # JAX draws others in its default dtype, which tests change.
+
+    def loss(weights, x):
+        attended = linen.dot_product_attention(
+            *_projected(weights, x), dropout_rng=jax.random.key(0), dropout_rate=rate
+        )
+        return jnp.mean((x + jnp.einsum("btnh,nhd->btd", attended, weights["output"])) ** 2)
+
+    return loss, (_attention_weights(rng, width, heads), normal(rng, batch, context, width))
+
+
 def encoder_layer(shape, rng):
     """Attention as many models write it out, with padding masked by -1e9. Shape: batch, context, width."""
     batch, context, width = shape
@@ -257,6 +274,9 @@ PROGRAMS = {
     ),
     "gradient of window attention": Program(
         window_attention, ((128, 49, 4, 32),), (3, 9, 2, 4), differentiates=True
+    ),
+    "gradient of attention with dropout": Program(
+        attention_with_dropout, ((8, 256, 8, 64),), (2, 9, 2, 4), differentiates=True
     ),
     "encoder layer": Program(encoder_layer, ((8, 128, 256),), (2, 8, 64), differentiates=True),
     "decode": Program(decode, ((4, 2048, 8, 64), (1, 4096, 8, 64)), (3, 32, 2, 8)),

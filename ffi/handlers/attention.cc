@@ -11,7 +11,8 @@
 namespace jax_softmax2p {
 
 struct AttentionAttributes {
-  static constexpr std::int64_t kBias = 1, kMask = 2, kQueryLengths = 4, kKeyLengths = 8, kSinks = 16;
+  static constexpr std::int64_t kBias = 1, kMask = 2, kQueryLengths = 4, kKeyLengths = 8, kDropoutMask = 16,
+                                kSinks = 32;
   std::int64_t operands;
   std::int64_t before;
   std::int64_t after;
@@ -84,10 +85,11 @@ ffi::Error ReadOperand(const ffi::AnyBuffer& operand, ffi::DataType type, const 
                        LogitsOperand<Element>& to, UnitStrides& strides) {
   const auto dims = operand.dimensions();
   const std::int64_t full[] = {sizes.batch, sizes.heads, sizes.queries, sizes.keys};
-  if (operand.element_type() != type || dims.size() != 4) return Invalid("bias and mask: wrong type or rank");
+  if (operand.element_type() != type || dims.size() != 4)
+    return Invalid("bias and masks: wrong type or rank");
   std::int64_t at[4], stride = 1;
   for (int d = 3; d >= 0; --d) {
-    if (dims[d] != 1 && dims[d] != full[d]) return Invalid("bias and mask must broadcast to (B, N, T, S)");
+    if (dims[d] != 1 && dims[d] != full[d]) return Invalid("bias and masks must broadcast to (B, N, T, S)");
     at[d] = dims[d] == 1 ? 0 : stride;
     stride *= dims[d];
   }
@@ -114,13 +116,14 @@ template <typename E>
 ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& attributes,
                         const AttentionSizes& sizes, bool takes_sinks, Attention<E>& attention) {
   using A = AttentionAttributes;
-  constexpr std::int64_t kAll = A::kBias | A::kMask | A::kQueryLengths | A::kKeyLengths | A::kSinks;
+  constexpr std::int64_t kAll =
+      A::kBias | A::kMask | A::kQueryLengths | A::kKeyLengths | A::kDropoutMask | A::kSinks;
   const std::int64_t allowed = takes_sinks ? kAll : kAll & ~A::kSinks;
   const auto expected = static_cast<std::size_t>(__builtin_popcountll(attributes.operands & kAll));
   if ((attributes.operands & ~allowed) != 0 || operands.size() != expected) {
     return Invalid(
-        "attribute operands must add up 1 (bias), 2 (mask), 4 (query lengths), 8 (key lengths) and, but for "
-        "the gradient, 16 (sinks) for those that are given");
+        "attribute operands must add up 1 (bias), 2 (mask), 4 (query lengths), 8 (key lengths), 16 (dropout "
+        "mask) and, but for the gradient, 32 (sinks) for those that are given");
   }
   std::size_t next = 0;
   const auto read = [&](std::int64_t flag, const auto& body) -> ffi::Error {
@@ -150,7 +153,12 @@ ffi::Error ReadOperands(ffi::RemainingArgs operands, const AttentionAttributes& 
                return ReadOperand(x, ffi::DataType::PRED, sizes, first.mask, attention.mask);
              }),
         read(A::kQueryLengths, lengths(attention.query_lengths)),
-        read(A::kKeyLengths, lengths(attention.key_lengths)), read(A::kSinks, [&](const ffi::AnyBuffer& x) {
+        read(A::kKeyLengths, lengths(attention.key_lengths)),
+        read(A::kDropoutMask,
+             [&](const ffi::AnyBuffer& x) {
+               return ReadOperand(x, ffi::DataType::PRED, sizes, first.dropout_mask, attention.dropout_mask);
+             }),
+        read(A::kSinks, [&](const ffi::AnyBuffer& x) {
           return ReadSinks(x, compute, sizes, first.sinks, attention.sinks);
         })}) {
     if (error.failure()) return error;

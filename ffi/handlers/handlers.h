@@ -34,10 +34,10 @@ extern "C" XLA_FFI_Error* jax_softmax2p_softmax_jacobian_v1(XLA_FFI_CallFrame* c
 // Attention: output and lse of query (B, T, N, H), key (B, S, K, H) and value (B, S, K, H'), where K divides
 // N. The batch of any of them may be 1. Then scale, one element, and the operands that the attribute
 // `operands` says there are: 1: bias, and 2: mask, which broadcast to (B, N, T, S); 4 and 8: int32 lengths of
-// queries and of keys; 16: sinks (B, 1, N, 1). Scale, bias, sinks and lse are of the type that the arrays are
-// computed in; lse is (B, T, N, 1), or (B, T, N, 2) where it has the rest that its rounding leaves as well.
-// `before` and `after` are a band, as above; `soft_cap` is a float64, and 0 for none. See Attend in
-// ops/attention.h.
+// queries and of keys; 16: dropout mask, False for weights that become 0, which broadcasts, too; 32: sinks
+// (B, 1, N, 1). Scale, bias, sinks and lse are of the type that the arrays are computed in; lse is (B, T, N,
+// 1), or (B, T, N, 2) where it has the rest that its rounding leaves as well. `before` and `after` are a
+// band, as above; `soft_cap` is a float64, and 0 for none. See Attend in ops/attention.h.
 extern "C" XLA_FFI_Error* jax_softmax2p_attention_v1(XLA_FFI_CallFrame* call_frame);
 
 // The gradients of attention in query, key and value. Arguments: query, key, value and scale, output and lse,

@@ -107,12 +107,12 @@ class AttentionKernels {
     panels_.Finish(panel, lses);
     for (std::int64_t i = 0; i < panel.rows; ++i) {
       Rows::Write(args_, panel.row + i, panel.state.sum[i], panel.state.best[i], lses[i],
-                  panels_.rows() + i * panels_.value_rows(), [&] { return MeanOfValues(); });
+                  panels_.rows() + i * panels_.value_rows(), [&] { return MeanOfValues(panel.row + i); });
     }
   }
 
-  const T* MeanOfValues() {
-    if (!has_mean_) Rows::MeanOfValues(args_, panels_.mean());
+  const T* MeanOfValues(std::int64_t row) {
+    if (!has_mean_ || args_.Drops()) Rows::MeanOfValues(args_, row, panels_.mean());
     has_mean_ = true;
     return panels_.mean();
   }

@@ -12,14 +12,18 @@ namespace jax_softmax2p {
 // What jax.nn writes over masked logits, of any type: the lse of queries that attend to no key.
 inline constexpr double kMaskedLogit = -0.7 * 3.4028234663852886e38;
 
-// Element (t, g, s) of an array that broadcasts to the logits is data[t * query + g * head + s * key]; data
-// is null where there is no array.
+// An array that broadcasts to the logits; data is null where there is none.
 template <typename Element>
 struct LogitsOperand {
   const Element* data = nullptr;
   std::int64_t query = 0;
   std::int64_t head = 0;
   std::int64_t key = 0;
+
+  // Of query t of head g, the element of key s.
+  const Element& At(std::int64_t t, std::int64_t g, std::int64_t s) const {
+    return data[t * query + g * head + s * key];
+  }
 };
 
 struct KeyRange {
@@ -47,6 +51,8 @@ struct AttentionShape {
   T soft_cap;
   LogitsOperand<T> bias;
   LogitsOperand<std::uint8_t> mask;
+  // Which weights, already divided by their sum, are kept; the others become 0.
+  LogitsOperand<std::uint8_t> dropout_mask;
   // Of every head, a logit that takes part in the sum of exponentials alone, or null.
   const T* sinks;
   // Whether there is a mask of any kind, a band and lengths of keys included.
@@ -54,6 +60,8 @@ struct AttentionShape {
 
   // Rows are the queries of all heads, those of one query side by side.
   SOFTMAX2P_INLINE std::int64_t Rows() const { return queries * heads; }
+
+  SOFTMAX2P_INLINE bool Drops() const { return dropout_mask.data != nullptr; }
 
   // The keys that any of the rows from `begin` to `end` attends to, by the band and the lengths.
   KeyRange KeysOfRows(std::int64_t begin, std::int64_t end) const {

@@ -8,7 +8,8 @@
 //   dQ^T += K^T·dS      dV += P·dO      dK += dS·Q
 //
 // where dO is the cotangent and delta = <dO, O> of every row. The gradient of a bias is dS, summed over what
-// it broadcasts over. With a soft cap, dS is then multiplied by its derivative.
+// it broadcasts over. With a soft cap, dS is then multiplied by its derivative. With dropout, dP, and P in
+// dV, are 0 where it drops a weight.
 //
 // Queries are taken in blocks, whose dQ and packed queries stay in a second-level cache, and all keys of a
 // chunk of them for each, whose dK and dV are kept.
@@ -135,8 +136,7 @@ class AttentionGradientKernels {
     const T* const cotangent = panel.cotangent_rows + i * panels_.value_row();
     const T* const lse = args_.lse + t * args_.lse_stride + g * args_.lse_parts;
     if (args_.masked && *lse == static_cast<T>(kMaskedLogit)) {
-      for (std::int64_t h = 0; h < args_.value_size; ++h) panels_.mean_cotangent()[h] += cotangent[h];
-      return;
+      return AddToAllValues(t, g, cotangent);
     }
     panel.lse[i] = lse[0];
     if (args_.lse_parts == 2) panel.lse_rest[i] = lse[1];
@@ -148,6 +148,20 @@ class AttentionGradientKernels {
     T lanes[V::kLanes];
     sum.Store(lanes);
     for (int l = 0; l < V::kLanes; ++l) panel.delta[i] += lanes[l];
+  }
+
+  // The cotangent of a row that attends to all keys alike.
+  void AddToAllValues(std::int64_t t, std::int64_t g, const T* cotangent) const {
+    if (!args_.Drops()) {
+      for (std::int64_t h = 0; h < args_.value_size; ++h) panels_.mean_cotangent()[h] += cotangent[h];
+      return;
+    }
+    const T share = 1 / static_cast<T>(args_.keys);
+    for (std::int64_t j = begin_; j < end_; ++j) {
+      if (args_.dropout_mask.At(t, g, j) == 0) continue;
+      T* const value = panels_.value_gradient() + (j - begin_) * panels_.value_row();
+      for (std::int64_t h = 0; h < args_.value_size; ++h) value[h] += share * cotangent[h];
+    }
   }
 
   void AddTile(const Panel* panels, int count, std::int64_t s, std::int64_t keys_in_tile) const {

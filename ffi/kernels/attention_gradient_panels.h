@@ -174,8 +174,8 @@ class AttentionGradientPanels {
     }
     const bool cut = shape_.BandCuts(panel.row, panel.row + panel.rows, s, range);
     const bool masked = cut || shape_.mask.data != nullptr;
+    const LogitsTile<T> tile{weights(), At(6), reinterpret_cast<std::uint8_t*>(At(7)), kWidth};
     if (masked || shape_.bias.data != nullptr) {
-      const LogitsTile<T> tile{weights(), At(6), reinterpret_cast<std::uint8_t*>(At(7)), kWidth};
       V maxima[vectors];
       alignas(64) T best[kColumns] = {};
       Tiles::template ApplyOperands<vectors>(shape_, panel.row, panel.rows, s, range, cut, tile, best,
@@ -184,9 +184,14 @@ class AttentionGradientPanels {
     if (shape_.bias.data != nullptr || !finite) ClearPadding<vectors>(panel, range);
     Tiles::template Multiply<vectors>(values(), panel.cotangents, layout_.value_depth, T{1}, T{0}, range,
                                       products(), nothing);
+    if (shape_.Drops()) {
+      Tiles::ReadDropoutMask(shape_, panel.row, panel.rows, s, range, tile);
+      Tiles::template Drop<vectors>(range, tile.mask, products());
+    }
     const std::int64_t end = RoundUp(range.end, Product::kRows);
     masked ? Weights<vectors, true>(panel, range.begin, end)
            : Weights<vectors, false>(panel, range.begin, end);
+    if (shape_.Drops()) Tiles::template Drop<vectors>(range, tile.mask, weights());
     if (bias_gradient_ != nullptr) AddBiasGradient<vectors>(panel, s, range);
     if (shape_.soft_cap != 0) ApplyCapDerivatives<vectors>(range);
     const bool unchanged = Tiles::template AddCopied<vectors>(key_rows(), shape_.size, range, products(),

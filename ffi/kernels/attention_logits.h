@@ -13,7 +13,7 @@
 
 namespace jax_softmax2p {
 
-// A tile of logits [keys][width], with room for its biases and its mask.
+// A tile of logits [keys][width], with room for its biases and for one mask at a time.
 template <typename T>
 struct LogitsTile {
   T* logits;
@@ -102,6 +102,21 @@ class AttentionLogits {
     if (!masked) return Apply<vectors, true, false>(range, tile, mask, best, maxima);
     biased ? Apply<vectors, true, true>(range, tile, mask, best, maxima)
            : Apply<vectors, false, true>(range, tile, mask, best, maxima);
+  }
+
+  // Reads the dropout's mask of a tile, for Drop.
+  static void ReadDropoutMask(const AttentionShape<T>& shape, std::int64_t row, std::int64_t rows,
+                              std::int64_t s, KeyRange range, const LogitsTile<T>& tile) {
+    FillFrom(shape.dropout_mask, shape.heads, row, rows, s, range, std::uint8_t{1}, tile.width, tile.mask);
+  }
+
+  // Replaces what the tile's mask does not keep by 0, in x laid out as the tile.
+  template <int vectors>
+  static SOFTMAX2P_INLINE void Drop(KeyRange range, const std::uint8_t* mask, T* x) {
+    constexpr std::int64_t kWidth = vectors * V::kLanes;
+    for (std::int64_t at = range.begin * kWidth; at < range.end * kWidth; at += V::kLanes) {
+      V::Where(mask + at, V::Load(x + at), V::Broadcast(0)).Store(x + at);
+    }
   }
 
   // output[size][rows] += A^T·factors, for copied keys or values A. Returns whether these are as they were:
@@ -210,8 +225,7 @@ class AttentionLogits {
     }
     for (std::int64_t i = filled; i < width; ++i) {
       const std::int64_t r = row + (i < rows ? i : rows - 1);
-      const Element* const from =
-          operand.data + r / heads * operand.query + r % heads * operand.head + s * operand.key;
+      const Element* const from = &operand.At(r / heads, r % heads, s);
       for (std::int64_t j = range.begin; j < range.end; ++j) to[j * width + i] = from[j * operand.key];
     }
   }

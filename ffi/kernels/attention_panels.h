@@ -179,8 +179,8 @@ class AttentionPanels {
         SOFTMAX2P_UNROLL for (int v = 0; v < vectors; ++v) maxima[v] = Max(capped.z[v], maxima[v]);
       });
     }
+    const LogitsTile<T> tile{logits(), bias(), mask(), vectors * V::kLanes};
     if (masked || shape_.bias.data != nullptr) {
-      const LogitsTile<T> tile{logits(), bias(), mask(), vectors * V::kLanes};
       Tiles::template ApplyOperands<vectors>(shape_, panel.row, panel.rows, s, range, cut, tile, state.best,
                                              maxima);
     } else {
@@ -188,8 +188,12 @@ class AttentionPanels {
     }
     Rescale<vectors>(state, panel.output, maxima) ? Exponentials<vectors, true>(state, range)
                                                   : Exponentials<vectors, false>(state, range);
-    return Tiles::template AddCopied<vectors>(values(), shape_.value_size, range, logits(), finite, masked,
-                                              panel.output);
+    if (shape_.Drops()) {
+      Tiles::ReadDropoutMask(shape_, panel.row, panel.rows, s, range, tile);
+      Tiles::template Drop<vectors>(range, mask(), logits());
+    }
+    return Tiles::template AddCopied<vectors>(values(), shape_.value_size, range, logits(), finite,
+                                              masked || shape_.Drops(), panel.output);
   }
 
   // Raises the references of rows whose maximum exceeds their limit, and rescales what they have summed.

@@ -99,11 +99,13 @@ class AttentionRows {
     if (args.lse_parts == 2) to[1] = lse.lo;
   }
 
-  // The mean of all values, those of padding included.
-  static void MeanOfValues(const AttentionArgs<E>& args, T* mean) {
+  // The mean of all values, those of padding included; what dropout drops for the row counts as 0.
+  static void MeanOfValues(const AttentionArgs<E>& args, std::int64_t row, T* mean) {
+    const std::int64_t t = row / args.heads, g = row % args.heads;
     ForVectors<V>(static_cast<int>(args.value_size), [&](int, int h, const auto& access) {
       CompensatedLanes<V> sum;
       for (std::int64_t s = 0; s < args.keys; ++s) {
+        if (args.Drops() && args.dropout_mask.At(t, g, s) == 0) continue;
         sum.Add(access.Load(args.value + s * args.value_stride + h, 0), V::Broadcast(0));
       }
       const V total = sum.sum + FiniteOr0(sum.rest);

@@ -22,7 +22,7 @@ struct Attention {
   AttentionArgs<E> first;
   std::int64_t batch;
   std::int64_t key_heads;
-  UnitStrides query, key, value, output, lse, bias, mask, sinks;
+  UnitStrides query, key, value, output, lse, bias, mask, dropout_mask, sinks;
   const std::int32_t* query_lengths = nullptr;
   const std::int32_t* key_lengths = nullptr;
 };

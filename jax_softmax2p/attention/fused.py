@@ -43,8 +43,6 @@ def unfused_reason(arrays: dict[str, Array], options: Options) -> str | None:
         return f"there is no native kernel for dtype {query.dtype}"
     if not are_known(*sizes) or 0 in sizes:
         return "sizes are symbolic or 0"
-    if "dropout_mask" in arrays:
-        return "there is dropout"
     if options.query_block_size is not None:
         return "query_block_size is given"
     if options.precision is not None:
@@ -70,6 +68,8 @@ def fused_attention(arrays: dict[str, Array], band: Band | None, options: Option
         return_lse=options.return_lse,
         implementation=options.implementation,
     )
+    if "dropout_mask" in arrays:
+        output = (output / options.keep_prob).astype(query.dtype)
     hi = jax.lax.stop_gradient(lse)[..., :1]
     return Result(output, hi.astype(query.dtype) if options.return_lse else None)
 

@@ -96,6 +96,7 @@ def attention(
     before: int | None = None,
     after: int | None = None,
     soft_cap: float | None = None,
+    dropout_mask: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
     isa: str | None = None,
     threads: int = 1,
@@ -110,6 +111,7 @@ def attention(
       before: how many keys before the i-th query i attends to; None for all.
       after: how many after it; None for all.
       soft_cap: as logits_soft_cap in :func:`jax_softmax2p.dot_product_attention`.
+      dropout_mask: C-contiguous boolean array (T, S), False for the weights that become 0, or None.
       sinks: C-contiguous array (N,) of float32, or of float64 for float64, or None.
       isa: as in :func:`softmax_into`.
       threads: as in :func:`softmax_into`.
@@ -137,12 +139,15 @@ def attention(
     if n % k:
         raise ValueError(f"query must have a multiple of key's {k} heads, got {n}")
     wide = np.float64 if query.dtype == np.float64 else np.float32
-    if sinks is not None:
-        _check_array("sinks", sinks, 1)
-        if sinks.dtype != wide or sinks.shape != (n,):
-            raise ValueError(
-                f"sinks must be {np.dtype(wide)} of shape ({n},), got {sinks.dtype} {sinks.shape}"
-            )
+    for name, operand, dtype, shape in (
+        ("dropout_mask", dropout_mask, np.dtype(bool), (t, s)),
+        ("sinks", sinks, np.dtype(wide), (n,)),
+    ):
+        if operand is not None:
+            _check_array(name, operand, len(shape))
+            if operand.dtype != dtype or operand.shape != shape:
+                got = f"{operand.dtype} of shape {operand.shape}"
+                raise ValueError(f"{name} must be {dtype} of shape {shape}, got {got}")
     for name, limit in (("before", before), ("after", after)):
         if limit is not None:
             _check_integer(name, limit, 0)
@@ -159,6 +164,7 @@ def attention(
         1 / np.sqrt(h),
         *limits,
         as_soft_cap(soft_cap, "soft_cap") or 0.0,
+        dropout_mask,
         sinks,
         checked_isa(isa),
         checked_threads(threads),

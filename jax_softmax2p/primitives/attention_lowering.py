@@ -2,8 +2,11 @@
 
 Their operands are query (B, T, N, H), key (B, S, K, H), value (B, S, K, H') and scale, one element; perhaps
 others of four dimensions; then, as the parameter ``names`` tells, bias and mask, which broadcast to (B, N, T,
-S), int32 lengths of queries and keys of shape (B,), and sinks (B, 1, N, 1). The batch of all but the lengths
-may be 1.
+S), int32 lengths of queries and keys of shape (B,), a mask of dropout, which broadcasts as bias does, and
+sinks (B, 1, N, 1). The batch of all but the lengths may be 1.
+
+Weights that the mask of dropout does not keep become 0. The others stay as they are: the caller divides by
+the probability of that.
 """
 
 import dataclasses
@@ -28,7 +31,7 @@ from jax_softmax2p.primitives.registration import KernelLowering
 Array = jax.Array
 Role = attention_partitioning.Role
 
-OPERAND_NAMES = ("bias", "mask", "query_lengths", "key_lengths", "sinks")
+OPERAND_NAMES = ("bias", "mask", "query_lengths", "key_lengths", "dropout_mask", "sinks")
 """The operands that come last, in their order; their places are the bits of the FFI attribute."""
 
 PARAMS = ("names", "band", "soft_cap", "return_lse", "implementation")
@@ -54,7 +57,7 @@ As above: (1, 1, 1, 4), 4 keys (32 multiply-adds) 0.12 and 0.92; (1, 1, 2, 8), 8
 ARRAY: Role = ("batch", None, "heads", None)
 LOGITS: Role = ("batch", "heads", None, None)
 _LENGTHS: Role = ("batch",)
-_ROLES = dict(zip(OPERAND_NAMES, (LOGITS, LOGITS, _LENGTHS, _LENGTHS, ARRAY), strict=True))
+_ROLES = dict(zip(OPERAND_NAMES, (LOGITS, LOGITS, _LENGTHS, _LENGTHS, LOGITS, ARRAY), strict=True))
 
 
 def roles_of(names: Sequence[str], *num_leading: int) -> tuple[Role, ...]:

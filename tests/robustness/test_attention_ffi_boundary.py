@@ -35,6 +35,7 @@ OPERANDS = (
     zeros(B, 1, 1, S, dtype=bool),
     zeros(B, dtype=np.int32),
     zeros(B, dtype=np.int32),
+    zeros(1, 1, T, S, dtype=bool),
 )
 WORDS = "must (be|have|broadcast)|have rank 4|wrong type|batches must"
 
@@ -43,7 +44,7 @@ WORDS = "must (be|have|broadcast)|have rank 4|wrong type|batches must"
 class TestAttention:
     def test_valid_calls(self, call):
         call()
-        call.with_operands(15, *OPERANDS, before=np.int64(2**62), after=np.int64(0), soft_cap=np.float64(3))()
+        call.with_operands(31, *OPERANDS, before=np.int64(2**62), after=np.int64(0), soft_cap=np.float64(3))()
         outside = [np.array([-1, 99], np.int32)] * 2
         call.with_operands(12, *outside)()
 
@@ -58,7 +59,7 @@ class TestAttention:
                         assert_refused(replace(index, x), "jax_softmax2p_attention|operands must be float32")
 
     def test_operands(self, call):
-        bias, mask, lengths, _ = OPERANDS
+        bias, mask, lengths, _, dropout_mask = OPERANDS
         for flags, operand in (
             (1, bias.astype(np.float64)),
             (1, bias[0]),
@@ -68,9 +69,11 @@ class TestAttention:
             (4, lengths.astype(np.int64)),
             (8, lengths[:1]),
             (8, zeros(B, 1, dtype=np.int32)),
+            (16, dropout_mask.astype(np.float32)),
+            (16, dropout_mask[..., :-1]),
         ):
             assert_refused(call.with_operands(flags, operand), "jax_softmax2p_attention")
-        for flags, *operands in ((1,), (0, bias), (32, bias), (-1, bias), (3, bias)):
+        for flags, *operands in ((1,), (0, bias), (64, bias), (-1, bias), (3, bias)):
             assert_refused(call.with_operands(flags, *operands), "operands must add up")
 
     def test_attributes(self, call):
@@ -87,10 +90,10 @@ def test_sinks():
     """Of attention alone; and errors name the target."""
     forward, backward = CALLS
     for batch in (1, B):
-        forward.with_operands(16, zeros(batch, 1, N, 1))()
+        forward.with_operands(32, zeros(batch, 1, N, 1))()
     for wrong in (zeros(3, 1, N, 1), zeros(1, 1, K, 1), zeros(N), zeros(1, 1, N, 1, dtype=np.float64)):
-        assert_refused(forward.with_operands(16, wrong), f"{forward.target}: sinks must have shape")
-    assert_refused(backward.with_operands(16, zeros(1, 1, N, 1)), f"{backward.target}: attribute operands")
+        assert_refused(forward.with_operands(32, wrong), f"{forward.target}: sinks must have shape")
+    assert_refused(backward.with_operands(32, zeros(1, 1, N, 1)), f"{backward.target}: attribute operands")
 
 
 @pytest.mark.parametrize("t", [0, T])

@@ -212,7 +212,7 @@ inline FakeCall Make(const Request& request) {
 }
 
 // A call of attention, or of its gradient, of two examples with four heads of queries and two of keys,
-// causal, with a bias, a mask, a soft cap, and sinks where they are taken. An lse has one part or two.
+// causal, with a bias, masks of logits and of dropout, a soft cap, and sinks where they are taken. An lse has one part or two.
 inline FakeCall MakeAttention(bool gradient, const ElementType& type, std::int64_t queries,
                               std::int64_t keys) {
   constexpr std::int64_t kBatch = 2, kHeads = 4, kKeyHeads = 2, kSize = 24;
@@ -235,7 +235,8 @@ inline FakeCall MakeAttention(bool gradient, const ElementType& type, std::int64
   }
   call.arguments.push_back(Input(type.compute, bias));
   call.arguments.push_back(Input(XLA_FFI_DataType_PRED, {kBatch, 1, queries, keys}));
-  call.attributes["operands"] = std::int64_t{gradient ? 1 | 2 : 1 | 2 | 16};
+  call.arguments.push_back(Input(XLA_FFI_DataType_PRED, {1, 1, queries, keys}));
+  call.attributes["operands"] = std::int64_t{gradient ? 1 | 2 | 16 : 1 | 2 | 16 | 32};
   if (!gradient) call.arguments.push_back(Input(type.compute, {1, 1, kHeads, 1}));
   call.attributes["before"] = std::int64_t{-1};
   call.attributes["after"] = std::int64_t{0};
