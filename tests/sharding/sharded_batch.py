@@ -11,6 +11,8 @@ from devices import P, kinds, normal, place, run, value_and_vjp
 from jax.sharding import AxisType
 
 import jax_softmax2p as s2p
+from jax_softmax2p.attention.multi_head import multi_head_attention
+from jax_softmax2p.attention.operands import Options
 
 X = normal(8, 6, 40)
 WHERE = normal(8, 1, 40, seed=1) < 0.9
@@ -224,6 +226,31 @@ def test_attention_with_sinks(implementation, axis_type):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, actual, expected)
     close(y, expected[0])
+
+
+@pytest.mark.long(axis_type=AxisType.Auto)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_attention_with_dropout(axis_type):
+    """Its mask is sharded as the weights are."""
+    q, k, v = normal(8, 32, 4, 8), normal(8, 32, 2, 8, seed=1), normal(8, 32, 2, 8, seed=2)
+    kept, cotangent = normal(8, 4, 32, 32, seed=4) > -0.5, normal(*q.shape, seed=3)
+
+    def attend(q, k, v, kept):
+        options = Options(keep_prob=0.7, implementation="native")
+        return multi_head_attention(q, k, v, dropout_mask=kept, options=options).output
+
+    def both(q, k, v, kept, cotangent):
+        y, vjp = jax.vjp(lambda *arrays: attend(*arrays, kept), q, k, v)
+        return y, vjp(cotangent)
+
+    expected = jax.jit(both)(q, k, v, kept, cotangent)
+    mesh = devices.make_mesh(axis_type)
+    with jax.set_mesh(mesh):
+        placed = [place(x, mesh, "data", None, "model") for x in (q, k, v, cotangent)]
+        placed.insert(3, place(kept, mesh, "data", "model"))
+        actual, found = run(both, *placed)
+    assert not found
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)
 
 
 SHARED_KEYS = {
