@@ -280,7 +280,10 @@ class TestLongSums:
     @pytest.mark.long
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_gradients(self, dtype):
-        """Of keys and values, sums over queries, and of queries, sums over keys."""
+        """Of keys and values, sums over queries, and of queries, sums over keys.
+
+        dP and delta are 5.2 and cancel but for some 1e-5: each gradient of a query or key has their roundings.
+        """
         long, short = 2**16, 4
         for t, s in ((long, short), (short, long)):
             q, k, v = (np.full((1, n, 1, 8), x, dtype) for n, x in ((t, 0.1), (s, 0.1), (s, 0.926)))
@@ -290,9 +293,10 @@ class TestLongSums:
             actual = jax.jit(jax.grad(functools.partial(weighted, ours), (1, 2, 3)))(cotangent, q, k, v)
             wide = [x.astype(np.float64) for x in (cotangent, q, k, v)]
             expected = jax.jit(jax.grad(functools.partial(weighted, formula), (1, 2, 3)))(*wide)
-            for x, y in zip(actual, expected, strict=True):
-                tolerance = 4 * np.sqrt(long) * EPS[dtype] * np.abs(y).max()
-                np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=tolerance)
+            cancelling = 5.2 * 0.3 / np.sqrt(8)
+            for x, y, terms in zip(actual, expected, (cancelling, cancelling, 0), strict=True):
+                tolerance = 4 * np.sqrt(long) * np.abs(y).max() + 64 * terms
+                np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=EPS[dtype] * tolerance)
 
 
 class TestGradient:

@@ -1,5 +1,7 @@
 """Steps of training and of inference of small networks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,12 +208,12 @@ def attention_with_dropout(shape, rng):
 
     batch, context, heads, size = shape
     width = heads * size
-    rate = np.float32(0.1)  # JAX draws others in its default dtype, which tests change.
+    # A plain float would be drawn against in JAX's default dtype, which tests change.
+    dropout: dict[str, Any] = {"dropout_rng": jax.random.key(0), "dropout_rate": np.float32(0.1)}
 
     def loss(weights, x):
-        attended = linen.dot_product_attention(
-            *_projected(weights, x), dropout_rng=jax.random.key(0), dropout_rate=rate
-        )
+        query, key, value = _projected(weights, x)
+        attended = linen.dot_product_attention(query, key, value, **dropout)
         return jnp.mean((x + jnp.einsum("btnh,nhd->btd", attended, weights["output"])) ** 2)
 
     return loss, (_attention_weights(rng, width, heads), normal(rng, batch, context, width))

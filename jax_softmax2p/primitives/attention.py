@@ -9,6 +9,7 @@ it: it is what the primitive is lowered to where it is not native, and what is d
 gradient in query, key, value and a bias.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ from jax_softmax2p.primitives.attention_lowering import (
     fold_batch,
     roles_of,
 )
-from jax_softmax2p.primitives.operands import Tangent
+from jax_softmax2p.primitives.operands import Tangent, fix_others
 from jax_softmax2p.primitives.registration import define_primitive
 from jax_softmax2p.reference import compute_dtype
 
@@ -93,11 +94,7 @@ def attention_jvp_rule(
 
     def composed_jvp(among: Sequence[int]) -> tuple[Any, Any]:
         varying = [i for i in among if not isinstance(tangents[i], ad.Zero)]
-
-        def call(*values: Array) -> Any:
-            replaced = dict(zip(varying, values, strict=True))
-            return composed(*(replaced.get(i, x) for i, x in enumerate(primals)), **params)
-
+        call = fix_others(functools.partial(composed, **params), primals, varying)
         return jax.jvp(call, [primals[i] for i in varying], [tangents[i] for i in varying])
 
     if stores_weights(*primals, **params):

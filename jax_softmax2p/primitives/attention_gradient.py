@@ -10,6 +10,7 @@ Their own derivatives are those of the composed function, of which output and ls
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from jax_softmax2p.primitives.attention_lowering import (
     roles_of,
 )
 from jax_softmax2p.primitives.attention_sinks import sinks_cotangent
-from jax_softmax2p.primitives.operands import Tangent
+from jax_softmax2p.primitives.operands import Tangent, fix_others
 from jax_softmax2p.primitives.registration import bind, define_primitive
 
 Array = jax.Array
@@ -197,15 +198,11 @@ def _output_of_arrays(
     composed: Rule, operands: Sequence[Array], named: Sequence[Array], params: dict[str, Any]
 ) -> tuple[Rule, tuple[Array, ...]]:
     """The output as a function of the arrays that are differentiated, and these."""
-    places = _places(params)
+    varying = [0, 1, 2, *_places(params, 4)]
     others = {name: value for name, value in params.items() if name != "linear"}
-
-    def output(query: Array, key: Array, value: Array, *linear: Array) -> Array:
-        replaced = dict(zip(places, linear, strict=True))
-        all_named = (replaced.get(i, x) for i, x in enumerate(named))
-        return composed(query, key, value, operands[3], *all_named, **others)[0]
-
-    return output, (*operands[:3], *(named[i] for i in places))
+    primals = *operands[:4], *named
+    output = fix_others(lambda *operands: composed(*operands, **others)[0], primals, varying)
+    return output, tuple(primals[i] for i in varying)
 
 
 def _rule_of(function: Rule) -> Rule:
@@ -213,14 +210,10 @@ def _rule_of(function: Rule) -> Rule:
 
     def rule(primals: Sequence[Array], tangents: Sequence[Tangent], **params: Any) -> Any:
         varying = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero) and i not in (4, 5)]
-
-        def call(*values: Array) -> Any:
-            replaced = dict(zip(varying, values, strict=True))
-            return function(*(replaced.get(i, x) for i, x in enumerate(primals)), **params)
-
         if not varying:
             results = function(*primals, **params)
             return results, [ad.Zero(jax.typeof(x)) for x in results]
+        call = fix_others(functools.partial(function, **params), primals, varying)
         return jax.jvp(call, [primals[i] for i in varying], [tangents[i] for i in varying])
 
     return rule

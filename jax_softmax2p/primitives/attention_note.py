@@ -1,13 +1,13 @@
 """A note in programs that attention is composed whatever its sizes, and why. ``explain`` reads it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.core import ShapedArray
-from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from jax_softmax2p.primitives.interpreters import define_taylor_rule
 
 Array = jax.Array
 
@@ -46,5 +46,4 @@ attention_note_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[attention_note_p] = _jvp_rule
 batching.primitive_batchers[attention_note_p] = _batch_rule
 mlir.register_lowering(attention_note_p, lambda ctx, x, *, reason: [x])
-_JET_RULES: dict[Primitive, Callable[..., Any]] = jet.jet_rules
-_JET_RULES[attention_note_p] = _taylor_rule
+define_taylor_rule(attention_note_p, _taylor_rule)

@@ -1,5 +1,6 @@
 """The primitives under interpreters of programs that stand apart from JAX's core: jet and checkify."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from jax.experimental import jet
 from jax.extend.core import Primitive
 
 from jax_softmax2p import jax_compat
+from jax_softmax2p.primitives.operands import fix_others
 
 
 def define_interpreter_rules(primitive: Primitive, reference: Callable[..., Any]) -> None:
@@ -24,16 +26,17 @@ def define_interpreter_rules(primitive: Primitive, reference: Callable[..., Any]
     def taylor_rule(primals: Any, series: Any, **params: Any) -> Any:
         # Masks and labels have no series.
         varying = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-        def call(*varying_operands: Any) -> Any:
-            replaced = dict(zip(varying, varying_operands, strict=True))
-            return reference(*(replaced.get(i, x) for i, x in enumerate(primals)), **params)
-
+        call = fix_others(functools.partial(reference, **params), primals, varying)
         # The coefficients that rules take and return are not scaled by factorials.
         return jet.jet(
             call, [primals[i] for i in varying], [series[i] for i in varying], factorial_scaled=False
         )
 
-    jet_rules: dict[Primitive, Callable[..., Any]] = jet.jet_rules
-    jet_rules[primitive] = taylor_rule
+    define_taylor_rule(primitive, taylor_rule)
     jax_compat.check_nans_under_checkify(primitive)
+
+
+def define_taylor_rule(primitive: Primitive, rule: Callable[..., Any]) -> None:
+    """Makes a primitive known to jet by rule(primals, series, **params): results and their coefficients."""
+    rules: dict[Primitive, Callable[..., Any]] = jet.jet_rules
+    rules[primitive] = rule

@@ -176,6 +176,18 @@ def limits_of_band(band: Band | None) -> dict[str, np.int64]:
     return {"before": limit(band and band.before), "after": limit(band and band.after)}
 
 
+def fix_others(
+    function: Callable[..., Any], operands: Sequence[Any], varying: Sequence[int]
+) -> Callable[..., Any]:
+    """The function of the operands at the places ``varying`` alone, the others being what they are here."""
+
+    def call(*values: Any) -> Any:
+        replaced = dict(zip(varying, values, strict=True))
+        return function(*(replaced.get(i, x) for i, x in enumerate(operands)))
+
+    return call
+
+
 def reference_rule(function: Callable[..., Any], *param_names: str) -> Callable[..., Any]:
     """A function of ``reference`` as one of a primitive's operands and parameters.
 

@@ -4,18 +4,17 @@ The sum is e^c·sum(e^(z - c)·b) for any reference point c of a row. The second
 logsumexp along b but for the point, and so logsumexp_jvp_p computes it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
-from jax.experimental import jet
-from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from jax_softmax2p import reference
+from jax_softmax2p.primitives.interpreters import define_taylor_rule
 from jax_softmax2p.primitives.logsumexp import lse_aval
 from jax_softmax2p.primitives.operands import OperandSpec, Tangent, move_batch_to_front
 from jax_softmax2p.primitives.registration import bind, define_primitive
@@ -125,5 +124,4 @@ signed_sum_point_p = define_primitive(
     batch_rule=signed_sum_point_batch_rule,
     lowering=signed_sum_point_lowering,
 )
-_jet_rules: dict[Primitive, Callable[..., Any]] = jet.jet_rules
-_jet_rules[signed_sum_point_p] = signed_sum_point_taylor_rule
+define_taylor_rule(signed_sum_point_p, signed_sum_point_taylor_rule)
