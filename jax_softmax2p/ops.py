@@ -152,21 +152,33 @@ def softmax_of_logits(logits: Logits, *, algorithm: Algorithm = "auto", in_place
     return logits.restore(y)
 
 
-def logsumexp_of_logits(logits: Logits, *, exact: bool = True) -> Lse:
+def logsumexp_of_logits(logits: Logits, *, exact: bool = True, zero_at_minus_infinity: bool = False) -> Lse:
     """The lse of arguments that have been checked, of the merged x's shape without the axis.
 
     Args:
       logits: the arguments.
       exact: whether lo matters; see :func:`reference.logsumexp`.
+      zero_at_minus_infinity: as in :func:`reference.logsumexp`; not for rows that are sharded, nor with
+        biases of rows.
     """
     match choose_path(logits.implementation, logits.axis_name):
         case "sharded":
             return sharding.sharded_logsumexp(logits)
         case "reference":
-            return reference.logsumexp(*logits.reference_operands(), axis=logits.axis, exact=exact)
+            return reference.logsumexp(
+                *logits.reference_operands(),
+                axis=logits.axis,
+                exact=exact,
+                zero_at_minus_infinity=zero_at_minus_infinity,
+            )
         case "primitive":
             exact = exact or bool(logits.row_biases)
-            lse = logsumexp_primitive.logsumexp(*logits.operands, exact=exact, **logits.params)
+            lse = logsumexp_primitive.logsumexp(
+                *logits.operands,
+                exact=exact,
+                zero_at_minus_infinity=zero_at_minus_infinity,
+                **logits.params,
+            )
             x, *operands = logits.operands
             for row_bias in logits.row_biases:
                 lse = add_row_bias(x, lse, row_bias, *operands, **logits.params)

@@ -83,6 +83,7 @@ def logsumexp(
     *,
     axis: int,
     exact: bool = False,
+    zero_at_minus_infinity: bool = False,
     for_derivative: str | None = None,
 ) -> Lse:
     """log(sum(exp(z))) of rows; -inf of a row without an element that takes part.
@@ -93,13 +94,17 @@ def logsumexp(
       axis: along which the rows lie.
       exact: whether hi + lo is to be so near that its difference from the largest logit is within 4 ULP of
         itself, however small.
+      zero_at_minus_infinity: whether derivatives of rows of nothing but -inf are 0 rather than NaN, if exact.
       for_derivative: which derivative is computed as well, that shares the sums: see
         :func:`logsumexp_vjp`.
     """
     z = _logits(x, operands, axis, fully_masked=-jnp.inf)
     if exact:
         terms = _exp_of_shifted(z, x.dtype, axis)
-        shift, log = (jnp.squeeze(part, axis) for part in (terms.z_max, log_of_sum(terms.p, axis)))
+        p = terms.p
+        if zero_at_minus_infinity:
+            p = select(terms.z_max == -jnp.inf, jnp.ones_like(p), p)
+        shift, log = (jnp.squeeze(part, axis) for part in (terms.z_max, log_of_sum(p, axis)))
         # Of infinities alone, not of NaN: XLA's maximum of a row with a NaN may be a number.
         log = select(jnp.isinf(shift), jnp.zeros_like(log), log)
     else:

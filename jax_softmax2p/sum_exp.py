@@ -1,6 +1,5 @@
 """Sums of exponentials as the paper's pair, which can be added whatever their size, for data in chunks."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -8,13 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_softmax2p import reference
-from jax_softmax2p.arguments import Axis, Logits, Where, as_logits
+from jax_softmax2p.arguments import Axis, Where, as_logits
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.ops import logsumexp_of_logits
-from jax_softmax2p.primitives.dispatch import Implementation, choose_path
-from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_jvp, no_labels
-from jax_softmax2p.primitives.mask_to_zero import tangent_from_operands
+from jax_softmax2p.primitives.dispatch import Implementation
 from jax_softmax2p.reference import Lse
 
 Array = jax.Array
@@ -29,8 +25,8 @@ class SumExp(NamedTuple):
     Attributes:
       mantissa: array, not negative.
       exponent: array of the same shape and dtype, of integers. From 2^24 on in float32, for logits beyond
-        1.1e7, and from 2^53 on in float64, they are rounded: the logarithm is then right to 4 ULP, and above
-        2.36e38, or 1.24e308, it is finfo.max.
+        1.1e7, and from 2^53 on in float64, they are rounded: the logarithm is then right to 4 ULP. Beyond
+        ±2.36e38, or ±1.24e308, it is finfo.max or finfo.min, and has no gradient.
     """
 
     mantissa: Array
@@ -123,53 +119,28 @@ def sum_exp(
     Source: arXiv 2001.04438, section 4.
     """
     logits = as_logits(x, axis, where, implementation=implementation, shift_invariant=False)
-    total, _ = _sum_exp(dataclasses.replace(logits, operands=()), *logits.operands)
-    return total
-
-
-# That of the lse would be NaN in a row of -inf, and so the gradient of all chunks that it is combined with.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sum_exp(logits: Logits, *operands: Array) -> tuple[SumExp, Lse]:
-    """The sum of logits, whose operands come apart; and, for the sake of the derivative, their lse."""
-    lse = logsumexp_of_logits(dataclasses.replace(logits, operands=operands))
-    return _from_lse(lse), lse
-
-
-@_sum_exp.defjvp
-def _sum_exp_jvp(
-    logits: Logits, primals: tuple[Array, ...], tangents: tuple[Array, ...]
-) -> tuple[tuple[SumExp, Lse], tuple[SumExp, Lse]]:
-    """The mantissa is sum(e^(z - c))·e^c / 2^exponent for any constant c, here the lse where that is one."""
-    total, lse = _sum_exp(logits, *primals)
-    logits = dataclasses.replace(logits, operands=primals)
-    constant = Lse(jnp.where(lse.hi == -jnp.inf, 0, lse.hi), lse.lo)
-    t = tangent_from_operands(primals, tangents, logits.spec)
-    leading = (primals[0], *constant, no_labels(), t)
-    match choose_path(logits.implementation, logits.axis_name):
-        case "reference":
-            _, operands = logits.reference_operands()
-            dot = reference.logsumexp_jvp(*leading, operands, axis=logits.axis)
-        case _:
-            dot = logsumexp_jvp(*leading, *primals[1:], **logits.params)
-    zero = jnp.zeros_like(lse.lo)
-    return (total, lse), (SumExp(jax.lax.stop_gradient(total.mantissa) * dot, zero), Lse(zero, zero))
+    # The NaN of a chunk of -inf would reach the gradients of all chunks that it is combined with.
+    return _from_lse(logsumexp_of_logits(logits, zero_at_minus_infinity=True))
 
 
 def _from_lse(lse: Lse) -> SumExp:
     """e^(hi + lo) as a mantissa of about 1 and an exponent, both of hi's shape and dtype."""
     hi, lo = lse
     limits = jnp.finfo(hi.dtype)
-    rounded = jnp.round(hi * np.log2(np.e).astype(hi.dtype))
+    rounded = jnp.round(jax.lax.stop_gradient(hi) * np.log2(np.e).astype(hi.dtype))
     exponent = jnp.clip(rounded, limits.min, limits.max)
     # Where the exponent itself is rounded, hi - exponent·ln 2 has no digit right.
     limit = 2.0 ** (limits.nmant + 1)
     small = (exponent > -limit) & (exponent < limit)
     # Infinities are replaced before they are subtracted: their difference is a NaN that JAX's checks report.
     finite = jnp.isfinite(hi)
-    rest = jnp.where(small & finite, hi, 0)
+    rest = jnp.where(finite, hi, 0)
+    rest = jnp.where(small, rest, rest - jax.lax.stop_gradient(rest))
     for term in _ln2_terms():
         rest = rest - jnp.where(small, exponent, 0) * term
-    return SumExp(jnp.exp(jnp.where(finite, rest + lo, hi)), exponent)
+    # No branch may overflow where it is not taken: its derivative would be NaN.
+    mantissa = jnp.exp(jnp.where(finite, rest + lo, hi))
+    return SumExp(mantissa, exponent)
 
 
 @functools.cache

@@ -282,7 +282,7 @@ class TestLongSums:
     def test_gradients(self, dtype):
         """Of keys and values, sums over queries, and of queries, sums over keys.
 
-        dP and delta are 5.2 and cancel but for some 1e-5: each gradient of a query or key has their roundings.
+        dP and delta are 5.2 and cancel but for some 1e-5: gradients of queries and keys have their roundings.
         """
         long, short = 2**16, 4
         for t, s in ((long, short), (short, long)):

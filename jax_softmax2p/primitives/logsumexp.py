@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.interpreters import ad
@@ -33,7 +34,12 @@ Array = jax.Array
 
 
 def logsumexp(
-    x: Array, *operands: Array, exact: bool = False, for_derivative: Operation | None = None, **params: Any
+    x: Array,
+    *operands: Array,
+    exact: bool = False,
+    zero_at_minus_infinity: bool = False,
+    for_derivative: Operation | None = None,
+    **params: Any,
 ) -> Lse:
     """The lse of the logits' rows: of x's shape without the axis, in the dtype that x is computed in.
 
@@ -44,11 +50,13 @@ def logsumexp(
       x: of an inexact dtype.
       operands: those of ``spec``, see ``primitives.operands``.
       exact: as in :func:`reference.logsumexp`, if that runs.
+      zero_at_minus_infinity: whether the derivative of rows of nothing but -inf is 0 rather than NaN.
       for_derivative: which derivative is computed as well, which decides from which size on it is native, and
         is as in :func:`reference.logsumexp`.
       params: axis (negative), spec, implementation.
     """
-    return Lse(*bind(logsumexp_p, x, *operands, exact=exact, for_derivative=for_derivative, **params))
+    params |= {"exact": exact, "zero_at_minus_infinity": zero_at_minus_infinity}
+    return Lse(*bind(logsumexp_p, x, *operands, for_derivative=for_derivative, **params))
 
 
 def keeps_derivative(
@@ -94,15 +102,25 @@ def logsumexp_jvp_rule(
     tangents: Sequence[Tangent],
     *,
     exact: bool,
+    zero_at_minus_infinity: bool,
     for_derivative: Operation | None,
     **params: Any,
 ) -> tuple[Lse, tuple[Array, ad.Zero]]:
     """The whole derivative is that of hi."""
     x, *operands = primals
     operation: Operation = "derivative of logsumexp"
-    lse = logsumexp(*primals, exact=exact, for_derivative=operation, **params)
+    lse = logsumexp(
+        *primals,
+        exact=exact,
+        zero_at_minus_infinity=zero_at_minus_infinity,
+        for_derivative=operation,
+        **params,
+    )
     t = tangent_from_operands(primals, tangents, params["spec"])
-    if keeps_derivative(x, operation, **params):
+    if zero_at_minus_infinity:
+        hi = jnp.where(lse.hi == -jnp.inf, 0, lse.hi)
+        hi_dot = logsumexp_jvp(x, hi, lse.lo, no_labels(), t, *operands, **params)
+    elif keeps_derivative(x, operation, **params):
         hi_dot = jvp_of_kept(x, lse, no_labels(), t, *operands, **params)
     else:
         hi_dot = logsumexp_jvp(x, *lse, no_labels(), t, *operands, **params)
@@ -136,7 +154,7 @@ def combine_shards(lse: Lse, *, implementation: Any, **_: Any) -> Lse:
 
 logsumexp_p = define_primitive(
     "softmax2p_logsumexp",
-    params=(*PARAMS, "exact", "for_derivative"),
+    params=(*PARAMS, "exact", "zero_at_minus_infinity", "for_derivative"),
     multiple_results=True,
     abstract_eval=logsumexp_abstract_eval,
     jvp_rule=logsumexp_jvp_rule,
