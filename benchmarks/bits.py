@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_softmax2p as s2p
+from benchmarks.options import existing_file
 from jax_softmax2p import native
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("output", type=pathlib.Path, metavar="OUT.json", nargs="?", help="file to write")
     parser.add_argument(
         "--compare",
-        type=pathlib.Path,
+        type=existing_file,
         metavar="OLD.json",
         help="list what differs from this earlier file; the exit status is 1 if anything does",
     )

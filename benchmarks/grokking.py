@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import jax_softmax2p
 from benchmarks import plots
+from benchmarks.options import positive_integer
 from jax_softmax2p.demo.environment import describe_environment, format_environment
 
 MODULUS = 113
@@ -187,8 +188,10 @@ def report(records: dict[str, list[dict[str, list[float]]]]) -> None:
 def main() -> None:
     """Trains, prints the figures and draws the accuracies."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grokking", description=__doc__)
-    parser.add_argument("--steps", type=int, help=f"training steps; {FULL.steps} by default")
-    parser.add_argument("--seeds", type=int, help=f"networks for each loss; {FULL.seeds} by default")
+    parser.add_argument("--steps", type=positive_integer, help=f"training steps; {FULL.steps} by default")
+    parser.add_argument(
+        "--seeds", type=positive_integer, help=f"networks for each loss; {FULL.seeds} by default"
+    )
     parser.add_argument(
         "--output",
         type=pathlib.Path,

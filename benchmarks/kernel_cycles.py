@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks import memory
 from benchmarks.guard_cost import load_library
+from benchmarks.options import positive_integer
 from jax_softmax2p import _native, measure
 
 LENGTHS = (64, 136, 512, 1000, 4096, 65536)
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("other", nargs="?", help="a wheel, or a native module, to be compared with")
     parser.add_argument("--isa", action="append", help="an instruction set; all by default")
     parser.add_argument("--dtype", action="append", help="of whole rows; float32 by default")
-    parser.add_argument("--n", action="append", type=int, help="a length; several by default")
+    parser.add_argument("--n", action="append", type=positive_integer, help="a length; several by default")
     parser.add_argument("--algorithm", default="auto", help="of whole rows")
     arguments = parser.parse_args()
     libraries = {"installed": _native}

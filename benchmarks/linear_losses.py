@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 import jax_softmax2p as s2p
+from benchmarks.options import positive_integer
 
 SHAPES = ((1024, 256, 50257), (512, 768, 50257), (256, 64, 200000), (2048, 512, 32000))
 """Tokens, features and classes."""
@@ -81,7 +82,7 @@ def report(title: str, measured: dict[str, tuple[Any, int]]) -> None:
 def main() -> None:
     """Measures all shapes and dtypes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_losses", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive_integer, default=5)
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     cases: list[tuple[Callable[..., dict[str, Loss]], tuple[int, int, int], str]] = [

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 import jax_softmax2p as s2p
+from benchmarks.options import positive_integer
 from jax_softmax2p.demo.environment import describe_environment, format_environment
 from jax_softmax2p.measure import alternating_medians
 
@@ -137,10 +138,8 @@ def report_times(shape: tuple[int, int], rounds: int) -> None:
 def main() -> None:
     """Prints the environment, the errors and the times."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.margins", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=31, help="%(default)s by default")
+    parser.add_argument("--rounds", type=positive_integer, default=31, help="%(default)s by default")
     rounds = parser.parse_args().rounds
-    if rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {rounds}")
     print(format_environment(describe_environment()))
     report_errors((64, 1000))
     for shape in ((4096, 16), (4096, 1000), (64, 50257)):

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.options import positive_integer
+
 ROOT = Path(__file__).parent.parent
 AXIS = "classes"
 HEARTBEAT_TIMEOUT = 10  # Seconds after which the others learn that a process is dead.
@@ -239,12 +241,16 @@ def main() -> None:
     """Starts the processes and reports, or runs as one of these processes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vocab_parallel", description=__doc__)
     parser.add_argument(
-        "--processes", type=int, nargs="*", default=[2, 4], help="how many, each with a device"
+        "--processes", type=positive_integer, nargs="*", default=[2, 4], help="how many, each with a device"
     )
-    parser.add_argument("--devices", type=int, nargs="*", default=[2, 4, 8], help="of one process")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each formulation that are timed")
+    parser.add_argument(
+        "--devices", type=positive_integer, nargs="*", default=[2, 4, 8], help="of one process"
+    )
+    parser.add_argument(
+        "--rounds", type=positive_integer, default=7, help="steps of each formulation that are timed"
+    )
     for name, size in Problem()._asdict().items():
-        parser.add_argument(f"--{name}", type=int, default=size)
+        parser.add_argument(f"--{name}", type=positive_integer, default=size)
     for name, kind in {"folder": str, "port": int, "rank": int, "of": int}.items():
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()

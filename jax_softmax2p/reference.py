@@ -389,9 +389,10 @@ def _rounding(z: Array, shift: Array, difference: Array) -> Array:
 
 
 def _exp(shifted: Array, rounding: Array | None) -> Array:
-    """exp(shifted + rounding), for a rounding that is small."""
+    """exp(shifted + rounding), for a rounding that is small where the exponential is not 0."""
     y = jnp.exp(shifted)
-    return y if rounding is None else y + y * rounding
+    # That of a difference that overflows is huge, and so would be its product with a cotangent.
+    return y if rounding is None else y + y * jnp.maximum(rounding, -1)
 
 
 def _mask_to_zero(x: Array, where: Array | None) -> Array:

@@ -49,6 +49,7 @@ class SumExp(NamedTuple):
             )
         return cls(jnp.zeros(shape, dtype), jnp.full(shape, jnp.finfo(dtype).min, dtype))
 
+    @jit_when_eager("self", "other")
     def combine(self, other: "SumExp") -> "SumExp":
         """The sum of both, which may broadcast."""
         exponent = jnp.maximum(self.exponent, other.exponent)
@@ -56,12 +57,14 @@ class SumExp(NamedTuple):
         other_mantissa = other.mantissa * _power_of_two(other.exponent - exponent)
         return SumExp(mantissa + other_mantissa, exponent)
 
+    @jit_when_eager("self")
     def reduce(self, axis: int | tuple[int, ...] | None = None) -> "SumExp":
         """The sum of all along an axis, several, or, with None, all axes."""
         highest = jnp.max(self.exponent, axis, keepdims=True, initial=jnp.finfo(self.exponent.dtype).min)
         mantissa = jnp.sum(self.mantissa * _power_of_two(self.exponent - highest), axis)
         return SumExp(mantissa, jnp.squeeze(highest, axis))
 
+    @jit_when_eager("self")
     def log(self) -> Array:
         """The natural logarithm: -inf of an empty sum."""
         limits = jnp.finfo(self.exponent.dtype)

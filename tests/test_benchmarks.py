@@ -1,5 +1,6 @@
 """The benchmarks without their measurements: saving, comparing, fitting, plotting, and worker processes."""
 
+import argparse
 import ast
 import math
 import os
@@ -12,7 +13,7 @@ import pytest
 from processes import ROOT
 
 import jax_softmax2p
-from benchmarks import bits, compare, margins, memory_traffic, plots, runner, scaling, sections
+from benchmarks import bits, compare, margins, memory_traffic, options, plots, runner, scaling, sections
 from benchmarks.backends import Backend, Ours, Torch
 from benchmarks.cases import Case
 from benchmarks.claims import claims
@@ -318,3 +319,16 @@ def test_worker_processes_import_public_names_only():
         imported |= {name for name in names if name.startswith("jax_softmax2p")}
     assert {"benchmarks.operations", "benchmarks.programs.sequences"} <= set(modules)
     assert imported <= public
+
+
+def test_options():
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--rounds", type=options.positive_integer)
+    parser.add_argument("--compare", type=options.existing_file)
+    assert parser.parse_args(["--rounds", "12", "--compare", __file__]).rounds == 12
+    message = "rounds: must be an integer from 1 on, got"
+    for wrong in ("0", "-3", "1.5", "²", ""):
+        with pytest.raises(argparse.ArgumentError, match=f"{message} '{wrong}'"):
+            parser.parse_args([f"--rounds={wrong}"])
+    with pytest.raises(argparse.ArgumentError, match=r"compare: there is no file 'nofile\.json'"):
+        parser.parse_args(["--compare", "nofile.json"])

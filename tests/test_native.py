@@ -135,6 +135,10 @@ INVALID_MEASUREMENTS = [
     (native.attention, (Q, Q, Q, Q[:, :1]), {}, ValueError, "cotangent must have shape"),
     (native.attention, (Q, Q, Q), {"before": -1}, ValueError, "before must be an integer from 0 on, got -1"),
     (native.attention, (Q, Q, Q), {"after": 0.5}, ValueError, "after must be an integer from 0 on, got 0.5"),
+    (native.attention, (Q, Q, Q), {"before": 10**30}, ValueError, f"before must be at most {2**56}, got 10"),
+    (native.pass_into, ("max", X[0], X[0]), {"maximum": "a"}, ValueError, "maximum must be a finite number"),
+    (native.attention, (Q, Q, Q), {"before": 10**30}, ValueError, f"before must be at most {2**56}, got 10"),
+    (native.pass_into, ("max", X[0], X[0]), {"maximum": "a"}, ValueError, "maximum must be a finite number"),
     (native.attention, (Q, Q, Q), {"soft_cap": -1.0}, ValueError, "soft_cap must be .* positive finite"),
     (native.attention, (Q, Q, Q), {"sinks": [0.0]}, TypeError, "sinks must be a NumPy array, got list"),
     (native.attention, (Q, Q, Q), {"sinks": np.ones(2)}, ValueError, "sinks must be float32 .* got float64"),
@@ -191,6 +195,27 @@ def test_forcing_an_isa(isa):
     code = "from jax_softmax2p import native; print(native.active_isa())"
     result = run_python(code, JAX_SOFTMAX2P_ISA=isa)
     assert result.stdout.strip() == isa, result.stderr
+
+
+FIRST_CALL_AT_THE_END = """
+import atexit, threading
+import jax.numpy as jnp, jax_softmax2p as s
+
+def call():
+    threading.main_thread().join({wait})
+    print(s.softmax(jnp.zeros(2)), s.native.unavailable_reason())
+
+{start}
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "wait"), [("threading.Thread(target=call).start()", ""), ("atexit.register(call)", "0")]
+)
+def test_first_call_when_the_main_thread_has_ended(start, wait):
+    """Executors refuse work then."""
+    result = run_python(FIRST_CALL_AT_THE_END.format(start=start, wait=wait))
+    assert (result.stdout, result.returncode) == ("[0.5 0.5] None\n", 0), result.stderr
 
 
 REFUSING_RUNTIME = """

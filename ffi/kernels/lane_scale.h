@@ -14,7 +14,8 @@
 
 namespace jax_softmax2p {
 
-// factor·e^-lse as (hi + lo)·2^-exponent, for lse and factor that are finite and lse within the exact range.
+// factor·e^-lse as (hi + lo)·2^-exponent, for an lse within the exact range and a factor up to
+// kLargestFactor.
 template <typename V>
 SOFTMAX2P_INLINE LaneSums<V> LaneScale(V lse_hi, V lse_lo, V factor) {
   using T = typename V::Scalar;
@@ -53,7 +54,8 @@ SOFTMAX2P_INLINE void ScalesFromLse(const T* lse_hi, const T* lse_lo, const T* f
   });
   for (int i = 0; i < width; ++i) {
     // Not so for NaNs.
-    const bool has_scale = lse_hi[i] < kLimit && lse_hi[i] > -kLimit && factor[i] - factor[i] == 0;
+    const bool has_scale = lse_hi[i] < kLimit && lse_hi[i] > -kLimit && factor[i] <= kLargestFactor<T> &&
+                           factor[i] >= -kLargestFactor<T>;
     if (!has_scale) scales.hi[i] = std::numeric_limits<T>::quiet_NaN();
   }
 }

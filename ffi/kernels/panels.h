@@ -111,7 +111,7 @@ class PanelKernels {
       } else {
         const RecomputeMinusLse<V> minus(lse_hi, lse_lo);
         WriteColumn<V>(access, access, minus, from, Discard{}, to, panel.stride, y_stride, panel.block, rows,
-                       Scaler<V>{DivideByFactor(access.Load(factor + at, 0)), V::Broadcast(0)});
+                       FactorScaler<V>(access.Load(factor + at, 0)));
       }
     });
   }

@@ -15,12 +15,14 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "ffi/base/inline.h"
 #include "ffi/kernels/access.h"
 #include "ffi/kernels/exp_source.h"
 #include "ffi/kernels/lane_sum.h"
+#include "ffi/kernels/table.h"
 
 namespace jax_softmax2p {
 
@@ -102,12 +104,43 @@ struct TableScaler {
 template <typename V>
 using MantissaScaler = std::conditional_t<kTakesValues<V>, TableScaler<V>, Scaler<V>>;
 
-// Scaler, less `probability.hi`·kFactor in the element whose number is the label: hi·kFactor·(p - 1), for p =
+// factor·e^x/kFactor for any factor, as a Scaler and a second factor: what is not finite is that, lest one of
+// a product's two terms be its negative, and so is a power of two of what would overflow on the way.
+template <typename V>
+class FactorScaler {
+  using T = typename V::Scalar;
+
+ public:
+  explicit SOFTMAX2P_INLINE FactorScaler(V factor) {
+    constexpr T kPower = std::uint64_t{1} << 40;
+    const V one = V::Broadcast(1), limit = V::Broadcast(kLargestFactor<T>);
+    const V infinity = V::Broadcast(std::numeric_limits<T>::infinity());
+    const V size = Max(factor, V::Broadcast(0) - factor), large = Max(size, limit);
+    const V small = WhereEqual(large, limit, factor, factor * V::Broadcast(1 / kPower));
+    const V power = WhereEqual(large, limit, one, V::Broadcast(kPower));
+    scaler_ = {DivideByFactor(WhereEqual(size, infinity, one, small)), V::Broadcast(0)};
+    rest_ = WhereEqual(size, infinity, factor, power);
+  }
+
+  template <int K>
+  SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
+    scaler_(e, y);
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = y[k] * rest_;
+  }
+  // The same of a p that is kFactor times as large.
+  SOFTMAX2P_INLINE V Times(V p) const { return scaler_.hi * p * rest_; }
+
+ private:
+  Scaler<V> scaler_;
+  V rest_;
+};
+
+// FactorScaler, less the factor in the element whose number is the label: factor·(p - 1), for p =
 // e^x/kFactor. Near 1 the power is kFactor, and expm1 the difference. The vectors are a row each of a tile,
 // from the first on.
 template <typename V>
 struct LabelScaler {
-  Scaler<V> probability;
+  FactorScaler<V> factor;
   V label;
   mutable V place = V::Broadcast(0);
 
@@ -116,9 +149,9 @@ struct LabelScaler {
     const V one = V::Broadcast(kFactor<V>);
     V at_label[K];
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
-      at_label[k] = probability.hi * Fma(e.expm1[k], e.pow2[k], e.pow2[k] - one);
+      at_label[k] = factor.Times(Fma(e.expm1[k], e.pow2[k], e.pow2[k] - one));
     }
-    probability(e, y);
+    factor(e, y);
     SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
       y[k] = WhereEqual(place, label, at_label[k], y[k]);
       place = place + V::Broadcast(1);

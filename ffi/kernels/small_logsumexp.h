@@ -73,7 +73,7 @@ class SmallLogSumExpKernels {
       if (factor == nullptr) {
         write(NoExp<V, SubtractLse<V>>{{lse_hi, lse_lo}}, NoScaler<V>{});
       } else {
-        const Scaler<V> scaler{DivideByFactor(LoadRows(factor + first, count)), V::Broadcast(0)};
+        const FactorScaler<V> scaler(LoadRows(factor + first, count));
         const RecomputeMinusLse<V> source(lse_hi, lse_lo);
         if (labels == nullptr) {
           write(source, scaler);
@@ -89,7 +89,7 @@ class SmallLogSumExpKernels {
   static void LabelsMinusLse(const T* z, E* y, int count, const T* hi, const T* lo, const T* factor) {
     ForVectors<V>(count, [&](int, int at, const auto& access) {
       const RecomputeMinusLse<V> source(access.Load(hi + at, 0), access.Load(lo + at, 0));
-      const Scaler<V> scaler{DivideByFactor(access.Load(factor + at, 0)), V::Broadcast(0)};
+      const FactorScaler<V> scaler(access.Load(factor + at, 0));
       WriteVectors<1, V>(access, access, source, z + at, Discard{}, y + at, kAdjacent<V>, kAdjacent<V>,
                          Ahead<0>{}, LabelScaler<V>{scaler, V::Broadcast(0)});
     });
@@ -156,7 +156,7 @@ class SmallLogSumExpKernels {
         WriteRow(Recompute<V, Identity>(V::Broadcast(exponents[r]), Identity{}), x, y, n,
                  [&](const auto&, int) { return scaler; });
       } else {
-        const Scaler<V> scaler{DivideByFactor(V::Broadcast(factor[r])), V::Broadcast(0)};
+        const FactorScaler<V> scaler(V::Broadcast(factor[r]));
         WriteRow(RecomputeMinusLse<V>(V::Broadcast(hi[r]), V::Broadcast(lo[r])), x, y, n,
                  [&](const auto&, int) { return scaler; });
       }
@@ -225,8 +225,7 @@ class SmallLogSumExpKernels {
     T results[kMaxSmall * V::kLanes];
     WriteColumn<V>(FullVector<V>{}, FullVector<V>{},
                    RecomputeMinusLse<V>(LoadRows(hi, count), LoadRows(lo, count)), tile, Discard{}, results,
-                   kAdjacent<V>, kAdjacent<V>, Ahead<0>{}, n,
-                   Scaler<V>{DivideByFactor(LoadRows(factor, count)), V::Broadcast(0)});
+                   kAdjacent<V>, kAdjacent<V>, Ahead<0>{}, n, FactorScaler<V>(LoadRows(factor, count)));
     WriteScaled(tile, n, scale_hi, scale_lo, exponents);
     for (int r = 0; r < count; ++r) {
       if (scale_hi[r] == scale_hi[r]) continue;

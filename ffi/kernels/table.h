@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 
 #include "ffi/base/error_free.h"
@@ -15,6 +16,10 @@
 #include "ffi/kernels/extended_sum.h"
 
 namespace jax_softmax2p {
+
+// Kernels multiply exponentials by factors up to this size without an overflow on the way.
+template <typename T>
+inline constexpr T kLargestFactor = std::numeric_limits<T>::max() / (std::uint64_t{1} << 40);
 
 // The largest matrices, in elements, for KernelTable::small_matrices. Rows of 96 take 0.30 ns an element in
 // it and 0.55 by themselves, rows of 128 0.29 and 0.44 (Zen 5, float32, AVX-512; AVX2: 0.46 and 0.65, 0.62
@@ -277,8 +282,8 @@ struct KernelTable {
                     T* hi, T* lo, T* log);
   // The same from sums without the largest elements and without `subtract`, however near to certainty.
   void (*panel_lse_of_others)(const PanelSums<T>& sums, const T* maximum, int width, T* hi, T* lo, T* log);
-  // Scales for panel_write, with which it writes factor·e^(x - hi - lo). Their hi is NaN where the lse or the
-  // factor is not finite, or the lse beyond the exact range: there is no scale.
+  // Scales for panel_write, with which it writes factor·e^(x - hi - lo). Their hi is NaN where the lse is not
+  // finite or beyond the exact range, or the factor beyond kLargestFactor: there is no scale.
   void (*panel_scales)(const T* hi, const T* lo, const T* factor, int width, const PanelSums<T>& scales);
   // Pass 2: y = (hi + lo)·2^-exponent·e^x, with the column's scale.
   void (*panel_write)(const E* x, const T* kept, E* y, const Panel& panel, const PanelSums<T>& scales,

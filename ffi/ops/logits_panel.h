@@ -151,6 +151,13 @@ class LogitsPanel {
     return where != nullptr && *where == 0;
   }
 
+  bool IsFullyMasked(int c) const {
+    for (std::int64_t i = 0; i < logits_->n; ++i) {
+      if (!IsMasked(c, i)) return false;
+    }
+    return true;
+  }
+
   // Element i of column c.
   T At(int c, std::int64_t i) const {
     const E* const x = logits_->x + panel_.FirstOf(c) + i * panel_.stride();

@@ -132,6 +132,13 @@ class LogitsRow {
     return i < begin_ || i >= end_ || (where_ != nullptr && where_[i * where_step_] == 0);
   }
 
+  bool IsFullyMasked() const {
+    for (std::int64_t i = begin_; i < end_; ++i) {
+      if (!IsMasked(i)) return false;
+    }
+    return true;
+  }
+
   bool HasNan() const {
     T z[kLogitsBlock];
     for (std::int64_t i = 0; i < size(); i += kLogitsBlock) {

@@ -12,8 +12,7 @@ namespace {
 
 // factor·e^-lse, by which the kernels multiply e^z, which they have KernelTable::factor times as large. That
 // avoids rounding z - hi, which would cost about |z - hi| ULP. Beyond the kernels' exact range, and where the
-// lse or the factor is not finite, hi is subtracted from z: there z - hi is exact wherever e^(z - hi) does
-// not vanish.
+// lse is not finite, hi is subtracted from z: there z - hi is exact wherever e^(z - hi) does not vanish.
 template <typename E, typename T = ComputeOf<E>>
 RowScale<T> ScaleFromLse(const KernelTable<E>& kernels, T hi, T lo, double factor) {
   constexpr double kLog2E = 0x1.71547652b82fep0;
@@ -21,7 +20,7 @@ RowScale<T> ScaleFromLse(const KernelTable<E>& kernels, T hi, T lo, double facto
   RowScale<T> scale{};
   factor /= kernels.factor;
   const double exponent = 2 * std::floor(static_cast<double>(hi) * (kLog2E / 2));
-  if (std::abs(exponent) < kernels.max_exponent - 2 && std::isfinite(factor)) {
+  if (std::abs(exponent) < kernels.max_exponent - 2) {
     const double rest = std::fma(-exponent, kLn2Hi, static_cast<double>(hi));
     const double value = factor * std::exp(-rest);
     const double missing = value * (exponent * kLn2Lo - static_cast<double>(lo));
@@ -80,6 +79,15 @@ void ForSmallProbabilities(const Kernels& kernels, Executor& executor, const Log
   ForSmallRows(kernels, executor, logits, rows, SmallRowsAs::kCompute, kMinParallelGradients);
 }
 
+// factor·p, for a factor that no scale can have.
+template <typename E, typename T = ComputeOf<E>>
+void WriteProducts(const LogitsRow<E>& row, std::int64_t at, std::int64_t size, const RowScale<T>& scale,
+                   T factor, E* y) {
+  row.ForScaled(at, size, scale, [&](std::int64_t i, const T* p, std::int64_t count) {
+    for (std::int64_t k = 0; k < count; ++k) Narrow(p[k] * factor, y[i + k]);
+  });
+}
+
 // t - p·<1, t> of row r. t and out point to the row's first element that takes part. Where p is near 1 it is
 // (t - <1, t>) - (p - 1)·<1, t>, which loses no digits.
 template <typename E>
@@ -128,15 +136,20 @@ void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
   if (HasSmallRows(logits)) {
     return ForSmallProbabilities(kernels, executor, logits, lse, [&](std::int64_t r, const T* p) {
       const E* const row_t = t + r * n;
-      const bool fully_masked = logits.HasMask() && !std::isfinite(lse.hi[r]);
+      const bool may_be_masked = logits.HasMask() && !std::isfinite(lse.hi[r]);
+      const bool fully_masked = may_be_masked && LogitsRow<E>(kernels, logits, r, nullptr).IsFullyMasked();
       const CompensatedSum dot = fully_masked ? CompensatedSum{} : table.logits_dot(p, row_t, n);
       out[r] = MinusLabel(dot, LabelOf(lse, r), row_t, 1, n);
     });
   }
   ForLogitsRows(kernels, executor, logits,
                 [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
-                  const RowScale<T> scale = ScaleFromLse(table, lse.hi[r], lse.lo[r], 1);
                   const E* const row_t = t + r * n;
+                  if (logits.HasMask() && !std::isfinite(lse.hi[r]) && row.IsFullyMasked()) {
+                    out[r] = MinusLabel(CompensatedSum{}, LabelOf(lse, r), row_t, 1, n);
+                    return;
+                  }
+                  const RowScale<T> scale = ScaleFromLse(table, lse.hi[r], lse.lo[r], 1);
                   const CompensatedSum dot = segments.Reduce<CompensatedSum>(
                       [&](std::int64_t at, std::int64_t size) {
                         CompensatedSum sum;
@@ -163,11 +176,14 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
   ForLogitsRows(kernels, executor, logits,
                 [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
                   const T hi = lse.hi[r], lo = lse.lo[r];
-                  const RowScale<T> scale = ScaleFromLse(kernels.Of<E>(), hi, lo, factor[r]);
+                  const bool scales = std::abs(factor[r]) <= kLargestFactor<T>;
+                  const RowScale<T> scale = ScaleFromLse(kernels.Of<E>(), hi, lo, scales ? factor[r] : 1);
                   E* const row_y = y + r * logits.n;
                   const Label<E> label(row, logits.n, LabelOf(lse, r));
                   segments.ForEach(Order::kForward, [&](std::int64_t at, std::int64_t size) {
-                    row.Write(at, size, {}, row_y + row.begin() + at, scale, non_temporal);
+                    E* const to = row_y + row.begin() + at;
+                    if (!scales) return WriteProducts(row, at, size, scale, factor[r], to);
+                    row.Write(at, size, {}, to, scale, non_temporal);
                     if (non_temporal && row.size() > kSegment) FenceNonTemporalStores();
                   });
                   if (logits.HasMask()) {

@@ -91,7 +91,7 @@ class LogSumExpJvpPanel {
           });
         });
     for (int c = 0; c < panel.width(); ++c) {
-      const bool fully_masked = in_.has_mask && !std::isfinite(in_.hi()[c]);
+      const bool fully_masked = in_.has_mask && !std::isfinite(in_.hi()[c]) && in_.logits.IsFullyMasked(c);
       const CompensatedSum dot = fully_masked ? CompensatedSum{} : CompensatedSum{dots.hi[c], dots.lo[c]};
       out_[panel.row() + c] =
           MinusLabel(dot, in_.LabelOfColumn(c), t_ + panel.FirstOf(c), panel.stride(), panel.layout().n);

@@ -80,7 +80,7 @@ def find_holdings(
       replacements: by the ids of the functions, those that stand for themselves included.
     """
     modules = list({id(module): module for module in modules}.values())
-    search = _Search(replacements, frozenset(names_of(module)["__name__"] for module in modules))
+    search = _Search(replacements, frozenset(map(name_of, modules)))
     # A dictionary that a module holds may be the names of another.
     search.seen |= {
         id(names_of(module))
@@ -96,6 +96,12 @@ def names_of(module: types.ModuleType) -> dict[str, Any]:
     """The dictionary of a module's names. A module may be of a class with attributes of its own."""
     names: dict[str, Any] = object.__getattribute__(module, "__dict__")
     return names
+
+
+def name_of(module: types.ModuleType) -> str:
+    """A module's own name; nothing where it has none, as one that a program has made may."""
+    name = names_of(module).get("__name__")
+    return name if isinstance(name, str) else ""
 
 
 class _Name(NamedTuple):
@@ -130,7 +136,7 @@ class _Search:
     def search_module(self, module: types.ModuleType) -> None:
         """Searches what the names of a module stand for."""
         names = names_of(module)
-        self._module = names["__name__"]
+        self._module = name_of(module)
         for name, value in names.copy().items():
             if type(value) not in _ATOMS:
                 self._visit(value, _Name(name), Place(names, name, dict.__setitem__))

@@ -5,7 +5,14 @@ import sys
 import types
 from collections.abc import Iterator, Set
 
-from jax_softmax2p.integrations.held_functions import Place, find_holdings, names_of, replace, restore
+from jax_softmax2p.integrations.held_functions import (
+    Place,
+    find_holdings,
+    name_of,
+    names_of,
+    replace,
+    restore,
+)
 from jax_softmax2p.integrations.patched_calls import PatchedCalls, counting, lock
 from jax_softmax2p.integrations.patched_functions import loaded_replacements
 
@@ -140,7 +147,7 @@ def _public_modules() -> dict[str, types.ModuleType]:
     return {
         name: module
         for name, module in sys.modules.copy().items()
-        if issubclass(type(module), types.ModuleType) and not _is_internal(name)
+        if issubclass(type(module), types.ModuleType) and name_of(module) and not _is_internal(name)
     }
 
 
@@ -151,7 +158,9 @@ def _checked_name(module: types.ModuleType | str) -> str:
         if name not in sys.modules:
             raise ValueError(f"modules must be loaded, got {name!r}, which has not been imported")
     elif isinstance(module, types.ModuleType):
-        name = module.__name__
+        name = name_of(module)
+        if not name:
+            raise ValueError(f"modules must have names, got {module!r}")
     else:
         raise TypeError(f"modules must be modules or their names, got {module!r}")
     if _is_internal(name):

@@ -14,7 +14,7 @@ import sys
 import threading
 import types
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 
 import jax
 import jax.export
@@ -153,11 +153,10 @@ def unavailable_reason() -> str | None:
 def _probe() -> str | None:
     reason = _load_failure
     if not reason:
-        # In a thread of its own no trace, mesh or thread-local setting of the caller's reaches the call.
         # Warnings of JAX's are none of ours, even where they are errors.
-        with warnings.catch_warnings(), ThreadPoolExecutor(1) as thread:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            reason = thread.submit(_try_tiny_call).result()
+            reason = _in_other_thread(_try_tiny_call)
     if reason:
         warnings.warn(
             f"jax_softmax2p runs its jax.numpy reference, not its native kernels: {reason}",
@@ -177,6 +176,18 @@ def _stacklevel_of_caller() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(packages):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _in_other_thread(function: Callable[[], str]) -> str:
+    """The result of a function that no trace, mesh or thread-local setting of the caller's reaches."""
+    results: list[str] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    try:
+        thread.start()
+    except RuntimeError:  # Python has no more threads when it shuts down.
+        return function()
+    thread.join()
+    return results[0]
 
 
 def _try_tiny_call() -> str:

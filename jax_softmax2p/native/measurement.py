@@ -7,10 +7,13 @@ import numpy as np
 from jax_softmax2p.native import library
 from jax_softmax2p.native.names import DTYPE_NAMES, DTYPES, Algorithm, check_algorithm
 from jax_softmax2p.native.numpy_kernels import check_is_array, checked_copies, checked_isa, checked_threads
-from jax_softmax2p.scalars import as_index, as_soft_cap
+from jax_softmax2p.scalars import as_index, as_number, as_soft_cap
 
 PASSES = ("max", "sum_exp", "exp_store", "scale", "extended_sum", "extended_write")
 """The passes of which the algorithms consist, for :func:`pass_into`."""
+
+_MAX_INTEGER = 2**56
+"""More elements or keys than any array has."""
 
 
 def pass_into(
@@ -32,7 +35,7 @@ def pass_into(
       x: C-contiguous float32 array of one dimension.
       out: as in :func:`softmax_into`. ``"extended_write"`` writes e^x·2^-k there, with k the largest integer
         not above maximum·log2 e; ``"scale"`` does so from what ``"exp_store"`` has left there.
-      maximum: of ``x``.
+      maximum: of ``x``; finite.
       isa: as in :func:`softmax_into`.
       threads: as in :func:`softmax_into`.
 
@@ -54,7 +57,14 @@ def pass_into(
     if x.dtype != np.float32 or x.ndim != 1:
         raise TypeError(f"x must be float32 of one dimension, got {x.dtype} of {x.ndim}")
     found = kernels.pass_into(
-        name, x, out, copies, x.size, maximum, checked_isa(isa), checked_threads(threads)
+        name,
+        x,
+        out,
+        copies,
+        x.size,
+        as_number(maximum, "maximum"),
+        checked_isa(isa),
+        checked_threads(threads),
     )
     return None if found is None else float(found)
 
@@ -227,6 +237,8 @@ def _check_array(name: str, x: Any, ndim: int) -> None:
 def _check_integer(name: str, value: Any, least: int) -> None:
     if as_index(value) is None or value < least:
         raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
+    if value > _MAX_INTEGER:
+        raise ValueError(f"{name} must be at most {_MAX_INTEGER}, got {value!r}")
 
 
 def _library() -> Any:

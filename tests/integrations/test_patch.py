@@ -1,6 +1,7 @@
 """patch_jax_nn: what it replaces, what it reaches, what it counts, and that it restores everything."""
 
 import contextlib
+import sys
 import threading
 import types
 
@@ -269,6 +270,19 @@ class TestReach:
             assert module.softmax is jnp.exp
         assert module.sm is jax.nn.softmax
         assert module.lse is jax.scipy.special.logsumexp
+
+    @pytest.mark.parametrize("name", [None, 3])
+    def test_modules_without_a_name(self, name, monkeypatch):
+        """A program may have made one, which is not searched, and cannot be asked for."""
+        module = types.ModuleType("nameless")
+        module.__name__, module.sm = name, jax.nn.softmax
+        if name is None:
+            del module.__name__
+        monkeypatch.setitem(sys.modules, "nameless", module)
+        with patch_jax_nn(loaded_modules=True):
+            assert module.sm is ORIGINALS["softmax"]
+        with pytest.raises(ValueError, match="modules must have names, got <module"), patch_jax_nn(module):
+            pass
 
     @pytest.mark.parametrize("axis", [None, 0, (0, 1)])
     @pytest.mark.parametrize("name", ["softmax", "log_softmax"])

@@ -316,6 +316,13 @@ def test_tangents_without_transfers(name):
     np.testing.assert_allclose(tangent, jax.jvp(getattr(jax.nn, name), (x,), (x,))[1], atol=1e-6)
 
 
+def test_sums_in_parts_without_transfers():
+    total = s2p.sum_exp(operands("float32")["x"])
+    with jax.transfer_guard("disallow"):
+        log = total.combine(total).reduce().log()
+    np.testing.assert_allclose(log, total.reduce().log() + np.log(2), rtol=1e-6)
+
+
 def test_strict_promotion_refuses_what_jax_refuses():
     x = jnp.ones((2, 3), jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):

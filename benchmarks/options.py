@@ -1,0 +1,19 @@
+"""Types of command-line options, whose errors name the option."""
+
+import argparse
+import pathlib
+
+
+def positive_integer(text: str) -> int:
+    """An integer from 1 on."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 on, got {text!r}")
+    return int(text)
+
+
+def existing_file(text: str) -> pathlib.Path:
+    """A file that can be read."""
+    path = pathlib.Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return path
