@@ -12,7 +12,7 @@ def positive_integer(text: str) -> int:
 
 
 def existing_file(text: str) -> pathlib.Path:
-    """A file that can be read."""
+    """The path of a file."""
     path = pathlib.Path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text!r}")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import jax_softmax2p
 from benchmarks import plots
+from benchmarks.options import positive_integer
 from jax_softmax2p import integrations, measure
 from jax_softmax2p.demo.environment import describe_environment, format_environment
 from jax_softmax2p.demo.model import Size
@@ -213,7 +214,9 @@ def report(records: dict[str, StepRecord], size: Size) -> dict[str, dict[str, An
 def main() -> None:
     """Trains, prints the figures and draws the losses."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_lm", description=__doc__)
-    parser.add_argument("--steps", type=int, help="training steps; 300 by default, 10 with --quick")
+    parser.add_argument(
+        "--steps", type=positive_integer, help="training steps; 300 by default, 10 with --quick"
+    )
     parser.add_argument(
         "--output",
         type=pathlib.Path,

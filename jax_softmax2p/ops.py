@@ -161,6 +161,7 @@ def logsumexp_of_logits(logits: Logits, *, exact: bool = True, zero_at_minus_inf
       zero_at_minus_infinity: as in :func:`reference.logsumexp`; not for rows that are sharded, nor with
         biases of rows.
     """
+    assert not zero_at_minus_infinity or (exact and not logits.axis_name and not logits.row_biases)
     match choose_path(logits.implementation, logits.axis_name):
         case "sharded":
             return sharding.sharded_logsumexp(logits)

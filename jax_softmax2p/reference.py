@@ -391,7 +391,7 @@ def _rounding(z: Array, shift: Array, difference: Array) -> Array:
 def _exp(shifted: Array, rounding: Array | None) -> Array:
     """exp(shifted + rounding), for a rounding that is small where the exponential is not 0."""
     y = jnp.exp(shifted)
-    # That of a difference that overflows is huge, and so would be its product with a cotangent.
+    # That of a difference that overflows is negative and huge: times a cotangent it would be infinite.
     return y if rounding is None else y + y * jnp.maximum(rounding, -1)
 
 

@@ -26,7 +26,7 @@ class SumExp(NamedTuple):
       mantissa: array, not negative.
       exponent: array of the same shape and dtype, of integers. From 2^24 on in float32, for logits beyond
         1.1e7, and from 2^53 on in float64, they are rounded: the logarithm is then right to 4 ULP. Beyond
-        ±2.36e38, or ±1.24e308, it is finfo.max or finfo.min, and has no gradient.
+        ±2.36e38, or ±1.24e308, it is finfo.max or finfo.min, and its gradient 0.
     """
 
     mantissa: Array

@@ -79,21 +79,41 @@ def test_few_queries_of_many_keys(t):
     assert_close(value_and_gradients(ours, operands), value_and_gradients(exact, operands))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("keep_prob", [KEEP_PROB, np.float32(KEEP_PROB)])
+def test_16_bits(dtype, keep_prob):
+    """The probability is not rounded to 16 bits, by which all elements would be too large."""
+    operands = operands_of(2, 70, 80, 2, 2, 64, dtype)
+    dropout = {"dropout_rng": DROPOUT["dropout_rng"], "dropout_rate": 1 - keep_prob}
+    with jax.numpy_dtype_promotion("strict"):
+        y = jax.jit(functools.partial(flax_attention, **dropout))(*operands)
+    assert y.dtype == dtype
+    kept = jax.random.bernoulli(dropout["dropout_rng"], 1 - dropout["dropout_rate"], (1, 1, 70, 80))
+    expected = formula(*(x.astype(np.float64) for x in operands), dropout_mask=kept) / KEEP_PROB
+    assert_close(y, expected, 2 * float(jnp.finfo(dtype).eps))
+    bias = float(np.sum(np.asarray(y, np.float64) * expected) / np.sum(expected**2)) - 1
+    assert abs(bias) < 0.05 * float(jnp.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("isa", native.supported_isas())
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_instruction_sets(isa, dtype):
-    """The kernels themselves, which leave it to their callers to divide by the probability."""
-    operands = operands_of(2, 40, 70, 4, 2, 9, dtype)
-    cotangent = normal(2, 40, 4, 9, seed=7).astype(dtype)
-    kept = normal(40, 70, seed=8) > -0.5
+@pytest.mark.parametrize("window", [(None, 0), (3, 0)])
+def test_instruction_sets(isa, dtype, window):
+    """The kernels themselves; in a window, half of the queries attend to no key."""
+    t, s = (40, 70) if window[0] is None else (40, 20)
+    operands = operands_of(2, t, s, 4, 2, 9, dtype)
+    cotangent = normal(2, t, 4, 9, seed=7).astype(dtype)
+    kept = normal(t, s, seed=8) > -0.5
+    before, after = window
 
     @jax.jit
     def expected(cotangent, *operands):
-        attend = functools.partial(formula, dropout_mask=kept, is_causal=True, return_residual=True)
+        limits = (t if before is None else before, after)
+        attend = functools.partial(formula, dropout_mask=kept, local_window_size=limits, return_residual=True)
         (y, lse), vjp = jax.vjp(attend, *operands)
         return [y, lse, *vjp((cotangent, jnp.zeros_like(lse)))]
 
-    actual = native.attention(*operands, cotangent, after=0, dropout_mask=kept, isa=isa)
+    actual = native.attention(*operands, cotangent, before=before, after=after, dropout_mask=kept, isa=isa)
     wide = [np.asarray(x, np.float64) for x in (cotangent, *operands)]
     tolerance = {8: 1e-13, 4: 4e-6}.get(np.dtype(dtype).itemsize, 4 * float(jnp.finfo(dtype).eps))
     assert_close([np.asarray(x, np.float64) for x in actual], expected(*wide), tolerance)
@@ -110,20 +130,31 @@ def test_a_dropped_value_that_is_nan_harms_nobody():
     q, k, v = operands_of(1, 70, 80, 1, 1, 8)
     kept = np.asarray(jax.random.bernoulli(DROPOUT["dropout_rng"], KEEP_PROB, (1, 1, 70, 80)))[0, 0, :, 5]
     v[:, 5] = np.nan
-    y = jax.jit(functools.partial(flax_attention, **DROPOUT))(q, k, v)
-    np.testing.assert_array_equal(np.isnan(y[0, :, 0, 0]), kept)
+    f = functools.partial(flax_attention, **DROPOUT)
+    y, gradient = jax.jit(lambda q: (f(q, k, v), jax.grad(lambda q: f(q, k, v).sum())(q)))(q)
+    for result in (y, gradient):
+        np.testing.assert_array_equal(np.isnan(result[0, :, 0, 0]), kept)
 
 
-def test_derivatives_of_higher_order_and_vmap():
+def test_derivatives_of_higher_order():
     operands = operands_of(2, 1, 3, 2, 1, 2)
-    operands = [jnp.asarray(x)[:, None] for x in operands]
-    f = jax.jit(jax.vmap(functools.partial(flax_attention, **DROPOUT, broadcast_dropout=False)))
+    f = jax.jit(functools.partial(flax_attention, **DROPOUT, broadcast_dropout=False))
     check_grads(f, operands, order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
-    each = [
-        functools.partial(flax_attention, **DROPOUT, broadcast_dropout=False)(*(x[i] for x in operands))
-        for i in range(2)
-    ]
-    assert_close(f(*operands), jnp.stack(each))
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_vmap_of_gradients(is_shared):
+    """Of a mask for each example, or one for all."""
+    operands = [np.stack([x, 2 * x]) for x in operands_of(2, 9, 12, 2, 1, 4)]
+    keys = DROPOUT["dropout_rng"] if is_shared else jax.random.split(DROPOUT["dropout_rng"])
+
+    def gradient(key, *operands):
+        f = functools.partial(flax_attention, dropout_rng=key, dropout_rate=0.3)
+        return jax.grad(lambda *operands: weighted_sum(f(*operands)), (0, 1, 2))(*operands)
+
+    actual = jax.jit(jax.vmap(gradient, (None if is_shared else 0, 0, 0, 0)))(keys, *operands)
+    each = [gradient(keys if is_shared else keys[i], *(x[i] for x in operands)) for i in range(2)]
+    assert_close(actual, jax.tree.map(lambda *xs: jnp.stack(xs), *each))
 
 
 def test_is_native():

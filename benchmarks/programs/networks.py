@@ -208,7 +208,7 @@ def attention_with_dropout(shape, rng):
 
     batch, context, heads, size = shape
     width = heads * size
-    # A plain float would be drawn against in JAX's default dtype, which tests change.
+    # Random numbers are of the dtype of the probability, which of a plain float depends on jax_enable_x64.
     dropout: dict[str, Any] = {"dropout_rng": jax.random.key(0), "dropout_rate": np.float32(0.1)}
 
     def loss(weights, x):

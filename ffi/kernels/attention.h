@@ -111,8 +111,9 @@ class AttentionKernels {
     }
   }
 
+  // With dropout every row has one of its own.
   const T* MeanOfValues(std::int64_t row) {
-    if (!has_mean_ || args_.Drops()) Rows::MeanOfValues(args_, row, panels_.mean());
+    if (!has_mean_ || args_.HasDropout()) Rows::MeanOfValues(args_, row, panels_.mean());
     has_mean_ = true;
     return panels_.mean();
   }

@@ -20,7 +20,7 @@ struct LogitsOperand {
   std::int64_t head = 0;
   std::int64_t key = 0;
 
-  // Of query t of head g, the element of key s.
+  // The element for query t, head g and key s.
   const Element& At(std::int64_t t, std::int64_t g, std::int64_t s) const {
     return data[t * query + g * head + s * key];
   }
@@ -61,7 +61,7 @@ struct AttentionShape {
   // Rows are the queries of all heads, those of one query side by side.
   SOFTMAX2P_INLINE std::int64_t Rows() const { return queries * heads; }
 
-  SOFTMAX2P_INLINE bool Drops() const { return dropout_mask.data != nullptr; }
+  SOFTMAX2P_INLINE bool HasDropout() const { return dropout_mask.data != nullptr; }
 
   // The keys that any of the rows from `begin` to `end` attends to, by the band and the lengths.
   KeyRange KeysOfRows(std::int64_t begin, std::int64_t end) const {

@@ -152,7 +152,7 @@ class AttentionGradientKernels {
 
   // The cotangent of a row that attends to all keys alike.
   void AddToAllValues(std::int64_t t, std::int64_t g, const T* cotangent) const {
-    if (!args_.Drops()) {
+    if (!args_.HasDropout()) {
       for (std::int64_t h = 0; h < args_.value_size; ++h) panels_.mean_cotangent()[h] += cotangent[h];
       return;
     }

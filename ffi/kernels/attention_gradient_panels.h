@@ -184,14 +184,14 @@ class AttentionGradientPanels {
     if (shape_.bias.data != nullptr || !finite) ClearPadding<vectors>(panel, range);
     Tiles::template Multiply<vectors>(values(), panel.cotangents, layout_.value_depth, T{1}, T{0}, range,
                                       products(), nothing);
-    if (shape_.Drops()) {
+    if (shape_.HasDropout()) {
       Tiles::ReadDropoutMask(shape_, panel.row, panel.rows, s, range, tile);
       Tiles::template Drop<vectors>(range, tile.mask, products());
     }
     const std::int64_t end = RoundUp(range.end, Product::kRows);
     masked ? Weights<vectors, true>(panel, range.begin, end)
            : Weights<vectors, false>(panel, range.begin, end);
-    if (shape_.Drops()) Tiles::template Drop<vectors>(range, tile.mask, weights());
+    if (shape_.HasDropout()) Tiles::template Drop<vectors>(range, tile.mask, weights());
     if (bias_gradient_ != nullptr) AddBiasGradient<vectors>(panel, s, range);
     if (shape_.soft_cap != 0) ApplyCapDerivatives<vectors>(range);
     const bool unchanged = Tiles::template AddCopied<vectors>(key_rows(), shape_.size, range, products(),

@@ -104,7 +104,8 @@ class AttentionLogits {
            : Apply<vectors, false, true>(range, tile, mask, best, maxima);
   }
 
-  // Reads the dropout's mask of a tile, for Drop.
+  // Reads the dropout mask of a tile, for Drop. The masks of the logits have been applied: their room is
+  // free.
   static void ReadDropoutMask(const AttentionShape<T>& shape, std::int64_t row, std::int64_t rows,
                               std::int64_t s, KeyRange range, const LogitsTile<T>& tile) {
     FillFrom(shape.dropout_mask, shape.heads, row, rows, s, range, std::uint8_t{1}, tile.width, tile.mask);

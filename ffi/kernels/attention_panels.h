@@ -188,12 +188,12 @@ class AttentionPanels {
     }
     Rescale<vectors>(state, panel.output, maxima) ? Exponentials<vectors, true>(state, range)
                                                   : Exponentials<vectors, false>(state, range);
-    if (shape_.Drops()) {
+    if (shape_.HasDropout()) {
       Tiles::ReadDropoutMask(shape_, panel.row, panel.rows, s, range, tile);
       Tiles::template Drop<vectors>(range, mask(), logits());
     }
     return Tiles::template AddCopied<vectors>(values(), shape_.value_size, range, logits(), finite,
-                                              masked || shape_.Drops(), panel.output);
+                                              masked || shape_.HasDropout(), panel.output);
   }
 
   // Raises the references of rows whose maximum exceeds their limit, and rescales what they have summed.

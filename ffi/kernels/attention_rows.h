@@ -105,7 +105,7 @@ class AttentionRows {
     ForVectors<V>(static_cast<int>(args.value_size), [&](int, int h, const auto& access) {
       CompensatedLanes<V> sum;
       for (std::int64_t s = 0; s < args.keys; ++s) {
-        if (args.Drops() && args.dropout_mask.At(t, g, s) == 0) continue;
+        if (args.HasDropout() && args.dropout_mask.At(t, g, s) == 0) continue;
         sum.Add(access.Load(args.value + s * args.value_stride + h, 0), V::Broadcast(0));
       }
       const V total = sum.sum + FiniteOr0(sum.rest);

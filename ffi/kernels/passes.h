@@ -104,35 +104,35 @@ struct TableScaler {
 template <typename V>
 using MantissaScaler = std::conditional_t<kTakesValues<V>, TableScaler<V>, Scaler<V>>;
 
-// factor·e^x/kFactor for any factor, as a Scaler and a second factor: what is not finite is that, lest one of
-// a product's two terms be its negative, and so is a power of two of what would overflow on the way.
+// factor·e^x/kFactor for any factor. An infinite one is multiplied last, since a Scaler adds two products,
+// which would be inf - inf. One beyond kLargestFactor is divided by a power of two before, and the result
+// multiplied by that last, since a product on the way would overflow.
 template <typename V>
 class FactorScaler {
   using T = typename V::Scalar;
 
  public:
   explicit SOFTMAX2P_INLINE FactorScaler(V factor) {
-    constexpr T kPower = std::uint64_t{1} << 40;
     const V one = V::Broadcast(1), limit = V::Broadcast(kLargestFactor<T>);
     const V infinity = V::Broadcast(std::numeric_limits<T>::infinity());
-    const V size = Max(factor, V::Broadcast(0) - factor), large = Max(size, limit);
-    const V small = WhereEqual(large, limit, factor, factor * V::Broadcast(1 / kPower));
-    const V power = WhereEqual(large, limit, one, V::Broadcast(kPower));
-    scaler_ = {DivideByFactor(WhereEqual(size, infinity, one, small)), V::Broadcast(0)};
-    rest_ = WhereEqual(size, infinity, factor, power);
+    const V magnitude = Max(factor, V::Broadcast(0) - factor), larger = Max(magnitude, limit);
+    const V reduced = WhereEqual(larger, limit, factor, factor * V::Broadcast(1 / kFactorHeadroom<T>));
+    const V power = WhereEqual(larger, limit, one, V::Broadcast(kFactorHeadroom<T>));
+    scaler_ = {DivideByFactor(WhereEqual(magnitude, infinity, one, reduced)), V::Broadcast(0)};
+    last_factor_ = WhereEqual(magnitude, infinity, factor, power);
   }
 
   template <int K>
   SOFTMAX2P_INLINE void operator()(const ExtExp<V, K>& e, V (&y)[K]) const {
     scaler_(e, y);
-    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = y[k] * rest_;
+    SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) y[k] = y[k] * last_factor_;
   }
   // The same of a p that is kFactor times as large.
-  SOFTMAX2P_INLINE V Times(V p) const { return scaler_.hi * p * rest_; }
+  SOFTMAX2P_INLINE V Times(V p) const { return scaler_.hi * p * last_factor_; }
 
  private:
   Scaler<V> scaler_;
-  V rest_;
+  V last_factor_;
 };
 
 // FactorScaler, less the factor in the element whose number is the label: factor·(p - 1), for p =

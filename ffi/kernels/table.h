@@ -17,9 +17,12 @@
 
 namespace jax_softmax2p {
 
-// Kernels multiply exponentials by factors up to this size without an overflow on the way.
+// Kernels multiply exponentials by factors up to the second number without an overflow on the way: there
+// products may be larger by the first, for kFactor, kUnit, and what splits them in TwoProd.
 template <typename T>
-inline constexpr T kLargestFactor = std::numeric_limits<T>::max() / (std::uint64_t{1} << 40);
+inline constexpr T kFactorHeadroom = std::uint64_t{1} << 40;
+template <typename T>
+inline constexpr T kLargestFactor = std::numeric_limits<T>::max() / kFactorHeadroom<T>;
 
 // The largest matrices, in elements, for KernelTable::small_matrices. Rows of 96 take 0.30 ns an element in
 // it and 0.55 by themselves, rows of 128 0.29 and 0.44 (Zen 5, float32, AVX-512; AVX2: 0.46 and 0.65, 0.62

@@ -38,7 +38,7 @@ AttentionArgs<E> ArgsOf(const Attention<E>& attention, std::int64_t unit) {
   args.lse += at(attention.lse);
   if (args.bias.data != nullptr) args.bias.data += at(attention.bias);
   if (args.mask.data != nullptr) args.mask.data += at(attention.mask);
-  if (args.Drops()) args.dropout_mask.data += at(attention.dropout_mask);
+  if (args.HasDropout()) args.dropout_mask.data += at(attention.dropout_mask);
   if (args.sinks != nullptr) args.sinks += at(attention.sinks);
   const auto length = [&](const std::int32_t* lengths, std::int64_t size) {
     return lengths == nullptr ? size : std::clamp<std::int64_t>(lengths[b], 0, size);
@@ -118,7 +118,9 @@ void Attend(const KernelTable<E>& kernels, Executor& executor, const Attention<E
   const AttentionArgs<E>& args = attention.first;
   const std::int64_t rows = args.Rows(), units = attention.batch * attention.key_heads;
   if (rows * units == 0) return;
-  if (rows <= kernels.attention_few_rows && !args.Drops()) return AttendFew(kernels, executor, attention);
+  // The kernel for few queries reads no dropout mask, which decoding does not have.
+  if (rows <= kernels.attention_few_rows && !args.HasDropout())
+    return AttendFew(kernels, executor, attention);
   const std::int64_t block = RowsOfBlock(kernels, executor, attention);
   const std::int64_t blocks = CeilDiv(rows, block), tasks = units * blocks;
   const std::int64_t work = std::min(rows, block) * args.keys * (args.size + args.value_size);

@@ -44,6 +44,7 @@ class Label {
     E& y = row_y[index_];
     const double log_p = LogProbability(z_, hi, lo);
     if constexpr (std::is_same_v<E, T>) {
+      // Of an infinite factor y is infinite as well.
       if (has_logit_ && log_p < -0.7 && std::isfinite(factor)) {
         y -= factor;
         return;

@@ -79,7 +79,7 @@ void ForSmallProbabilities(const Kernels& kernels, Executor& executor, const Log
   ForSmallRows(kernels, executor, logits, rows, SmallRowsAs::kCompute, kMinParallelGradients);
 }
 
-// factor·p, for a factor that no scale can have.
+// factor·p, for a factor that no scale can have. In 16 bits p might be 0, and its product with infinity NaN.
 template <typename E, typename T = ComputeOf<E>>
 void WriteProducts(const LogitsRow<E>& row, std::int64_t at, std::int64_t size, const RowScale<T>& scale,
                    T factor, E* y) {

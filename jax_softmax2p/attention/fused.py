@@ -69,7 +69,8 @@ def fused_attention(arrays: dict[str, Array], band: Band | None, options: Option
         implementation=options.implementation,
     )
     if "dropout_mask" in arrays:
-        output = (output / options.keep_prob).astype(query.dtype)
+        # A probability in 16 bits would make all elements too large, or too small, by up to 0.2%.
+        output = (output.astype(dtype) / jnp.asarray(options.keep_prob, dtype)).astype(query.dtype)
     hi = jax.lax.stop_gradient(lse)[..., :1]
     return Result(output, hi.astype(query.dtype) if options.return_lse else None)
 

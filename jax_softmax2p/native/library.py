@@ -179,12 +179,15 @@ def _stacklevel_of_caller() -> int:
 
 
 def _in_other_thread(function: Callable[[], str]) -> str:
-    """The result of a function that no trace, mesh or thread-local setting of the caller's reaches."""
+    """The result of a function that no trace, mesh or thread-local setting of the caller's reaches.
+
+    Where Python starts no thread, as when it shuts down, it runs in the caller's. It must not raise.
+    """
     results: list[str] = []
     thread = threading.Thread(target=lambda: results.append(function()))
     try:
         thread.start()
-    except RuntimeError:  # Python has no more threads when it shuts down.
+    except RuntimeError:
         return function()
     thread.join()
     return results[0]

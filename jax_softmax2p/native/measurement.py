@@ -1,5 +1,6 @@
 """What only measures: single passes of the algorithms, plans, and the machine's caches."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,8 @@ def attention(
       before: how many keys before the i-th query i attends to; None for all.
       after: how many after it; None for all.
       soft_cap: as logits_soft_cap in :func:`jax_softmax2p.dot_product_attention`.
-      dropout_mask: C-contiguous boolean array (T, S), False for the weights that become 0, or None.
+      dropout_mask: C-contiguous boolean array (T, S), False for the weights that become 0, or None. Nothing
+        is divided by the probability with which weights are kept.
       sinks: C-contiguous array (N,) of float32, or of float64 for float64, or None.
       isa: as in :func:`softmax_into`.
       threads: as in :func:`softmax_into`.
@@ -213,6 +215,8 @@ def softmax_plan(
     check_algorithm(algorithm)
     for name, size in zip(("shape[0]", "shape[1]", "shape[2]"), shape, strict=True):
         _check_integer(name, size, 1)
+    if math.prod(shape) > _MAX_INTEGER:
+        raise ValueError(f"shape must have at most {_MAX_INTEGER} elements, got {shape}")
     if (dtype := np.dtype(dtype)) not in DTYPE_NAMES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
     return dict(kernels.softmax_plan(DTYPE_NAMES[dtype], *shape, algorithm, checked_isa(isa)))

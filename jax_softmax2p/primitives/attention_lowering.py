@@ -5,8 +5,8 @@ others of four dimensions; then, as the parameter ``names`` tells, bias and mask
 S), int32 lengths of queries and keys of shape (B,), a mask of dropout, which broadcasts as bias does, and
 sinks (B, 1, N, 1). The batch of all but the lengths may be 1.
 
-Weights that the mask of dropout does not keep become 0. The others stay as they are: the caller divides by
-the probability of that.
+Weights that the mask of dropout does not keep become 0. The others stay as they are: the caller divides the
+output by the probability with which weights are kept.
 """
 
 import dataclasses

@@ -118,6 +118,7 @@ def logsumexp_jvp_rule(
     )
     t = tangent_from_operands(primals, tangents, params["spec"])
     if zero_at_minus_infinity:
+        # e^(-inf - 0) is 0, e^(-inf + inf) NaN, as are derivatives that are kept: those are made of x alone.
         hi = jnp.where(lse.hi == -jnp.inf, 0, lse.hi)
         hi_dot = logsumexp_jvp(x, hi, lse.lo, no_labels(), t, *operands, **params)
     elif keeps_derivative(x, operation, **params):
@@ -163,7 +164,7 @@ logsumexp_p = define_primitive(
         operation="logsumexp",
         target=native.LOGSUMEXP_TARGET,
         attributes=lse_attributes,
-        reference=reference_rule(reference.logsumexp, "exact", "for_derivative"),
+        reference=reference_rule(reference.logsumexp, "exact", "zero_at_minus_infinity", "for_derivative"),
         sharded_rule=logsumexp_sharded_rule,
     ),
 )

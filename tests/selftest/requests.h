@@ -212,7 +212,8 @@ inline FakeCall Make(const Request& request) {
 }
 
 // A call of attention, or of its gradient, of two examples with four heads of queries and two of keys,
-// causal, with a bias, masks of logits and of dropout, a soft cap, and sinks where they are taken. An lse has one part or two.
+// causal, with a bias, masks of logits and of dropout, a soft cap, and sinks where they are taken. An lse has
+// one part or two.
 inline FakeCall MakeAttention(bool gradient, const ElementType& type, std::int64_t queries,
                               std::int64_t keys) {
   constexpr std::int64_t kBatch = 2, kHeads = 4, kKeyHeads = 2, kSize = 24;

@@ -230,10 +230,11 @@ def test_attention_with_sinks(implementation, axis_type):
 
 @pytest.mark.long(axis_type=AxisType.Auto)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_attention_with_dropout(axis_type):
-    """Its mask is sharded as the weights are."""
+@pytest.mark.parametrize("shape", [(8, 4, 32, 32), (1, 1, 32, 32)])
+def test_attention_with_dropout(shape, axis_type):
+    """Its mask is sharded as the weights are, or shared."""
     q, k, v = normal(8, 32, 4, 8), normal(8, 32, 2, 8, seed=1), normal(8, 32, 2, 8, seed=2)
-    kept, cotangent = normal(8, 4, 32, 32, seed=4) > -0.5, normal(*q.shape, seed=3)
+    kept, cotangent = normal(*shape, seed=4) > -0.5, normal(*q.shape, seed=3)
 
     def attend(q, k, v, kept):
         options = Options(keep_prob=0.7, implementation="native")
@@ -247,7 +248,7 @@ def test_attention_with_dropout(axis_type):
     mesh = devices.make_mesh(axis_type)
     with jax.set_mesh(mesh):
         placed = [place(x, mesh, "data", None, "model") for x in (q, k, v, cotangent)]
-        placed.insert(3, place(kept, mesh, "data", "model"))
+        placed.insert(3, place(kept, mesh, *(("data", "model") if shape[0] > 1 else ())))
         actual, found = run(both, *placed)
     assert not found
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), actual, expected)

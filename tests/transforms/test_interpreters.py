@@ -35,6 +35,11 @@ def gradient(f):
 
 
 # Ours, given an implementation, and the same in JAX's own functions, of one array (3, 5).
+def sum_with_nothing(x, **options):
+    chunks = jnp.concatenate([x, jnp.full_like(x[:1], -jnp.inf)])
+    return s2p.sum_exp(chunks, **options).reduce().log()
+
+
 PROGRAMS = {
     "softmax": (lambda x, **o: s2p.softmax(x, **o), jax.nn.softmax),
     "softmax, masked": (
@@ -67,6 +72,10 @@ PROGRAMS = {
     "tangent of log_softmax": (
         lambda x, **o: jax.jvp(lambda x: s2p.log_softmax(x, **o), (x,), (WEIGHTS,))[1],
         lambda x: jax.jvp(jax.nn.log_softmax, (x,), (WEIGHTS,))[1],
+    ),
+    "gradient of sum_exp, beside a chunk of -inf": (
+        lambda x, **o: jax.grad(lambda x: sum_with_nothing(x, **o))(x),
+        lambda x: jax.grad(lambda x: jax.nn.logsumexp(x))(x),
     ),
     "gradient of the loss of integer labels": (
         lambda x, **o: jax.grad(lambda x: integer_loss(x, **o).sum())(x),
