@@ -111,10 +111,14 @@ class AttentionKernels {
     }
   }
 
-  // With dropout every row has one of its own.
+  // Without dropout all rows share it.
   const T* MeanOfValues(std::int64_t row) {
-    if (!has_mean_ || args_.HasDropout()) Rows::MeanOfValues(args_, row, panels_.mean());
-    has_mean_ = true;
+    if (args_.HasDropout()) {
+      Rows::MeanOfKeptValues(args_, row, panels_.mean());
+    } else if (!has_mean_) {
+      Rows::MeanOfValues(args_, panels_.mean());
+      has_mean_ = true;
+    }
     return panels_.mean();
   }
 

@@ -367,7 +367,7 @@ class FewQueriesKernels {
     Rows::LseOf(1, state + kReference, state + kShift, state + kSum, &lse);
     for (std::int64_t h = 0; h < args.value_size; ++h) output[h] /= state[kSum];
     Rows::Write(args, r, state[kSum], state[kBest], lse, output, [&] {
-      Rows::MeanOfValues(args, r, output);
+      Rows::MeanOfValues(args, output);
       return output;
     });
   }

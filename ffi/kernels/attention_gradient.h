@@ -156,11 +156,13 @@ class AttentionGradientKernels {
       for (std::int64_t h = 0; h < args_.value_size; ++h) panels_.mean_cotangent()[h] += cotangent[h];
       return;
     }
-    const T share = 1 / static_cast<T>(args_.keys);
+    const V share = V::Broadcast(1 / static_cast<T>(args_.keys));
     for (std::int64_t j = begin_; j < end_; ++j) {
       if (args_.dropout_mask.At(t, g, j) == 0) continue;
       T* const value = panels_.value_gradient() + (j - begin_) * panels_.value_row();
-      for (std::int64_t h = 0; h < args_.value_size; ++h) value[h] += share * cotangent[h];
+      for (std::int64_t h = 0; h < args_.value_size; h += V::kLanes) {
+        Fma(share, V::Load(cotangent + h), V::Load(value + h)).Store(value + h);
+      }
     }
   }
 

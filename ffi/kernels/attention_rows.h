@@ -99,18 +99,42 @@ class AttentionRows {
     if (args.lse_parts == 2) to[1] = lse.lo;
   }
 
-  // The mean of all values, those of padding included; what dropout drops for the row counts as 0.
-  static void MeanOfValues(const AttentionArgs<E>& args, std::int64_t row, T* mean) {
-    const std::int64_t t = row / args.heads, g = row % args.heads;
+  // The mean of all values, those of padding included.
+  static void MeanOfValues(const AttentionArgs<E>& args, T* mean) {
     ForVectors<V>(static_cast<int>(args.value_size), [&](int, int h, const auto& access) {
       CompensatedLanes<V> sum;
       for (std::int64_t s = 0; s < args.keys; ++s) {
-        if (args.HasDropout() && args.dropout_mask.At(t, g, s) == 0) continue;
         sum.Add(access.Load(args.value + s * args.value_stride + h, 0), V::Broadcast(0));
       }
       const V total = sum.sum + FiniteOr0(sum.rest);
       access.Store(total / V::Broadcast(static_cast<T>(args.keys)), mean + h);
     });
+  }
+
+  // The same of a row with dropout, where dropped values count as 0. Rows share nothing then, and there may
+  // be many, so that sums are plain, in parts of some keys.
+  static void MeanOfKeptValues(const AttentionArgs<E>& args, std::int64_t row, T* mean) {
+    constexpr std::int64_t kPart = 64, kWidth = 16 * V::kLanes;
+    const std::int64_t t = row / args.heads, g = row % args.heads;
+    for (std::int64_t first = 0; first < args.value_size; first += kWidth) {
+      const std::int64_t left = args.value_size - first;
+      const int width = static_cast<int>(left < kWidth ? left : kWidth);
+      const auto add = [&](const auto* from, T* to) {
+        ForVectors<V>(width, [&](int, int h, const auto& access) {
+          access.Store(access.Load(to + h, 0) + access.Load(from + h, 0), to + h);
+        });
+      };
+      T sum[kWidth] = {};
+      for (std::int64_t begin = 0; begin < args.keys; begin += kPart) {
+        const std::int64_t end = begin + kPart < args.keys ? begin + kPart : args.keys;
+        T part[kWidth] = {};
+        for (std::int64_t s = begin; s < end; ++s) {
+          if (args.dropout_mask.At(t, g, s) != 0) add(args.value + s * args.value_stride + first, part);
+        }
+        add(part, sum);
+      }
+      for (int h = 0; h < width; ++h) mean[first + h] = sum[h] / static_cast<T>(args.keys);
+    }
   }
 
  private:
