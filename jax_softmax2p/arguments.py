@@ -1,7 +1,6 @@
 """What users pass, checked and brought into the form that the primitives take."""
 
 import dataclasses
-import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -28,7 +27,6 @@ Array = jax.Array
 Axis = int | Sequence[int] | None
 Where = jax.typing.ArrayLike | Band | None
 Bias = jax.typing.ArrayLike | tuple[jax.typing.ArrayLike, ...] | None
-_INT32 = np.iinfo(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,23 +143,20 @@ def as_logits(
     x = x.astype(wide)
     check_native_support(chosen, x.dtype)
     computed = compute_dtype(wide)
-    scale = None if scale is None else scale.astype(computed)
     row_biases: list[Array] = []
     if isinstance(bias, tuple):
         biases = [_with_rank(term, x.ndim).astype(computed) for term in biases]
         if splits_bias and choose_path(chosen, axis_name) == "primitive" and not jnp.iscomplexobj(x):
             row_biases = [term for term in biases if _is_of_rows(term, axes)]
             biases = [term for term in biases if not _is_of_rows(term, axes)]
+    merged, merged_axis = merge_axes(x, axes)
     named = {
-        "scale": scale,
+        "scale": None if scale is None else scale.astype(computed),
         "bias": sum(biases[1:], biases[0]).astype(wide) if biases else None,
         "where": mask,
     }
-    merged, merged_axis = merge_axes(x, axes)
     operands = {
-        key: merge_axes(broadcast_along_all_or_none(_with_rank(operand, x.ndim), x.shape, axes), axes)[0]
-        for key, operand in named.items()
-        if operand is not None
+        key: _merge_operand(operand, x.shape, axes) for key, operand in named.items() if operand is not None
     }
     row_biases = [merge_axes(term, axes)[0] for term in row_biases]
     if shift_invariant and row_biases:
@@ -220,66 +215,6 @@ def as_real_array(x: jax.typing.ArrayLike, name: str) -> Array:
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got dtype {array.dtype}")
     return array
-
-
-def saturate_known_labels(labels: Any) -> Any:
-    """Integers of NumPy as int32, to whose range they saturate; anything else as it is.
-
-    Without jax_enable_x64, JAX would cut 64 bits down to 32.
-    """
-    if isinstance(labels, np.ndarray | np.generic) and labels.dtype.kind in "iu":
-        return _saturate_to_int32(labels)
-    return labels
-
-
-def as_labels(labels: jax.typing.ArrayLike) -> Array:
-    """Integers of any dtype as int32, to whose range they saturate.
-
-    There are at most 2^31 - 1 classes, so a number that int32 cannot hold names no class, and neither does
-    the number to which it saturates. A cast would wrap it around to a number that may name one.
-
-    Raises:
-      TypeError: labels are not integers.
-    """
-    labels = as_array(saturate_known_labels(labels), "labels")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
-    return _saturate_to_int32(labels)
-
-
-def as_class_indices(labels: Array, num_classes: int) -> Array:
-    """The classes that labels name.
-
-    Args:
-      labels: int32, as :func:`as_labels` returns them. Those below 0 count from the end.
-      num_classes: how many classes a row has, on all devices together.
-
-    Returns:
-      int32 array of the labels' shape, of numbers from 0 to num_classes, where num_classes stands for no
-      class.
-
-    Raises:
-      ValueError: there are more classes than int32 can count.
-    """
-    # A symbolic size of jax.export cannot be compared.
-    if isinstance(num_classes, int) and num_classes > _INT32.max:
-        raise ValueError(f"there must be no more than {_INT32.max} classes, got {num_classes}")
-    return _class_indices(labels, num_classes)
-
-
-# Jitted, since eager calls would otherwise dispatch each of its operations by itself.
-@functools.partial(jax.jit, static_argnames="num_classes", inline=True)
-def _class_indices(labels: Array, num_classes: int) -> Array:
-    labels = jnp.where(labels < 0, labels + num_classes, labels)
-    return jnp.where((labels >= 0) & (labels < num_classes), labels, num_classes)
-
-
-def _saturate_to_int32(x: Any) -> Any:
-    """Integers of any dtype, in an array of JAX or of NumPy, as int32."""
-    limits = jnp.iinfo(x.dtype)
-    if limits.min < _INT32.min or limits.max > _INT32.max:
-        x = x.clip(max(limits.min, _INT32.min), min(limits.max, _INT32.max))
-    return x.astype(np.int32)
 
 
 def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
@@ -371,6 +306,12 @@ def check_broadcasts(name: str, array: Array, shape: tuple[int, ...], target: st
 
 def _with_rank(array: Array, ndim: int) -> Array:
     return array.reshape((1,) * (ndim - array.ndim) + array.shape)
+
+
+def _merge_operand(operand: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """An operand of x, of whose shape that is, with its axes merged as those of x are."""
+    ranked = _with_rank(operand, len(shape))
+    return merge_axes(broadcast_along_all_or_none(ranked, shape, axes), axes)[0]
 
 
 def broadcast_along_all_or_none(operand: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:

@@ -12,16 +12,14 @@ import jax.numpy as jnp
 from jax_softmax2p import reference
 from jax_softmax2p.arguments import (
     as_array,
-    as_class_indices,
     as_floating_array,
-    as_labels,
     as_logits,
     broadcast_along_all_or_none,
     canonical_axes,
     merge_axes,
-    saturate_known_labels,
 )
 from jax_softmax2p.eager import jit_when_eager
+from jax_softmax2p.labels import as_class_indices, as_labels, saturate_known_labels
 from jax_softmax2p.logits import logit_at_label
 from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives import collectives

@@ -19,7 +19,7 @@ PYTHON_LAYERS = (
     ("attention", "linear"),
     ("losses", "sum_exp"),
     ("ops",),
-    ("factors", "logits", "sharding"),
+    ("factors", "labels", "logits", "sharding"),
     ("arguments", "explain"),
     ("primitives",),
     ("eager",),

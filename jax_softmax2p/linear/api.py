@@ -12,13 +12,11 @@ from jax.interpreters import ad
 from jax_softmax2p.arguments import (
     as_array,
     as_axis_name,
-    as_class_indices,
     as_floating_array,
-    as_labels,
-    saturate_known_labels,
 )
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.jax_compat import as_varying
+from jax_softmax2p.labels import as_class_indices, as_labels, saturate_known_labels
 from jax_softmax2p.linear import derivatives, formula
 from jax_softmax2p.linear.blocks import Wanted
 from jax_softmax2p.linear.formula import LossSpec
