@@ -6,9 +6,12 @@ import pathlib
 
 def positive_integer(text: str) -> int:
     """An integer from 1 on."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer from 1 on, got {text!r}")
-    return int(text)
+    return _integer(text, 1)
+
+
+def natural_number(text: str) -> int:
+    """An integer from 0 on."""
+    return _integer(text, 0)
 
 
 def existing_file(text: str) -> pathlib.Path:
@@ -17,3 +20,9 @@ def existing_file(text: str) -> pathlib.Path:
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text!r}")
     return path
+
+
+def _integer(text: str, least: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an integer from {least} on, got {text!r}")
+    return int(text)

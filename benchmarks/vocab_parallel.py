@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.options import positive_integer
+from benchmarks.options import natural_number, positive_integer
 
 ROOT = Path(__file__).parent.parent
 AXIS = "classes"
@@ -247,7 +247,7 @@ def main() -> None:
         "--devices", type=positive_integer, nargs="*", default=[2, 4, 8], help="of one process"
     )
     parser.add_argument(
-        "--rounds", type=positive_integer, default=7, help="steps of each formulation that are timed"
+        "--rounds", type=natural_number, default=7, help="steps of each formulation that are timed"
     )
     for name, size in Problem()._asdict().items():
         parser.add_argument(f"--{name}", type=positive_integer, default=size)
