@@ -158,12 +158,12 @@ class AttentionGradientPanels {
   T* products() const { return At(5); }
   T* cap_derivatives() const { return At(12); }
 
+  // Leaves the logits in weights(), and the derivatives of the soft cap in cap_derivatives().
   template <int vectors>
-  bool AddKeys(const Panel& panel, std::int64_t s, KeyRange range, bool finite) const {
-    constexpr std::int64_t kWidth = vectors * V::kLanes;
-    const auto nothing = [](V, int) {};
+  SOFTMAX2P_INLINE void ComputeLogits(const Panel& panel, std::int64_t s, KeyRange range, bool cut,
+                                      const LogitsTile<T>& tile) const {
     Tiles::template Multiply<vectors>(keys(), panel.queries, layout_.depth, shape_.scale, kMinusInfinity<V>,
-                                      range, weights(), nothing);
+                                      range, weights(), [](V, int) {});
     if (shape_.soft_cap != 0) {
       Tiles::template Cap<vectors>(shape_.soft_cap, range, weights(),
                                    [&](const auto& capped, std::int64_t at) {
@@ -172,18 +172,24 @@ class AttentionGradientPanels {
                                      }
                                    });
     }
-    const bool cut = shape_.BandCuts(panel.row, panel.row + panel.rows, s, range);
-    const bool masked = cut || shape_.mask.data != nullptr;
-    const LogitsTile<T> tile{weights(), At(6), reinterpret_cast<std::uint8_t*>(At(7)), kWidth};
-    if (masked || shape_.bias.data != nullptr) {
+    if (cut || shape_.mask.data != nullptr || shape_.bias.data != nullptr) {
       V maxima[vectors];
       alignas(64) T best[kColumns] = {};
       Tiles::template ApplyOperands<vectors>(shape_, panel.row, panel.rows, s, range, cut, tile, best,
                                              maxima);
     }
+  }
+
+  template <int vectors>
+  bool AddKeys(const Panel& panel, std::int64_t s, KeyRange range, bool finite) const {
+    constexpr std::int64_t kWidth = vectors * V::kLanes;
+    const LogitsTile<T> tile{weights(), At(6), reinterpret_cast<std::uint8_t*>(At(7)), kWidth};
+    const bool cut = shape_.BandCuts(panel.row, panel.row + panel.rows, s, range);
+    const bool masked = cut || shape_.mask.data != nullptr;
+    ComputeLogits<vectors>(panel, s, range, cut, tile);
     if (shape_.bias.data != nullptr || !finite) ClearPadding<vectors>(panel, range);
     Tiles::template Multiply<vectors>(values(), panel.cotangents, layout_.value_depth, T{1}, T{0}, range,
-                                      products(), nothing);
+                                      products(), [](V, int) {});
     if (shape_.HasDropout()) {
       Tiles::ReadDropoutMask(shape_, panel.row, panel.rows, s, range, tile);
       Tiles::template Drop<vectors>(range, tile.mask, products());
