@@ -79,6 +79,14 @@ void ForSmallProbabilities(const Kernels& kernels, Executor& executor, const Log
   ForSmallRows(kernels, executor, logits, rows, SmallRowsAs::kCompute, kMinParallelGradients);
 }
 
+// Whether row r has no element: its p are NaN, and count as 0.
+template <typename E>
+bool IsFullyMasked(const Kernels& kernels, const Logits<E>& logits, const LabelledLse<E>& lse,
+                   std::int64_t r) {
+  if (!logits.HasMask() || std::isfinite(lse.hi[r])) return false;
+  return LogitsRow<E>(kernels, logits, r, nullptr).IsFullyMasked();
+}
+
 // factor·p, for a factor that no scale can have. In 16 bits p might be 0, and its product with infinity NaN.
 template <typename E, typename T = ComputeOf<E>>
 void WriteProducts(const LogitsRow<E>& row, std::int64_t at, std::int64_t size, const RowScale<T>& scale,
@@ -136,8 +144,7 @@ void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
   if (HasSmallRows(logits)) {
     return ForSmallProbabilities(kernels, executor, logits, lse, [&](std::int64_t r, const T* p) {
       const E* const row_t = t + r * n;
-      const bool may_be_masked = logits.HasMask() && !std::isfinite(lse.hi[r]);
-      const bool fully_masked = may_be_masked && LogitsRow<E>(kernels, logits, r, nullptr).IsFullyMasked();
+      const bool fully_masked = IsFullyMasked(kernels, logits, lse, r);
       const CompensatedSum dot = fully_masked ? CompensatedSum{} : table.logits_dot(p, row_t, n);
       out[r] = MinusLabel(dot, LabelOf(lse, r), row_t, 1, n);
     });
@@ -145,7 +152,7 @@ void LogSumExpJvp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
   ForLogitsRows(kernels, executor, logits,
                 [&](std::int64_t r, const LogitsRow<E>& row, const Segments& segments) {
                   const E* const row_t = t + r * n;
-                  if (logits.HasMask() && !std::isfinite(lse.hi[r]) && row.IsFullyMasked()) {
+                  if (IsFullyMasked(kernels, logits, lse, r)) {
                     out[r] = MinusLabel(CompensatedSum{}, LabelOf(lse, r), row_t, 1, n);
                     return;
                   }
