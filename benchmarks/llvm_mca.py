@@ -9,6 +9,7 @@ figures to compare, as before and after a change. It needs llvm-mca on PATH, or 
 apt-get install llvm); znver4 is known from LLVM 16 on.
 """
 
+import argparse
 import os
 import pathlib
 import re
@@ -33,6 +34,10 @@ TARGETS = {
 
 def main() -> None:
     """Prints a table for every instruction set and element type."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.llvm_mca", description=__doc__.split("\n")[0]
+    )
+    parser.parse_args()
     analyser = os.environ.get("LLVM_MCA") or shutil.which("llvm-mca")
     if analyser is None:
         sys.exit("llvm-mca is not on PATH, nor named by LLVM_MCA")
