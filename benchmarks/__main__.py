@@ -42,6 +42,7 @@ def main() -> None:
             if revision:
                 folder = stack.enter_context(compare.installed(revision))
                 sections = compare.against_revision(sections, folder, revision)
+            make_outputs([] if options.plot else [options.json], options.figures)
         except (OSError, ValueError) as error:
             parser.error(str(error))
         trains = TRAINING in (options.section or [TRAINING]) and not (options.only or revision)
@@ -123,6 +124,18 @@ def choose_tables(options: argparse.Namespace) -> dict[str, list[Table]]:
         names = sorted({case.name for tables in every.values() for table in tables for case in table.cases})
         raise ValueError(f"--only {options.only!r} leaves none of: {', '.join(names)}")
     return sections
+
+
+def make_outputs(files: Sequence[pathlib.Path], figures: pathlib.Path) -> None:
+    """Creates what is written later, so that a wrong path is an error now and not after an hour.
+
+    Raises:
+      OSError: a file or the folder cannot be written.
+    """
+    for folder in (figures, *(file.parent for file in files)):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        file.open("a").close()
 
 
 def measure(sections: Mapping[str, Sequence[Table]], trains: bool, options: argparse.Namespace) -> Results:

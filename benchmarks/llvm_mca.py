@@ -34,9 +34,7 @@ TARGETS = {
 
 def main() -> None:
     """Prints a table for every instruction set and element type."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.llvm_mca", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.llvm_mca", description=__doc__.split("\n")[0])
     parser.parse_args()
     analyser = os.environ.get("LLVM_MCA") or shutil.which("llvm-mca")
     if analyser is None:

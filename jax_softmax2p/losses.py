@@ -1,6 +1,5 @@
 """Cross-entropies of logits, with optax's signatures and results."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -89,7 +88,7 @@ def softmax_cross_entropy_with_integer_labels(
         raise ValueError("axis must be an integer or a tuple of integers, got None")
     axes = canonical_axes(axis, logits.ndim)
     if where is not None:
-        where = _with_axes(as_array(where, "where"), axes, logits.ndim)
+        where = _as_element_mask(where, axes, logits.shape)
     if isinstance(axis, Sequence):
         if axis_name is not None:
             raise ValueError(f"axis must be one integer where axis_name is given, got {axis}")
@@ -174,14 +173,11 @@ def softmax_cross_entropy(
     logits = as_floating_array(logits, "logits")
     labels = as_array(labels, "labels")
     _check_labels_broadcast(logits.shape, labels.shape)
-    mask = None if where is None else as_array(where, "where")
-    if mask is not None and axis is not None:
-        mask = _with_axes(mask, canonical_axes(axis, logits.ndim), logits.ndim)
-    if mask is not None and mask.ndim == logits.ndim:
-        with contextlib.suppress(ValueError):  # as_logits refuses masks that do not broadcast.
-            logits = jnp.broadcast_to(logits, jnp.broadcast_shapes(logits.shape, mask.shape))
+    axes = canonical_axes(axis, logits.ndim)
+    mask = None if where is None else _as_element_mask(where, axes, logits.shape)
+    if mask is not None:
+        logits = jnp.broadcast_to(logits, jnp.broadcast_shapes(logits.shape, mask.shape))
     prepared = as_logits(logits, axis, mask, implementation=implementation, name="logits")
-    axes = prepared.axes
     if choose_path(prepared.implementation, None) == "reference":
         operands = prepared.reference_operands()
         merged, *_ = reference.log_softmax(*operands, axis=prepared.axis, differentiable=True)
@@ -196,23 +192,35 @@ def softmax_cross_entropy(
     return total.astype(dtype)
 
 
-def _with_axes(where: Array, axes: tuple[int, ...], ndim: int) -> Array:
-    """A mask of rows or of elements, as one that broadcasts to elements.
+def _as_element_mask(where: jax.typing.ArrayLike, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """A mask of rows, or of elements where it has more dimensions, as one that broadcasts with elements.
 
     Args:
       where: as users pass it.
       axes: of the classes, negative.
-      ndim: of the logits.
+      shape: of the logits.
 
     Raises:
-      ValueError: it has more dimensions than the logits.
+      ValueError: it is not boolean, has more dimensions than the logits, or does not broadcast with them.
     """
+    where, ndim = as_array(where, "where"), len(shape)
+    if where.dtype != jnp.bool_:
+        raise ValueError(f"where must be boolean, got dtype {where.dtype}")
     if where.ndim > ndim:
         raise ValueError(f"where must have at most the logits' {ndim} dimensions, got shape {where.shape}")
-    if where.ndim == ndim:
-        return where
-    missing = max(0, ndim - len(axes) - where.ndim)
-    return jnp.expand_dims(where.reshape((1,) * missing + where.shape), axes)
+    rows = tuple(size for i, size in enumerate(shape) if i - ndim not in axes)
+    of_rows = where.ndim <= len(rows)
+    missing = (len(rows) if of_rows else ndim) - where.ndim
+    mask = where.reshape((1,) * missing + where.shape)
+    mask = jnp.expand_dims(mask, axes) if of_rows else mask
+    try:
+        jnp.broadcast_shapes(mask.shape, shape)
+    except ValueError:
+        raise ValueError(
+            f"where must broadcast with the logits' shape {shape} or, with at most {len(rows)} dimensions, "
+            f"with the shape of their rows, {rows}, got shape {where.shape}"
+        ) from None
+    return mask
 
 
 def _broadcast_rows(logits: Array, labels: Array, where: Array | None, axis: int) -> tuple[Array, Array]:
@@ -236,9 +244,8 @@ def _broadcast_rows(logits: Array, labels: Array, where: Array | None, axis: int
     if labels.ndim != len(rows):
         raise ValueError(f"{message}{labels.shape}")
     try:
-        if where is not None and where.ndim == logits.ndim:
-            with contextlib.suppress(ValueError):  # as_logits refuses masks that do not broadcast.
-                rows = jnp.broadcast_shapes(rows, _without_axis(where.shape, axis))
+        if where is not None:
+            rows = jnp.broadcast_shapes(rows, _without_axis(where.shape, axis))
         shape = jnp.broadcast_shapes(rows, labels.shape)
     except ValueError:
         raise ValueError(f"{message}{labels.shape}") from None

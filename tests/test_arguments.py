@@ -159,5 +159,11 @@ def test_errors_of_losses_name_labels_and_axis():
             s2p.softmax_cross_entropy_with_integer_labels(LOGITS, jnp.ones(2, int), axis, where)
     with pytest.raises(ValueError, match=r"where must have at most the logits' 2 dimensions"):
         s2p.softmax_cross_entropy_with_integer_labels(LOGITS, jnp.ones(2, int), -1, where[None, None])
+    logits, mask = jnp.ones((3, 4, 5)), jnp.ones((4, 4), bool)
+    words = r"where must broadcast with the logits' shape \(3, 4, 5\) .* rows, \(5,\), got shape \(4, 4\)"
+    with pytest.raises(ValueError, match=words):
+        s2p.softmax_cross_entropy_with_integer_labels(logits, jnp.zeros(5, int), (0, 1), mask)
+    with pytest.raises(ValueError, match=words):
+        s2p.softmax_cross_entropy(logits, logits, (0, 1), mask)
     with pytest.raises(ValueError, match="axis must be an integer or a tuple of integers, got None"):
         s2p.softmax_cross_entropy_with_integer_labels(LOGITS, jnp.ones(2, int), None)

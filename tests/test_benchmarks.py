@@ -14,6 +14,7 @@ from processes import ROOT
 
 import jax_softmax2p
 from benchmarks import bits, compare, margins, memory_traffic, options, plots, runner, scaling, sections
+from benchmarks.__main__ import make_outputs
 from benchmarks.backends import Backend, Ours, Torch
 from benchmarks.cases import Case
 from benchmarks.claims import claims
@@ -332,3 +333,12 @@ def test_options():
             parser.parse_args([f"--rounds={wrong}"])
     with pytest.raises(argparse.ArgumentError, match=r"compare: there is no file 'nofile\.json'"):
         parser.parse_args(["--compare", "nofile.json"])
+
+
+def test_outputs_are_made_before_anything_is_measured(tmp_path):
+    file, figures = tmp_path / "new" / "run.json", tmp_path / "figures"
+    make_outputs([file], figures)
+    assert file.is_file()
+    assert figures.is_dir()
+    with pytest.raises(OSError, match=r"run\.json"):
+        make_outputs([file / "other.json"], figures)

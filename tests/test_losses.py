@@ -225,7 +225,7 @@ class TestIntegerLabels:
             (
                 {"where": np.ones((4, 3), bool)},
                 ValueError,
-                r"where must broadcast to logits'.* shape .*\(4, 3\)",
+                r"where must broadcast with the logits' shape \(2, 3\) .*\(4, 3\)",
             ),
             ({"implementation": "cuda"}, ValueError, "implementation must be None, 'native' .*'cuda'"),
         ],
@@ -324,7 +324,7 @@ class TestSoftLabels:
             (
                 {"where": np.ones((4, 3), bool)},
                 ValueError,
-                r"where must broadcast to logits'.* shape .*\(4, 3\)",
+                r"where must broadcast with the logits' shape \(2, 3\) .*\(4, 3\)",
             ),
             ({"implementation": "cuda"}, ValueError, "implementation must be None, 'native' .*'cuda'"),
         ],

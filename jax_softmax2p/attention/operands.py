@@ -142,6 +142,15 @@ class Operands(NamedTuple):
         return Operands._make(slice_array(name, x) for name, x in self._asdict().items())
 
 
+def promote_to_inexact(
+    arrays: tuple[Array, ...], dtype: jax.typing.DTypeLike | None = None
+) -> tuple[Array, ...]:
+    """Query, key and value, say, in one dtype: that given, or theirs; in float32 in place of integers."""
+    dtype = dtype or jnp.result_type(*arrays)
+    dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, jnp.float32)
+    return tuple(jnp.asarray(x, dtype) for x in arrays)
+
+
 def are_known(*sizes: Any) -> bool:
     """Whether sizes are numbers, and not jax.export's symbols, which often cannot be compared."""
     return all(isinstance(size, int) for size in sizes)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_softmax2p.attention.multi_head import multi_head_attention
-from jax_softmax2p.attention.operands import Options
+from jax_softmax2p.attention.operands import Options, promote_to_inexact
 
 Array = jax.Array
 ProcessHeads = Callable[[Array, Array, Array], tuple[Array, Array, Array]]
@@ -43,6 +43,10 @@ class EquinoxMultiheadAttention(equinox.nn.MultiheadAttention):
         if key_.shape[0] != value.shape[0]:
             raise ValueError(f"value must be as long as key_, {key_.shape[0]}, got {value.shape[0]}")
         heads = self._project_heads(query, key_, value, process_heads)
+        if any(map(jnp.iscomplexobj, heads)):  # Neither the kernels nor the composed path take these.
+            return super().__call__(
+                query, key_, value, mask, key=key, inference=inference, process_heads=process_heads
+            )
         shape = query.shape[0], key_.shape[0]
         if mask is not None and mask.shape not in (shape, (self.num_heads, *shape)):
             raise ValueError(f"mask must have shape {shape} or {(self.num_heads, *shape)}, got {mask.shape}")
@@ -57,21 +61,20 @@ class EquinoxMultiheadAttention(equinox.nn.MultiheadAttention):
 
     def _project_heads(
         self, query: Array, key_: Array, value: Array, process_heads: ProcessHeads | None
-    ) -> tuple[Array, Array, Array]:
-        """The projections of query, key and value, each of shape (length, heads, size of a head)."""
+    ) -> tuple[Array, ...]:
+        """The projections, each of shape (length, heads, size of a head), in one dtype."""
         project = lambda projection, x: jax.vmap(projection)(x).reshape(x.shape[0], self.num_heads, -1)
         heads = (
             project(self.query_proj, query),
             project(self.key_proj, key_),
             project(self.value_proj, value),
         )
-        if process_heads is None:
-            return heads
-        processed = process_heads(*heads)
-        shapes = [x.shape for x in heads]
-        if [x.shape for x in processed] != shapes:
-            raise ValueError(f"process_heads must not change the shapes {shapes}")
-        return processed
+        if process_heads is not None:
+            shapes = [x.shape for x in heads]
+            heads = process_heads(*heads)
+            if [x.shape for x in heads] != shapes:
+                raise ValueError(f"process_heads must not change the shapes {shapes}")
+        return promote_to_inexact(heads)
 
     def _dropout_mask(
         self, shape: tuple[int, int], key: Array | None, inference: bool | None

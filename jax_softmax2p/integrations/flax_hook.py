@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax_softmax2p.arguments import as_array, check_broadcasts
 from jax_softmax2p.attention.api import as_sinks
 from jax_softmax2p.attention.multi_head import multi_head_attention
-from jax_softmax2p.attention.operands import Options
+from jax_softmax2p.attention.operands import Options, promote_to_inexact
 from jax_softmax2p.logits import apply_soft_cap
 from jax_softmax2p.ops import logsumexp, softmax
 from jax_softmax2p.primitives.attention_sinks import apply_sinks
@@ -192,9 +192,7 @@ def _promote(
     if promote_dtype is not None:
         arrays = tuple(promote_dtype(arrays, dtype=dtype))
     else:
-        dtype = dtype or jnp.result_type(*arrays)
-        dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, jnp.float32)
-        arrays = tuple(jnp.asarray(x, dtype) for x in arrays)
+        arrays = promote_to_inexact(arrays, dtype)
     if at_least_float32:
         arrays = tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays)
     return arrays

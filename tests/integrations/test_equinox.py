@@ -73,6 +73,23 @@ class TestEquinox:
         with pytest.raises(ValueError, match="process_heads must not change"):
             ours(x, x, x, process_heads=lambda q, k, v: (q[:1], k, v))
 
+    @pytest.mark.parametrize(
+        "dtypes", [("bfloat16", "float32"), ("float32", "float16"), ("float16", "bfloat16")]
+    )
+    def test_dtypes_are_promoted(self, dtypes):
+        ours, theirs = self.layers(dtype=dtypes[0])
+        query, key = normal(3, 32).astype(dtypes[0]), normal(4, 32).astype(dtypes[1])
+        assert_close(ours(query, key, key), theirs(query, key, key), 0.02)
+        widen = lambda q, k, v: (q.astype(dtypes[1]), k.astype(dtypes[1]), v)
+        widened = [layer(query, query, query, process_heads=widen) for layer in (ours, theirs)]
+        assert_close(*widened, 0.02)
+
+    def test_complex_layers_are_those_of_equinox(self):
+        ours, theirs = self.layers(dtype=jnp.complex64)
+        x = normal(5, 32)
+        (y, expected) = (layer(x, x, x, mask=MASK) for layer in (ours, theirs))
+        assert_close((y.real, y.imag), (expected.real, expected.imag))
+
     def test_errors(self):
         ours, _ = self.layers()
         x = normal(5, 32)

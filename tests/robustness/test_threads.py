@@ -65,8 +65,8 @@ def test_eight_threads_calling_at_once():
 
 def test_threads_that_compile_at_once():
     def work(index):
-        for n in range(1, 8):
-            x = jnp.ones((index + 1, n * 4099), jnp.float32)
+        for n in range(1, 5):
+            x = np.ones((index + 1, n * 4099), np.float32)
             y = jax.jit(lambda x: softmax(x, 0) + softmax(x))(x)
             np.testing.assert_allclose(y, 1 / (index + 1) + 1 / (n * 4099), rtol=1e-6)
 
