@@ -109,7 +109,11 @@ def logsumexp(
         log = select(jnp.isinf(shift), jnp.zeros_like(log), log)
     else:
         shift, _, total = _exp_and_sum(z, axis, in_blocks=for_derivative is not None)
-        log = jnp.log(total)
+        if operands.where is None:
+            log = jnp.log(total)
+        else:  # The derivative at 0 is taken by nobody, but JAX's checks report its NaN.
+            has_terms = total != 0
+            log = select(has_terms, jnp.log(select(has_terms, total, 1)), -jnp.inf)
     hi = shift + log
     # Infinities are replaced before they are added: a NaN is reported by JAX's checks.
     finite = jnp.isfinite(hi)

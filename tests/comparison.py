@@ -1,8 +1,16 @@
 """Random operands, and comparisons of results, for tests of functions of several arrays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""XLA's options by which programs compile in half the time: for oracles, and where what XLA makes of programs
+does not matter."""
+
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
 
 
 def normal(*shape, seed=0):

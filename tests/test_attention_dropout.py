@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import assert_close, normal, weighted_sum
+from comparison import assert_close, normal, quick_jit, weighted_sum
 from jax.test_util import check_grads
 from test_attention import DTYPES, formula
 
@@ -42,7 +42,7 @@ def exact(query, key, value, bias=None, *, broadcast_dropout=True, **options):
     return formula(query, key, value, bias, dropout_mask=kept, **options) / KEEP_PROB
 
 
-def value_and_gradients(function, operands, bias=None, **options):
+def value_and_gradients(function, operands, bias=None, *, jit=jax.jit, **options):
     """Of a weighted sum of the output, in query, key, value and, if there is one, the bias."""
     arrays = [*operands] if bias is None else [*operands, bias]
 
@@ -51,7 +51,11 @@ def value_and_gradients(function, operands, bias=None, **options):
         return weighted_sum(y), y
 
     gradient = jax.grad(total, tuple(range(len(arrays))), has_aux=True)
-    return jax.jit(gradient)(*arrays)
+    return jit(gradient)(*arrays)
+
+
+def exact_value_and_gradients(operands, **options):
+    return value_and_gradients(exact, operands, jit=quick_jit, **options)
 
 
 @pytest.mark.long(option="masked queries")
@@ -60,7 +64,7 @@ def value_and_gradients(function, operands, bias=None, **options):
 def test_values_and_gradients(option, dtype):
     """Many queries, in several tiles of keys; those that attend to no key have equal weights before."""
     operands = operands_of(2, 70, 150, 4, 2, 20)
-    expected = value_and_gradients(exact, operands, **OPTIONS[option])
+    expected = exact_value_and_gradients(operands, **OPTIONS[option])
     options = {
         name: x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
         for name, x in OPTIONS[option].items()
@@ -76,7 +80,7 @@ def test_few_queries_of_many_keys(t):
     """As in a chunk of a long text, whose gradient is split over keys."""
     operands = operands_of(1, t, 1100, 2, 1, 8)
     ours = functools.partial(flax_attention, **DROPOUT)
-    assert_close(value_and_gradients(ours, operands), value_and_gradients(exact, operands))
+    assert_close(value_and_gradients(ours, operands), exact_value_and_gradients(operands))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
@@ -95,28 +99,29 @@ def test_16_bits(dtype, keep_prob):
     assert abs(bias) < 0.05 * float(jnp.finfo(dtype).eps)
 
 
+@functools.partial(quick_jit, static_argnames="before")
+def exact_results(kept, cotangent, *operands, before):
+    """The output, lse and gradients of attention to ``before`` keys before each query, and to none after."""
+    options = {"local_window_size": (before, 0), "return_residual": True}
+    (y, lse), vjp = jax.vjp(functools.partial(formula, dropout_mask=kept, **options), *operands)
+    return [y, lse, *vjp((cotangent, jnp.zeros_like(lse)))]
+
+
 @pytest.mark.parametrize("isa", native.supported_isas())
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [(None, 0), (3, 0)])
-def test_instruction_sets(isa, dtype, window):
+@pytest.mark.parametrize("in_window", [False, True])
+def test_instruction_sets(isa, dtype, in_window):
     """The kernels themselves; in a window, half of the queries attend to no key."""
-    t, s = (40, 70) if window[0] is None else (40, 20)
+    t, s = (40, 20) if in_window else (40, 70)
     operands = operands_of(2, t, s, 4, 2, 9, dtype)
     cotangent = normal(2, t, 4, 9, seed=7).astype(dtype)
     kept = normal(t, s, seed=8) > -0.5
-    before, after = window
-
-    @jax.jit
-    def expected(cotangent, *operands):
-        limits = (t if before is None else before, after)
-        attend = functools.partial(formula, dropout_mask=kept, local_window_size=limits, return_residual=True)
-        (y, lse), vjp = jax.vjp(attend, *operands)
-        return [y, lse, *vjp((cotangent, jnp.zeros_like(lse)))]
-
-    actual = native.attention(*operands, cotangent, before=before, after=after, dropout_mask=kept, isa=isa)
+    window = {"before": 3 if in_window else None, "after": 0}
+    actual = native.attention(*operands, cotangent, **window, dropout_mask=kept, isa=isa)
     wide = [np.asarray(x, np.float64) for x in (cotangent, *operands)]
     tolerance = {8: 1e-13, 4: 4e-6}.get(np.dtype(dtype).itemsize, 4 * float(jnp.finfo(dtype).eps))
-    assert_close([np.asarray(x, np.float64) for x in actual], expected(*wide), tolerance)
+    expected = exact_results(kept, *wide, before=3 if in_window else t)
+    assert_close([np.asarray(x, np.float64) for x in actual], expected, tolerance)
 
 
 def test_wrong_masks():

@@ -13,6 +13,8 @@ from jax_softmax2p.arguments import (
     as_array,
     as_axis_name,
     as_floating_array,
+    as_real_array,
+    check_broadcasts,
 )
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.jax_compat import as_varying
@@ -254,17 +256,11 @@ def _loss_of_tokens(
 
 def _scaled(inputs: Array, scale: jax.typing.ArrayLike, mask: Array | None) -> Array:
     """Scale times inputs, rounded once to the inputs' dtype; scales of masked tokens do not count."""
-    scale = as_array(scale, "scale")
-    rows = (*inputs.shape[:-1], 1)
-    try:
-        is_of_rows = jnp.broadcast_shapes(scale.shape, rows) == rows
-    except ValueError:
-        is_of_rows = False
-    if not is_of_rows or not jnp.issubdtype(jnp.promote_types(scale.dtype, inputs.dtype), jnp.floating):
-        raise ValueError(f"scale must be real and broadcast to {rows}, got {scale.dtype}{scale.shape}")
+    scale = as_real_array(scale, "scale")
+    check_broadcasts("scale", scale, (*inputs.shape[:-1], 1), "one number a row,")
     if mask is not None:
         scale = jnp.where(mask[..., None], scale, 1)
-    wide = compute_dtype(inputs.dtype)
+    wide = compute_dtype(jnp.result_type(inputs, scale))
     return (inputs.astype(wide) * scale.astype(wide)).astype(inputs.dtype)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from comparison import quick_jit, weighted_sum
 from flax import linen
 
 import jax_softmax2p as s2p
@@ -217,8 +218,7 @@ TRACED = {
 
 
 def run(program, given):
-    """Compiled in half the time, without optimisation."""
-    return jax.jit(program, compiler_options={"xla_backend_optimization_level": 0})(given)
+    return quick_jit(program)(given)
 
 
 @pytest.mark.long
@@ -329,6 +329,42 @@ def test_strict_promotion_refuses_what_jax_refuses():
         with pytest.raises(ValueError, match="promotion"):
             s2p.softmax(x, scale=jnp.float32(2))
         assert s2p.softmax(x, scale=2.0).dtype == x.dtype
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, scale: s2p.linear_softmax_cross_entropy(x, x.T, jnp.arange(2), scale=scale),
+        lambda x, scale: s2p.logsumexp_of_products(x, x, scale=scale),
+    ],
+)
+def test_scales_of_products_under_strict_promotion(function):
+    x = jnp.ones((2, 3), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        with pytest.raises(ValueError, match="promotion"):
+            function(x, jnp.float32(2))
+        assert function(x, 2.0).dtype == x.dtype
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query_seq_lengths": np.array([1], np.int32)},
+        {"key_value_seq_lengths": np.array([0], np.int32)},
+        {"mask": np.array([[True, True], [False, False]])[None, None]},
+    ],
+)
+def test_queries_that_attend_to_sinks_alone_are_no_nans(options, implementation):
+    q = operands("float32")["q"][:1, :2]
+
+    def loss(q):
+        sinks = jnp.zeros(4, jnp.float32)
+        y = s2p.dot_product_attention(q, q, q, sinks=sinks, implementation=implementation, **options)
+        return weighted_sum(y)
+
+    with jax.debug_nans(True):
+        gradient = jax.grad(loss)(q)
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(loss))(q), atol=1e-6)
 
 
 def test_the_patch_is_taken_under_strict_promotion():

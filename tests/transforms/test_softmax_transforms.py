@@ -55,10 +55,11 @@ def test_check_grads_with_mask(f, dtype):
 def test_first_derivatives(f, n):
     x, v = array(2, n), array(2, n, seed=1)
     g = jax.nn.softmax
+    tangent, cotangent = jax.jit(lambda x, v: (jax.jvp(g, (x,), (v,))[1], jax.vjp(g, x)[1](v)[0]))(x, v)
     for transform in (jax.jit, lambda h: h):
-        assert_close(transform(lambda x, v: jax.jvp(f, (x,), (v,))[1])(x, v), jax.jvp(g, (x,), (v,))[1])
-        assert_close(transform(lambda x, v: jax.vjp(f, x)[1](v)[0])(x, v), jax.vjp(g, x)[1](v)[0])
-        assert_close(transform(lambda x, v: jax.linearize(f, x)[1](v))(x, v), jax.jvp(g, (x,), (v,))[1])
+        assert_close(transform(lambda x, v: jax.jvp(f, (x,), (v,))[1])(x, v), tangent)
+        assert_close(transform(lambda x, v: jax.vjp(f, x)[1](v)[0])(x, v), cotangent)
+        assert_close(transform(lambda x, v: jax.linearize(f, x)[1](v))(x, v), tangent)
 
 
 def test_jacobians_and_hessian(f):
@@ -107,7 +108,8 @@ def test_nested_vmap_with_gradients(f):
     def grads(softmax):
         loss = lambda x, w: jnp.sum(w[:, None] * softmax(x, axis=0) ** 3)
         over_w = jax.vmap(jax.grad(loss), (None, 1), 2)
-        return jax.vmap(jax.vmap(over_w, (1, None), 1), (0, None))(x, array(3, 6, seed=3))
+        nested = jax.vmap(jax.vmap(over_w, (1, None), 1), (0, None))
+        return jax.jit(nested)(x, array(3, 6, seed=3))
 
     assert_close(grads(f), grads(jax.nn.softmax))
 
