@@ -66,6 +66,7 @@ class PanelJacobianKernels {
         const std::int64_t to = (first + i) * t_stride + at;
         Prefetch<K>(from, panel.stride, panel.block);
         Prefetch<K>(t + to, t_stride, panel.block);
+        Prefetch<K>(out + to, t_stride, panel.block);
         const ExtExp<V, K> e = source.template At<K>(access, from, Discard{}, panel.stride);
         SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) {
           const V t_k = access.Load(t + to + k * t_stride, 0);

@@ -230,6 +230,9 @@ SOFTMAX2P_INLINE void WriteVectors(const Access& access, const Out& out, const S
                                    Kept kept, E* y, Stride stride, YStride y_stride, Far ahead,
                                    const Scaling& scaler) {
   Prefetch<K>(x, stride, ahead);
+  // Down a column processors fetch nothing ahead of stores: without this, softmax of (2000,1500) along axis 0
+  // takes 1.3 times as long (Cascade Lake, AVX-512).
+  if constexpr (std::is_same_v<YStride, std::int64_t>) Prefetch<K>(y, y_stride, ahead);
   V v[K];
   scaler(source.template At<K>(access, x, kept, stride), v);
   SOFTMAX2P_UNROLL for (int k = 0; k < K; ++k) out.Store(v[k], y + k * y_stride);
