@@ -111,8 +111,8 @@ def logsumexp(
         shift, _, total = _exp_and_sum(z, axis, in_blocks=for_derivative is not None)
         if operands.where is None:
             log = jnp.log(total)
-        else:  # The derivative at 0 is taken by nobody, but JAX's checks report its NaN.
-            has_terms = total != 0
+        else:  # A row of which nothing takes part has a derivative of 0. JAX's checks would report a NaN.
+            has_terms = (total != 0) | jnp.any(operands.where, axis)
             log = select(has_terms, jnp.log(select(has_terms, total, 1)), -jnp.inf)
     hi = shift + log
     # Infinities are replaced before they are added: a NaN is reported by JAX's checks.

@@ -44,9 +44,7 @@ def test_tangents_of_masked_rows_that_are_not_finite(n, axis, dtype, implementat
         f = functools.partial(function, axis=axis, where=along(axis, where), implementation=implementation)
         operand = along(axis, x)
         tangent = jax.jit(lambda x, t, f=f: jax.jvp(f, (x,), (t,))[1])(operand, np.ones_like(operand))
-        tangent = along(axis, np.asarray(tangent))[:, 1] if name == "log_softmax" else np.array(tangent)
-        if implementation == "reference" and name == "logsumexp":
-            tangent[3] = 0  # That of nothing is NaN, as in jax.nn.
+        tangent = along(axis, np.asarray(tangent))[:, 1] if name == "log_softmax" else tangent
         np.testing.assert_allclose(tangent, expected, atol=1e-5, err_msg=name)
 
 
