@@ -217,6 +217,14 @@ def as_real_array(x: jax.typing.ArrayLike, name: str) -> Array:
     return array
 
 
+def as_boolean_array(x: jax.typing.ArrayLike, name: str) -> Array:
+    """An array of booleans."""
+    array = as_array(x, name)
+    if array.dtype != jnp.bool_:
+        raise ValueError(f"{name} must be boolean, got dtype {array.dtype}")
+    return array
+
+
 def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
     """The axes as negative integers, ascending."""
     if axis is None:
@@ -236,9 +244,7 @@ def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
 
 def as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...], name: str = "x") -> Array:
     """A boolean array that broadcasts to the shape."""
-    mask = as_array(where, "where")
-    if mask.dtype != jnp.bool_:
-        raise ValueError(f"where must be boolean, got dtype {mask.dtype}")
+    mask = as_boolean_array(where, "where")
     check_broadcasts("where", mask, shape, f"{name}'s shape")
     return mask
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax_softmax2p import reference
 from jax_softmax2p.arguments import (
     as_array,
+    as_boolean_array,
     as_floating_array,
     as_logits,
     broadcast_along_all_or_none,
@@ -203,9 +204,7 @@ def _as_element_mask(where: jax.typing.ArrayLike, axes: tuple[int, ...], shape: 
     Raises:
       ValueError: it is not boolean, has more dimensions than the logits, or does not broadcast with them.
     """
-    where, ndim = as_array(where, "where"), len(shape)
-    if where.dtype != jnp.bool_:
-        raise ValueError(f"where must be boolean, got dtype {where.dtype}")
+    where, ndim = as_boolean_array(where, "where"), len(shape)
     if where.ndim > ndim:
         raise ValueError(f"where must have at most the logits' {ndim} dimensions, got shape {where.shape}")
     rows = tuple(size for i, size in enumerate(shape) if i - ndim not in axes)

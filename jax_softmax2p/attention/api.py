@@ -8,6 +8,7 @@ import numpy as np
 
 from jax_softmax2p.arguments import (
     as_array,
+    as_boolean_array,
     as_floating_array,
     as_numeric_array,
     as_real_array,
@@ -233,10 +234,7 @@ def _as_bias(bias: ArrayLike, logits_shape: tuple[int, ...]) -> Array:
 
 def _as_mask(mask: ArrayLike, logits_shape: tuple[int, ...]) -> Array:
     """A boolean array of four dimensions that broadcasts to (B, N, T, S)."""
-    array = _with_four_dimensions("mask", as_array(mask, "mask"), logits_shape)
-    if array.dtype != jnp.bool_:
-        raise ValueError(f"mask must be boolean, got dtype {array.dtype}")
-    return array
+    return _with_four_dimensions("mask", as_boolean_array(mask, "mask"), logits_shape)
 
 
 def _with_four_dimensions(name: str, array: Array, shape: tuple[int, ...]) -> Array:

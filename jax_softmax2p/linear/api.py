@@ -10,8 +10,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
 from jax_softmax2p.arguments import (
-    as_array,
     as_axis_name,
+    as_boolean_array,
     as_floating_array,
     as_real_array,
     check_broadcasts,
@@ -266,9 +266,7 @@ def _scaled(inputs: Array, scale: jax.typing.ArrayLike, mask: Array | None) -> A
 
 def _as_mask(where: jax.typing.ArrayLike, shape: tuple[int, ...]) -> Array:
     """The mask of tokens."""
-    mask = as_array(where, "where")
-    if mask.dtype != jnp.bool_:
-        raise ValueError(f"where must be boolean, got dtype {mask.dtype}")
+    mask = as_boolean_array(where, "where")
     try:
         return jnp.broadcast_to(mask, shape)
     except ValueError:
