@@ -24,8 +24,8 @@ def softmax_jacobian(y: Array, t: Array, **params: Any) -> Array:
     Args:
       y: a softmax.
       t: its tangent or cotangent.
-      params: axis (negative), implementation, and reuses: None, or which of the operands, 0 or 1, is not
-        needed afterwards, so that the result may take its memory.
+      params: axis (negative), implementation, and reuses: None, or which of the operands, 0 or 1, is
+        probably not needed afterwards, so that the result may take its memory.
     """
     return bind(softmax_jacobian_p, y, t, **params)
 
@@ -53,12 +53,14 @@ def softmax_jacobian_jvp_rule(
 def softmax_jacobian_transpose_rule(
     cotangent: Tangent, y: Array, t: ad.UndefinedPrimal, **params: Any
 ) -> list[Tangent | None]:
-    """J is symmetric. In most programs this is the last use of y, whose memory the result then takes."""
+    """J is symmetric. In most programs this is the only use of the cotangent, whose memory the result takes.
+
+    y is needed for the loss, too, and XLA does not order that before the gradient.
+    """
     assert not ad.is_undefined_primal(y), "linear in t alone"
     if isinstance(cotangent, ad.Zero):
         return [None, ad.Zero(t.aval)]
-    reuses = 0 if params["reuses"] is None else params["reuses"]
-    return [None, softmax_jacobian(y, cotangent, **(params | {"reuses": reuses}))]
+    return [None, softmax_jacobian(y, cotangent, **(params | {"reuses": 1}))]
 
 
 def softmax_jacobian_batch_rule(
