@@ -15,7 +15,7 @@ own: the derivatives of ``linear_loss_jvp_p`` and ``linear_loss_vjp_p`` are thos
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,12 +33,6 @@ from jax_softmax2p.reference import Lse, compute_dtype
 
 Array = jax.Array
 
-NUM_OPERANDS = 5
-"""x, weights, bias, labels and ones, of which ``blocks.Operands`` are made."""
-
-NUM_KNOWN = 5
-"""hi and lo of the lse, and the gradients of x, weights and bias for ones, of size 0 where there are none."""
-
 NONE_WANTED = Wanted()
 
 
@@ -51,6 +45,34 @@ class Loss(NamedTuple):
     x_bar: Array
     weights_bar: Array
     bias_bar: Array
+
+
+class Known(NamedTuple):
+    """The first operands of the derivatives: those of the loss, and what the loss returned but for itself.
+
+    Their tangents, and their dimensions of a batch, stand in the same places.
+    """
+
+    x: Any
+    weights: Any
+    bias: Any
+    labels: Any
+    ones: Any
+    hi: Any
+    lo: Any
+    x_bar: Any
+    weights_bar: Any
+    bias_bar: Any
+
+
+OF_CLASSES = frozenset({"weights", "bias", "weights_bar", "bias_bar"})
+"""Those of :class:`Known` that have no tokens, and so are the same for a batch of tokens."""
+
+
+def _split(operands: Sequence[Any]) -> tuple[Known, Sequence[Any]]:
+    """What is known, and the operands that follow: tangents, or a cotangent."""
+    count = len(Known._fields)
+    return Known(*operands[:count]), operands[count:]
 
 
 def linear_loss(spec: LossSpec, operands: Sequence[Array], wanted: Wanted = NONE_WANTED) -> Loss:
@@ -164,61 +186,59 @@ def _jvp_avals(x: ShapedArray, weights: ShapedArray, *_: Any, spec: LossSpec, wa
 
 
 def _apply_jvp(*operands: Array, spec: LossSpec, wanted: Wanted) -> Array:
-    x, weights, bias, labels, _ = operands[:NUM_OPERANDS]
-    hi, lo = operands[NUM_OPERANDS : NUM_OPERANDS + 2]
-    dots = _expand(operands[NUM_OPERANDS + NUM_KNOWN :], wanted)
-    z = formula.logits(spec, x, weights, bias)
-    one = jnp.ones_like(hi)
-    total = spec.num_classes_everywhere(weights)
-    g = formula.logits_gradient(spec, z, Lse(hi, lo), labels, one, total)
-    return formula.apply_to_tangents(spec, g, x, weights, dots)
+    known, dots = _split(operands)
+    z = formula.logits(spec, known.x, known.weights, known.bias)
+    one = jnp.ones_like(known.hi)
+    total = spec.num_classes_everywhere(known.weights)
+    g = formula.logits_gradient(spec, z, Lse(known.hi, known.lo), known.labels, one, total)
+    return formula.apply_to_tangents(spec, g, known.x, known.weights, _expand(dots, wanted))
 
 
 def _jvp_jvp_rule(
     primals: Sequence[Array], tangents: Sequence[Tangent], *, spec: LossSpec, wanted: Wanted
 ) -> tuple[Array, Array]:
-    labels = primals[3]
-    rest = NUM_OPERANDS + NUM_KNOWN
+    known, dots = _split(primals)
+    _, tangents_of_dots = _split(tangents)
 
     def plain(x: Array, weights: Array, bias: Array, *dots: Array) -> Array:
         one = jnp.ones(x.shape[:1], compute_dtype(jnp.result_type(x, weights)))
-        g = formula.plain_logits_gradient(spec, x, weights, bias, labels, one)
+        g = formula.plain_logits_gradient(spec, x, weights, bias, known.labels, one)
         return formula.apply_to_tangents(spec, g, x, weights, _expand(dots, wanted))
 
-    varying = [*primals[:3], *primals[rest:]]
-    dots = [*tangents[:3], *tangents[rest:]]
+    varying = [*known[:3], *dots]
+    directions = [*tangents[:3], *tangents_of_dots]
     result = linear_loss_jvp_p.bind(*primals, spec=spec, wanted=wanted)
-    _, dot = jax.jvp(plain, varying, list(map(ad.instantiate_zeros, dots)))
+    _, dot = jax.jvp(plain, varying, list(map(ad.instantiate_zeros, directions)))
     return result, dot.astype(result.dtype)
 
 
 def _jvp_transpose_rule(
     cotangent: Tangent, *operands: Any, spec: LossSpec, wanted: Wanted
 ) -> list[Tangent | None]:
-    rest = NUM_OPERANDS + NUM_KNOWN
-    dots = operands[rest:]
+    known, dots = _split(operands)
     if isinstance(cotangent, ad.Zero):
         bars: Sequence[Tangent] = [ad.Zero(dot.aval) for dot in dots]
     else:
-        bars = bind(linear_loss_vjp_p, *operands[:rest], cotangent, spec=spec, wanted=wanted)
-    is_linear = map(ad.is_undefined_primal, dots)
-    return [*[None] * rest, *(bar if linear else None for bar, linear in zip(bars, is_linear, strict=True))]
+        bars = bind(linear_loss_vjp_p, *known, cotangent, spec=spec, wanted=wanted)
+    of_dots = [bar if ad.is_undefined_primal(dot) else None for bar, dot in zip(bars, dots, strict=True)]
+    return [*[None] * len(known), *of_dots]
 
 
 def _jvp_batch_rule(
     operands: Sequence[Array], dims: Sequence[int | None], *, spec: LossSpec, wanted: Wanted
 ) -> tuple[Any, Any]:
-    rest = NUM_OPERANDS + NUM_KNOWN
     call = functools.partial(linear_loss_jvp_p.bind, spec=spec, wanted=wanted)
-    dots_dims = _expand(dims[rest:], wanted)
-    if _has_batch([*dims[1:3], *dims[rest - 2 : rest], *dots_dims[1:]]):
-        operands, dims = _without_sums_of_batch(operands, dims)
-        return _map_batch(call, operands, dims)
+    _, dots = _split(operands)
+    has_tokens = [name not in OF_CLASSES for name in Known._fields]
+    has_tokens += [wanted.x and i == 0 for i in range(len(dots))]
+    if _has_batch(dim for dim, of_tokens in zip(dims, has_tokens, strict=True) if not of_tokens):
+        return _map_batch(call, *_without_sums_of_batch(operands, dims))
     size = _batch_size(operands, dims)
-    shared = {1, 2, rest - 2, rest - 1, *range(rest + bool(wanted.x), len(operands))}
-    flat = [a if i in shared else _flatten(a, dims[i], size) for i, a in enumerate(operands)]
-    result = call(*flat)
-    return result.reshape(size, -1), 0
+    flat = [
+        _flatten(a, dim, size) if of_tokens else a
+        for a, dim, of_tokens in zip(operands, dims, has_tokens, strict=True)
+    ]
+    return call(*flat).reshape(size, -1), 0
 
 
 def _vjp_avals(*avals: ShapedArray, spec: LossSpec, wanted: Wanted) -> list[ShapedArray]:
@@ -229,36 +249,36 @@ def _vjp_avals(*avals: ShapedArray, spec: LossSpec, wanted: Wanted) -> list[Shap
 
 
 def _apply_vjp(*operands: Array, spec: LossSpec, wanted: Wanted) -> list[Array]:
-    x, weights, bias, labels, ones, hi, lo, x_bar, weights_bar, bias_bar, factor = operands
-    tokens = Operands(x, weights, bias, labels, factor)
-    lse = Lse(hi, lo)
-    is_known = Wanted(*(bool(a.size) for a in (x_bar, weights_bar, bias_bar)))
+    known, (factor,) = _split(operands)
+    tokens = Operands(*known[:4], factor)
+    lse = Lse(known.hi, known.lo)
+    is_known = Wanted(*(bool(a.size) for a in (known.x_bar, known.weights_bar, known.bias_bar)))
     known_sums = Wanted(False, wanted.weights and is_known.weights, wanted.bias and is_known.bias)
-    sums = Sums(None, weights_bar, bias_bar)
+    sums = Sums(None, known.weights_bar, known.bias_bar)
     sums = Sums(*(a if is_kept else None for a, is_kept in zip(sums, known_sums, strict=True)))
     missing = Wanted(*(a and not b for a, b in zip(wanted, is_known, strict=True)))
     results: list[Array | None] = [None, None, None]
     if any(known_sums):
-        results = blocks.corrected_gradients(spec, tokens, lse, known_sums, sums, ones)
+        results = blocks.corrected_gradients(spec, tokens, lse, known_sums, sums, known.ones)
     if any(missing):
         again = blocks.gradients(spec, tokens, lse, missing)
         results = [a if b is None else b for a, b in zip(results, again, strict=True)]
     if wanted.x and is_known.x:
-        results[0] = (x_bar * factor[:, None]).astype(x.dtype)
+        results[0] = (known.x_bar * factor[:, None]).astype(known.x.dtype)
     return [a for a in results if a is not None]
 
 
 def _vjp_jvp_rule(
     primals: Sequence[Array], tangents: Sequence[Tangent], *, spec: LossSpec, wanted: Wanted
 ) -> tuple[list[Array], list[Array]]:
-    labels = primals[3]
+    known, (factor,) = _split(primals)
 
     def plain(x: Array, weights: Array, bias: Array, factor: Array) -> list[Array]:
-        g = formula.plain_logits_gradient(spec, x, weights, bias, labels, factor)
+        g = formula.plain_logits_gradient(spec, x, weights, bias, known.labels, factor)
         return formula.apply_to_products(spec, g, x, weights, bias, wanted)
 
     dots = tuple(ad.instantiate_zeros(t) for t in (*tangents[:3], tangents[-1]))
-    _, dot = jax.jvp(plain, (*primals[:3], primals[-1]), dots)
+    _, dot = jax.jvp(plain, (*known[:3], factor), dots)
     return linear_loss_vjp_p.bind(*primals, spec=spec, wanted=wanted), dot
 
 
@@ -274,12 +294,14 @@ def _without_sums_of_batch(
     operands: Sequence[Array], dims: Sequence[int | None]
 ) -> tuple[list[Array], list[int | None]]:
     """Operands without known gradients of weights and bias where these are those of a whole batch."""
-    operands, dims = list(operands), list(dims)
-    if _has_batch([dims[0], dims[3], dims[4]]):
-        for i in (NUM_OPERANDS + NUM_KNOWN - 2, NUM_OPERANDS + NUM_KNOWN - 1):
-            if dims[i] is None:
-                operands[i] = _or_empty(None)
-    return operands, dims
+    known, rest = _split(operands)
+    known_dims, _ = _split(dims)
+    if _has_batch([known_dims.x, known_dims.labels, known_dims.ones]):
+        if known_dims.weights_bar is None:
+            known = known._replace(weights_bar=_or_empty(None))
+        if known_dims.bias_bar is None:
+            known = known._replace(bias_bar=_or_empty(None))
+    return [*known, *rest], list(dims)
 
 
 def _expand(given: Sequence[Any], wanted: Wanted) -> list[Any]:
@@ -288,7 +310,7 @@ def _expand(given: Sequence[Any], wanted: Wanted) -> list[Any]:
     return [next(items) if is_wanted else None for is_wanted in wanted]
 
 
-def _has_batch(dims: Sequence[int | None]) -> bool:
+def _has_batch(dims: Iterable[int | None]) -> bool:
     return any(dim is not None for dim in dims)
 
 
