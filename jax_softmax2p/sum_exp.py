@@ -20,7 +20,7 @@ _BITS_PER_TERM = 7
 
 
 class SumExp(NamedTuple):
-    """A sum of exponentials, mantissa·2^exponent: a monoid under :meth:`combine`, and a pytree.
+    """A sum of exponentials, mantissa·2^exponent: a monoid under :meth:`combine`, or ``+``, and a pytree.
 
     Attributes:
       mantissa: array, not negative.
@@ -56,6 +56,18 @@ class SumExp(NamedTuple):
         mantissa = self.mantissa * _power_of_two(self.exponent - exponent)
         other_mantissa = other.mantissa * _power_of_two(other.exponent - exponent)
         return SumExp(mantissa + other_mantissa, exponent)
+
+    def __add__(self, other: "SumExp") -> "SumExp":  # type: ignore[override]
+        """As :meth:`combine`, where tuples would be joined."""
+        return self.combine(other) if isinstance(other, SumExp) else NotImplemented
+
+    def __mul__(self, other: object) -> "SumExp":
+        """A TypeError, where tuples would be repeated."""
+        return NotImplemented
+
+    def __rmul__(self, other: object) -> "SumExp":
+        """As :meth:`__mul__`."""
+        return NotImplemented
 
     @jit_when_eager("self")
     def reduce(self, axis: int | tuple[int, ...] | None = None) -> "SumExp":

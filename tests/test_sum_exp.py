@@ -78,6 +78,15 @@ class TestSumExp:
         exact = [exact_log(triple) for triple in triples.reshape(3, -1).T]
         np.testing.assert_allclose(np.ravel(expected), exact, rtol=4 * np.finfo(dtype).eps)
 
+    def test_operators_are_not_those_of_tuples(self, dtype):
+        a, b = sum_exp(np.array([1, 2], dtype)), sum_exp(np.array([900], dtype))
+        assert isinstance(a + b, SumExp)
+        np.testing.assert_allclose((a + b).log(), 900, rtol=np.finfo(dtype).eps)
+        assert_logs_close(jax.jit(lambda a, b: a + b)(a, a), exact_log([1, 1, 2, 2]), dtype)
+        for operation in (lambda: a + tuple(b), lambda: a + 1, lambda: a * 2, lambda: 2 * a):
+            with pytest.raises(TypeError, match="unsupported operand"):
+                operation()
+
     def test_empty(self, dtype):
         empty = SumExp.empty((2,), dtype)
         assert empty.mantissa.shape == empty.exponent.shape == (2,)
