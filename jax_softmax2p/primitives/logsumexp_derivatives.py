@@ -10,7 +10,7 @@ there are none; and t, a tangent or cotangent, in which they are linear; then th
 Each is the other's transpose. Without labels they lack the second term.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,6 +101,7 @@ def define_lse_derivative(
     abstract_eval: Rule,
     lowering: NativeLowering | Rule,
     params: tuple[str, ...] = PARAMS,
+    eager_params: Mapping[str, Any] | None = None,
 ) -> Primitive:
     """Makes a primitive that is linear in t.
 
@@ -113,6 +114,7 @@ def define_lse_derivative(
       abstract_eval: the result's abstract value but for its weak type, from those of the operands.
       lowering: as in :func:`define_primitive`.
       params: as in :func:`define_primitive`; its transpose gets those of PARAMS.
+      eager_params: as in :func:`define_primitive`.
     """
 
     def abstract_eval_rule(*avals: ShapedArray, **_: Any) -> ShapedArray:
@@ -161,6 +163,7 @@ def define_lse_derivative(
         transpose_rule=transpose_rule,
         batch_rule=batch_rule,
         lowering=lowering,
+        eager_params=eager_params,
     )
 
 

@@ -32,7 +32,7 @@ def _no_attributes(**_: Any) -> dict[str, Any]:
     return {}
 
 
-def _no_operand(**_: Any) -> None:
+def _no_operand(avals: Sequence[Any], **_: Any) -> None:
     return None
 
 
@@ -45,8 +45,8 @@ class KernelLowering(abc.ABC):
       reference: the same in jax.numpy, as reference(*operands, **params).
       composed: what it becomes in place of its own kernel where ``is_composed`` says so: a function of other
         primitives and jax.numpy, as composed(*operands, **params).
-      reused_operand: as reused_operand(**params), the operand whose memory the result takes, or None. XLA
-        copies it first where it is needed afterwards.
+      reused_operand: as reused_operand(avals, **params), the number of the operand whose memory the result
+        takes, or None. XLA copies it first where it is needed afterwards.
     """
 
     target: str
@@ -223,7 +223,7 @@ def _register_native_lowering(primitive: Primitive, lowering: KernelLowering) ->
             case "native" if lower_composed and lowering.is_composed(ctx, params):
                 return lower_composed(ctx, *operands, **params | {"implementation": "native"})
             case "native":
-                reused = lowering.reused_operand(**params)
+                reused = lowering.reused_operand(ctx.avals_in, **params)
                 aliases = None if reused is None else {reused: 0}
                 call = jax.ffi.ffi_lowering(lowering.target, operand_output_aliases=aliases)
                 return call(ctx, *operands, **lowering.ffi_attributes(params))

@@ -86,7 +86,7 @@ def softmax_attributes(*, spec: OperandSpec, algorithm: str, **_: Any) -> dict[s
     return {"algorithm": algorithm} | spec.ffi_attributes()
 
 
-def softmax_reused_operand(*, in_place: bool, **_: Any) -> int | None:
+def softmax_reused_operand(avals: Sequence[ShapedArray], *, in_place: bool, **_: Any) -> int | None:
     """The result takes x's memory where x is not needed afterwards."""
     return 0 if in_place else None
 

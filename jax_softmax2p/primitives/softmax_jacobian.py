@@ -84,7 +84,9 @@ def softmax_jacobian_sharded_rule(
     )
 
 
-def softmax_jacobian_reused_operand(*, reuses: int | None, **_: Any) -> int | None:
+def softmax_jacobian_reused_operand(
+    avals: Sequence[ShapedArray], *, reuses: int | None, **_: Any
+) -> int | None:
     """As the parameter says."""
     return reuses
 

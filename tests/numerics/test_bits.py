@@ -96,8 +96,11 @@ def test_jacobian(dtype, isa):
         for row in range(rows):
             native.softmax_jacobian_into(y[row], t[row], expected[row], isa=isa)
         for threads in (1, 2, 5):
-            for out in (np.empty_like(y), t.copy()):
-                native.softmax_jacobian_into(y, t, out, isa=isa, threads=threads)
+            apart, in_place_of_y, in_place_of_t = np.empty_like(y), y.copy(), t.copy()
+            native.softmax_jacobian_into(y, t, apart, isa=isa, threads=threads)
+            native.softmax_jacobian_into(in_place_of_y, t, in_place_of_y, isa=isa, threads=threads)
+            native.softmax_jacobian_into(y, in_place_of_t, in_place_of_t, isa=isa, threads=threads)
+            for out in (apart, in_place_of_y, in_place_of_t):
                 np.testing.assert_array_equal(out, expected)
 
 

@@ -124,34 +124,6 @@ def test_vmap_of_either_operand_of_the_jacobian():
     assert_close(jax.jit(jax.vmap(bind, (1, 0), 1))(y.T.T.T, t), expected.T)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-@pytest.mark.parametrize(
-    ("shape", "axis"),
-    [((300, 7), -1), ((9, 600), -1), ((2, 70_000), -1), ((33, 40), -2), ((2, 300, 500), -2)],
-)
-def test_jacobian_in_the_memory_of_an_operand(shape, axis, dtype):
-    def jacobian(reuses, y, t):
-        # Not of the arguments, whose memory is never taken.
-        return softmax_jacobian_p.bind(y / 2, t / 2, axis=axis, implementation="native", reuses=reuses)
-
-    y, t = jax.nn.softmax(array(*shape).astype(dtype), axis), array(*shape, seed=1).astype(dtype)
-    apart, in_place_of_y, in_place_of_t = (
-        jax.jit(functools.partial(jacobian, reuses))(y, t) for reuses in (None, 0, 1)
-    )
-    np.testing.assert_array_equal(in_place_of_y, apart)
-    np.testing.assert_array_equal(in_place_of_t, apart)
-
-
-def test_gradient_copies_nothing():
-    """The softmax is needed for the value as well, so that the gradient must not take its memory."""
-    x = array(256, 1000).astype(np.float32)
-    for axis in (-1, 0):
-        value_and_grad = jax.value_and_grad(lambda x, axis=axis: jnp.sum(softmax(x, axis) ** 2))
-        compiled = jax.jit(value_and_grad).lower(x).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * x.nbytes
-        assert " copy(%softmax" not in compiled.as_text()
-
-
 def test_checkpoint(f):
     x = array(3, 40)
     loss = lambda x: jnp.sum(jnp.sin(f(f(x) * 10)))
