@@ -26,6 +26,15 @@ def is_tracing() -> bool:
     return not trace_state_clean()
 
 
+def is_argument(x: Array) -> bool:
+    """Whether x is an argument of the function that jit is tracing, rather than made in it.
+
+    Private in all versions: the equation that a tracer of jit comes from. Where a version does not tell, and
+    for tracers of other transformations, it is taken for one that is made.
+    """
+    return getattr(x, "parent", x) is None
+
+
 def require_devices_during_lowering(primitive: Primitive) -> None:
     """Has JAX tell the primitive's lowering rule about devices.
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.interpreters import ad
 
-from jax_softmax2p import native, reference
+from jax_softmax2p import jax_compat, native, reference
 from jax_softmax2p.primitives.collectives import reduce_lse
 from jax_softmax2p.primitives.logsumexp import logsumexp, lse_aval
 from jax_softmax2p.primitives.logsumexp_derivatives import (
@@ -75,13 +75,15 @@ def log_softmax_vjp(
     labels: Array,
     t: Array,
     *operands: Array,
-    in_place: bool = True,
+    in_place: bool | None = None,
     **params: Any,
 ) -> Array:
     """The transpose of :func:`log_softmax_jvp`, for a cotangent t; all of x's shape, as the result.
 
-    ``in_place`` says that t is probably not needed afterwards, so that the result may take its memory.
+    ``in_place`` says that t is probably not needed afterwards, so that the result may take its memory; None:
+    unless it is an argument, which XLA would copy.
     """
+    in_place = not jax_compat.is_argument(t) if in_place is None else in_place
     return bind(log_softmax_vjp_p, x, hi, lo, labels, t, *operands, in_place=in_place, **params)
 
 

@@ -11,7 +11,7 @@ import jax
 from jax.core import ShapedArray
 from jax.interpreters import ad
 
-from jax_softmax2p import native, reference
+from jax_softmax2p import jax_compat, native, reference
 from jax_softmax2p.primitives.operands import Tangent, move_batch_to_front
 from jax_softmax2p.primitives.registration import NativeLowering, bind, define_primitive
 
@@ -55,12 +55,14 @@ def softmax_jacobian_transpose_rule(
 ) -> list[Tangent | None]:
     """J is symmetric. In most programs this is the only use of the cotangent, whose memory the result takes.
 
-    y is needed for the loss, too, and XLA does not order that before the gradient.
+    y is needed for the loss, too, and XLA does not order that before the gradient. But memory of arguments is
+    never taken: a cotangent that is one would be copied.
     """
     assert not ad.is_undefined_primal(y), "linear in t alone"
     if isinstance(cotangent, ad.Zero):
         return [None, ad.Zero(t.aval)]
-    return [None, softmax_jacobian(y, cotangent, **(params | {"reuses": 1}))]
+    reuses = 0 if jax_compat.is_argument(cotangent) else 1
+    return [None, softmax_jacobian(y, cotangent, **(params | {"reuses": reuses}))]
 
 
 def softmax_jacobian_batch_rule(

@@ -76,3 +76,11 @@ def test_copies_nothing(function):
         compiled = jax.jit(value_and_grad).lower(x).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * x.nbytes
         assert " copy(%softmax" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("function", [softmax, log_softmax])
+def test_copies_no_cotangent_that_is_an_argument(function):
+    x = normal(2048, 1024, seed=0, dtype=np.float32)
+    pull_back = jax.jit(lambda x, t: jax.vjp(function, x)[1](t)[0]).lower(x, x).compile()
+    assert pull_back.memory_analysis().temp_size_in_bytes < 0.5 * x.nbytes
+    assert " copy(" not in pull_back.as_text()
