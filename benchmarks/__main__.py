@@ -13,6 +13,7 @@ from benchmarks.progress import Progress
 from benchmarks.results import Results
 from benchmarks.runner import Effort, Table, run_table
 from benchmarks.sections import SECTIONS
+from benchmarks.workers import compiling_once
 from jax_softmax2p import native
 
 FULL = Effort(sweeps=3, rounds=5, slow_rounds=1, seconds=0.15)
@@ -144,7 +145,8 @@ def measure(sections: Mapping[str, Sequence[Table]], trains: bool, options: argp
     for key, value in results.environment.items():
         print(f"{key:>16}  {value}")
     effort, every = _effort(options), [table for tables in sections.values() for table in tables]
-    with Progress(sum(len(table.cases) * table.sweeps(effort) for table in every)) as progress:
+    cases = sum(len(table.cases) * table.sweeps(effort) for table in every)
+    with Progress(cases) as progress, compiling_once():
         for name, tables in sections.items():
             results.sections[name] = [run_table(table, effort, progress) for table in tables]
             keep(results, options.json)

@@ -11,6 +11,7 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -31,6 +32,13 @@ By default, glibc returns a result of more than 32 MiB to the system, and a smal
 at the end of the heap: then the next call receives its pages one by one, and whether that happens is chance.
 Other systems ignore these variables.
 """
+
+
+COMPILATION_CACHE_OPTIONS = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+"""Environment variables with which JAX's compilation cache keeps every program."""
 
 
 class InstalledBackend(NamedTuple):
@@ -128,6 +136,20 @@ class Worker:
     def _signal(self, number: signal.Signals) -> None:
         if self._process.pid is not None and self._process.is_alive():
             os.kill(self._process.pid, number)
+
+
+@contextlib.contextmanager
+def compiling_once() -> Iterator[None]:
+    """Workers that start inside share the programs that they compile.
+
+    Every sweep has new processes, and half of their time went into compiling what an earlier sweep had. The
+    programs are the same machine code, whether they were compiled or loaded.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _environment({"JAX_COMPILATION_CACHE_DIR": folder, **COMPILATION_CACHE_OPTIONS}),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -7,13 +7,25 @@ import os
 import pathlib
 import signal
 
+import jax
 import mpmath
 import numpy as np
 import pytest
 from processes import ROOT
 
 import jax_softmax2p
-from benchmarks import bits, compare, margins, memory_traffic, options, plots, runner, scaling, sections
+from benchmarks import (
+    bits,
+    compare,
+    margins,
+    memory_traffic,
+    options,
+    plots,
+    runner,
+    scaling,
+    sections,
+    workers,
+)
 from benchmarks.__main__ import make_outputs
 from benchmarks.backends import Backend, Ours, Torch
 from benchmarks.cases import Case
@@ -112,6 +124,29 @@ def test_sweeps_are_merged(capsys, monkeypatch, quantity, keeps_memory, name, sa
         assert {each: len(values) for each, values in row.samples.items()} == {name: samples}
     assert capsys.readouterr().out.count("left out: a library is missing") == 1
     assert "MALLOC_ARENA_MAX" not in os.environ
+
+
+class Compiling(Named):
+    """A backend that compiles a program, named after how many programs processes had compiled before it."""
+
+    def __init__(self):
+        self.name = str(len(list(pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"))))
+
+    def _bind(self, case, x, out):
+        return jax.jit(lambda: jax.numpy.cos(x))
+
+
+def test_processes_share_compiled_programs(monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    with workers.compiling_once():
+        folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+        for expected in ("0", "1"):
+            with workers.Worker(Compiling) as worker:
+                assert worker.introduce() == (expected, False)
+                worker.prepare(Case((1, 8)))
+        assert len(list(folder.glob("*-cache"))) == 1
+    assert not folder.exists()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
 class Killed(Named):
