@@ -83,6 +83,25 @@ def test_few_queries_of_many_keys(t):
     assert_close(value_and_gradients(ours, operands), exact_value_and_gradients(operands))
 
 
+@pytest.mark.parametrize("precision", [None, "highest"])
+@pytest.mark.parametrize("hides_queries", [False, True])
+def test_causal_in_blocks(precision, hides_queries):
+    """Attention that is composed in blocks, and the tangents of the kernel, which are composed, too."""
+    t, s = 1100, 1000  # More than 2^20 logits.
+    operands = operands_of(1, t, s, 1, 1, 8)
+    # Hidden queries attend to every key that dropout keeps, whatever the causal mask says.
+    mask = np.broadcast_to(np.arange(t)[:, None] % 9 > 0 if hides_queries else True, (t, s))
+    f = functools.partial(flax_attention, is_causal=True, mask=mask, precision=precision, **DROPOUT)
+    actual = jax.jit(lambda *xs: jax.jvp(f, xs, xs))(*operands)
+    exact_f = functools.partial(exact, is_causal=True, mask=mask)
+    assert_close(actual, quick_jit(lambda *xs: jax.jvp(exact_f, xs, xs))(*operands))
+
+
+def test_no_keys():
+    q, k, v = operands_of(1, 3, 0, 2, 2, 4)
+    assert np.all(flax_attention(q, k, v, is_causal=True, **DROPOUT) == 0)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 @pytest.mark.parametrize("keep_prob", [KEEP_PROB, np.float32(KEEP_PROB)])
 def test_16_bits(dtype, keep_prob):

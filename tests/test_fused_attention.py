@@ -529,6 +529,25 @@ class TestInstructionSets:
                 assert_close(x.astype(np.float64), exact, tolerance)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("t", "n", "k"), [(10, 1, 1), (64, 8, 1), (64, 12, 2), (30, 1, 1)])
+def test_what_is_not_finite_after_the_last_visible_key(isa, dtype, t, n, k):
+    """Wherever it lies, only queries that attend to it have it; in the gradient, too."""
+    q, key, value = operands_of(1, t, 64, n, k, 8, dtype)
+    cotangent = normal(1, t, n, 8, seed=7).astype(dtype)
+    attention = functools.partial(native.attention, before=None, after=0, isa=isa)
+    y, _, dq, *_ = attention(q, key, value, cotangent)
+    for at in range(5, 14):
+        with_nan, with_inf = value.copy(), key.copy()
+        with_nan[0, at], with_inf[0, at] = np.nan, np.inf
+        with_nan_y = attention(q, key, with_nan, cotangent)[0]
+        np.testing.assert_array_equal(with_nan_y[:, :at], y[:, :at])
+        assert np.all(np.isnan(with_nan_y[:, at:]))
+        for changed in ((with_inf, value), (key, with_nan)):
+            np.testing.assert_array_equal(attention(q, *changed, cotangent)[2][:, :at], dq[:, :at])
+
+
 def test_bits_do_not_depend_on_neighbours():
     """A query's bits are those that it has alone, but for the split over keys of few."""
     q, k, v = operands_of(1, 400, 300, 1, 1, 64)
@@ -586,3 +605,28 @@ def test_explain_says_why_attention_is_composed():
         assert first[:3] == ("softmax2p_attention", (5, 3, 7, 2, 4), "float32")
         assert first[4:] == ("reference", "attention is composed: query_block_size is given")
         assert {choice.operation for choice in others} >= {"softmax2p"}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
+def test_jacobian_in_a_loop(dtype):
+    """The attention itself is composed there, and its gradient for all cotangents native."""
+    q, k, v = operands_of(1, 4, 4, 1, 1, 4, dtype, size=3.0)
+    f = lambda q: dot_product_attention(q, k, v).astype(np.float32)
+    in_loop = jax.jit(lambda qs: jax.lax.map(jax.jacrev(f), qs))(jnp.stack([q, q]))
+    found = [x.implementation for x in explain(lambda qs: jax.lax.map(jax.jacrev(f), qs), jnp.stack([q, q]))]
+    assert found == ["reference", "native"]
+    wide = [np.asarray(x, np.float64) for x in (q, k, v)]
+    exact = jax.jacrev(lambda q: formula(q, *wide[1:]))(wide[0])
+    for jacobian in in_loop:
+        assert_close(np.asarray(jacobian, np.float64), exact, 16 * EPS[dtype])
+
+
+def test_vmap_over_nothing():
+    k = jnp.zeros((3, 1, 8))
+    for axes in ((0, None), (0, 0)):
+        keys = k if axes[1] is None else jnp.zeros((0, *k.shape))
+        mapped = jax.vmap(lambda q, k: dot_product_attention(q, k, k), axes)
+        assert jax.jit(mapped)(jnp.zeros((0, 2, 1, 8)), keys).shape == (0, 2, 1, 8)
+        gradients = jax.grad(lambda *xs, f=mapped: f(*xs).sum(), (0, 1))(jnp.zeros((0, 2, 1, 8)), keys)
+        assert [x.shape for x in gradients] == [(0, 2, 1, 8), keys.shape]
+        assert np.all(gradients[1] == 0)

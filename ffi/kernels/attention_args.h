@@ -21,7 +21,7 @@ struct LogitsOperand {
   std::int64_t key = 0;
 
   // The element for query t, head g and key s.
-  const Element& At(std::int64_t t, std::int64_t g, std::int64_t s) const {
+  SOFTMAX2P_INLINE const Element& At(std::int64_t t, std::int64_t g, std::int64_t s) const {
     return data[t * query + g * head + s * key];
   }
 };
@@ -64,7 +64,7 @@ struct AttentionShape {
   SOFTMAX2P_INLINE bool HasDropout() const { return dropout_mask.data != nullptr; }
 
   // The keys that any of the rows from `begin` to `end` attends to, by the band and the lengths.
-  KeyRange KeysOfRows(std::int64_t begin, std::int64_t end) const {
+  SOFTMAX2P_INLINE KeyRange KeysOfRows(std::int64_t begin, std::int64_t end) const {
     const std::int64_t first = begin / heads, last = (end - 1) / heads;
     KeyRange range{first - before, last + after + 1};
     if (range.begin < 0) range.begin = 0;
@@ -74,7 +74,7 @@ struct AttentionShape {
   }
 
   // Whether the band masks any of the keys s + range for any of the rows from `begin` to `end`.
-  bool BandCuts(std::int64_t begin, std::int64_t end, std::int64_t s, KeyRange range) const {
+  SOFTMAX2P_INLINE bool BandCuts(std::int64_t begin, std::int64_t end, std::int64_t s, KeyRange range) const {
     const std::int64_t first = begin / heads, last = (end - 1) / heads;
     return last - before > s + range.begin || first + after < s + range.end - 1;
   }

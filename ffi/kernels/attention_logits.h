@@ -120,7 +120,8 @@ class AttentionLogits {
     }
   }
 
-  // output[size][rows] += A^T·factors, for copied keys or values A. Returns whether these are as they were:
+  // output[size][rows] += A^T·factors, for those of copied keys or values A that are in the range: what comes
+  // after it need not be finite, though its factors are 0. Returns whether these are as they were:
   // where they are not `finite`, and masks may hide them, those that are not finite become 0.
   template <int vectors>
   static SOFTMAX2P_INLINE bool AddCopied(T* copied, std::int64_t size, KeyRange range, const T* factors,
@@ -128,9 +129,9 @@ class AttentionLogits {
     const bool unchanged = finite || !masked;
     if (!unchanged) TakeNonFinite<vectors>(copied, size, range, factors, output);
     const std::int64_t stride = CopiedStride(size);
-    Product::template Accumulate<vectors>(
-        copied + range.begin * stride, Product::kRows, stride, factors + range.begin * vectors * V::kLanes,
-        RoundUp(size, Product::kRows), RoundUp(range.end, kUnroll) - range.begin, output);
+    Product::template Accumulate<vectors>(copied + range.begin * stride, Product::kRows, stride,
+                                          factors + range.begin * vectors * V::kLanes,
+                                          RoundUp(size, Product::kRows), range.end - range.begin, output);
     return unchanged;
   }
 

@@ -170,8 +170,9 @@ struct ExtExp {
   SOFTMAX2P_INLINE V Value(int k) const { return Fma(expm1[k], pow2[k], pow2[k]); }
 };
 
-// Computes e^x for x with n - reference <= 2. Each lane has a reference of its own, an even integer: whether
-// a tie rounds up depends on its parity, and what one pass finds must agree with another.
+// Computes e^x for x with n - reference <= 2, or, without a table, as large as a power can be. Each lane has
+// a reference of its own, an even integer: whether a tie rounds up depends on its parity, and what one pass
+// finds must agree with another.
 //
 // x is clamped where the power has the lowest exponent: then it is zero, or, with a table, subnormal, which
 // ScopedFloatMode makes a zero.

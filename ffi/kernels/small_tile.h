@@ -48,7 +48,8 @@ class SmallTile {
     }
     T rows[kMaxSmall * V::kLanes];
     const int elements = count * m;
-    ForVectors<V>(elements, [&](int, int at, const auto& access) { access.Load(x + at).Store(rows + at); });
+    ForVectors<V>(elements,
+                  [&](int, int at, const auto& access) { access.Load(x + at, 0).Store(rows + at); });
     const int end = (m < V::kTransposeRows ? V::kTransposeRows : m) * V::kLanes;
     for (int i = (elements + V::kLanes - 1) / V::kLanes * V::kLanes; i < end; ++i) rows[i] = 0;
     Transpose(rows, m, tile);

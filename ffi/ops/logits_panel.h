@@ -193,7 +193,7 @@ class LogitsPanel {
 
   bool HasNan(int c) const {
     for (std::int64_t i = 0; i < logits_->n; ++i) {
-      if (std::isnan(At(c, i))) return true;
+      if (!IsMasked(c, i) && std::isnan(At(c, i))) return true;
     }
     return false;
   }

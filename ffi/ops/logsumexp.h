@@ -54,7 +54,7 @@ void LogSumExpVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, 
                   const ComputeOf<E>* factor, E* y);
 
 // The transposed derivative of LogSoftmax: out = t - p·<1, t>. There are no labels. t is like x, and must be
-// 0 where logits are masked; so is the result. out may be t.
+// 0 where logits are masked; so is the result, if the sum of t is finite. out may be t.
 template <typename E>
 void LogSoftmaxVjp(const Kernels& kernels, Executor& executor, Logits<E> logits, const LabelledLse<E>& lse,
                    const E* t, E* out);

@@ -131,14 +131,13 @@ def _attend_ranges(operands: Operands, band: Band | None, block_size: int, optio
       options: as in ``attention_core``.
     """
     t, s = operands.sizes[-2:]
-    if operands.dropout_mask is not None:
-        # Fully masked queries attend to every key that dropout keeps, also to those outside their band.
-        band = None
-    size = t if band is None else max(min(block_size, MIN_BLOCK_QUERIES), -(-t // MAX_BAND_RANGES))
+    # With dropout, fully masked queries attend to every key that it keeps, also to those outside their band.
+    reads_all = band is None or operands.dropout_mask is not None
+    size = t if reads_all else max(min(block_size, MIN_BLOCK_QUERIES), -(-t // MAX_BAND_RANGES))
     results = []
     for start in range(0, t, size):
         queries = range(start, min(t, start + size))
-        keys = range(s) if band is None else band_columns(band, queries, s)
+        keys = range(s) if reads_all else band_columns(band, queries, s)
         # The operands are sliced inside the checkpoint: the slices of all ranges, which the gradient would
         # store otherwise, are larger than the operands.
         attend = functools.partial(

@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_softmax2p.attention.blocks import blockwise_attention
 from jax_softmax2p.attention.core import all_of, fills_weights
-from jax_softmax2p.attention.operands import Operands, Options, Result, are_known
+from jax_softmax2p.attention.operands import Operands, Options, Result, are_known, at_least_one
 from jax_softmax2p.primitives.attention_sinks import apply_sinks
 from jax_softmax2p.primitives.operands import Band, band_columns, operand_mask
 from jax_softmax2p.reference import compute_dtype
@@ -20,7 +20,8 @@ DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 
 
 def composed_attention(arrays: dict[str, Array], band: Band | None, options: Options) -> Result:
-    """Attention of arguments that are given by name, and returned as in ``multi_head_attention``."""
+    """Attention of arguments that are given by name, and returned as in ``multi_head_attention``, but with
+    the lse in the dtype of the computation."""
     query, sinks, returns_lse = arrays["query"], arrays.get("sinks"), options.return_lse
     if sinks is not None:
         options = dataclasses.replace(options, return_lse=True, lse_has_gradient=True)
@@ -32,8 +33,7 @@ def composed_attention(arrays: dict[str, Array], band: Band | None, options: Opt
     output, lse = jax.tree.map(heads_last, result)
     if sinks is not None:
         output, lse = apply_sinks(output, lse, sinks.astype(lse.dtype))
-    rounded_lse = jax.lax.stop_gradient(lse).astype(query.dtype) if returns_lse else None
-    return Result(output.astype(query.dtype), rounded_lse)
+    return Result(output.astype(query.dtype), jax.lax.stop_gradient(lse) if returns_lse else None)
 
 
 def _as_operands(arrays: dict[str, Array]) -> Operands:
@@ -104,10 +104,7 @@ def _fill_masked_queries(operands: Operands, result: Result, band: Band | None) 
     output, lse = result
     fully_masked, q_padding = operands.fully_masked, operands.q_padding
     if fully_masked is not None and not fills_weights(operands, band):
-        num_keys = operands.sizes[-1]
-        # A symbolic size is at least 1, and cannot be compared with it.
-        divisor = max(1, num_keys) if are_known(num_keys) else num_keys
-        mean = jnp.sum(operands.value, -2, keepdims=True) / divisor
+        mean = jnp.sum(operands.value, -2, keepdims=True) / at_least_one(operands.sizes[-1])
         output = jnp.where(fully_masked, mean, output)
     if q_padding is not None:
         output = jnp.where(q_padding, 0, output)

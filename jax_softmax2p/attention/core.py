@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_softmax2p.arguments import as_logits
-from jax_softmax2p.attention.operands import Operands, Options, Result, are_known
+from jax_softmax2p.attention.operands import Operands, Options, Result, are_known, at_least_one
 from jax_softmax2p.logits import apply_soft_cap
 from jax_softmax2p.ops import logsumexp, softmax_of_logits
 from jax_softmax2p.primitives.operands import Band, operand_mask
@@ -44,7 +44,7 @@ def attention_core(
         o = o._replace(scale=jnp.ones_like(o.scale))
     weights, lse = _softmax(logits, o, options, band, band_mask)
     if o.fully_masked is not None and fills_weights(operands, band):
-        weights = jnp.where(o.fully_masked, 1 / sizes[-1], weights)
+        weights = jnp.where(o.fully_masked, 1 / at_least_one(sizes[-1]), weights)
     if o.dropout_mask is not None:
         weights = jnp.where(o.dropout_mask, weights, 0)
     output = jnp.einsum(wv_einsum, weights, value, precision=options.precision)

@@ -51,7 +51,8 @@ def unfused_reason(arrays: dict[str, Array], options: Options) -> str | None:
 
 
 def fused_attention(arrays: dict[str, Array], band: Band | None, options: Options) -> Result:
-    """Attention of arguments that are given by name, and returned as in ``multi_head_attention``."""
+    """Attention of arguments that are given by name, and returned as in ``multi_head_attention``, but with
+    the lse in the dtype of the computation."""
     query = arrays["query"]
     dtype = compute_dtype(query.dtype)
     arrays = arrays | {"scale": arrays["scale"].astype(dtype).reshape(1)}
@@ -72,7 +73,7 @@ def fused_attention(arrays: dict[str, Array], band: Band | None, options: Option
         # A probability in 16 bits would make all elements too large, or too small, by up to 0.2%.
         output = (output.astype(dtype) / jnp.asarray(options.keep_prob, dtype)).astype(query.dtype)
     hi = jax.lax.stop_gradient(lse)[..., :1]
-    return Result(output, hi.astype(query.dtype) if options.return_lse else None)
+    return Result(output, hi if options.return_lse else None)
 
 
 def _composed(
@@ -95,11 +96,10 @@ def _composed(
         return_lse=return_lse,
         logits_soft_cap=soft_cap,
     )
-    dtype = compute_dtype(query.dtype)
     output, lse = composed_attention(arrays, band, options)
     if lse is None:
-        return output, jnp.zeros((*output.shape[:-1], 2), dtype)
-    return output, jnp.pad(lse.astype(dtype), [(0, 0)] * 3 + [(0, 1)])
+        return output, jnp.zeros((*output.shape[:-1], 2), compute_dtype(query.dtype))
+    return output, jnp.pad(lse, [(0, 0)] * 3 + [(0, 1)])
 
 
 def _stores_weights(

@@ -74,13 +74,19 @@ def multi_head_attention(
     fused = reason is None
     if reason is not None and choose_path(options.implementation, None) == "primitive":
         arrays["query"] = note_composed_attention(query, reason)
-    attend = functools.partial(fused_attention if fused else composed_attention, band=band, options=options)
+    attend = functools.partial(_attend, fused=fused, band=band, options=options)
     specs = _explicit_specs(arrays)
     if specs is None:
         return attend(arrays)
     arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
     mesh = jax.typeof(query).sharding.mesh
     return jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=specs["query"])(arrays)
+
+
+def _attend(arrays: dict[str, Array], *, fused: bool, band: Band | None, options: Options) -> Result:
+    """The results, both of query's dtype."""
+    output, lse = (fused_attention if fused else composed_attention)(arrays, band, options)
+    return Result(output, None if lse is None else lse.astype(output.dtype))
 
 
 def _explicit_specs(arrays: dict[str, Array]) -> dict[str, PartitionSpec] | None:

@@ -156,6 +156,11 @@ def are_known(*sizes: Any) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
+def at_least_one(size: Any) -> Any:
+    """The size, or 1 for 0. A symbol is at least 1, and cannot be compared with it."""
+    return max(1, size) if are_known(size) else size
+
+
 _QUERY_AXES = dict.fromkeys(("query", "bias", "mask", "q_padding", "fully_masked", "dropout_mask"), -2)
 """Which axis of which operand belongs to the queries."""
 

@@ -99,7 +99,8 @@ def attention_jvp_rule(
 
     if stores_weights(*primals, **params):
         return composed_jvp(range(len(primals)))
-    output, lse = primitive.bind(*primals, **params)
+    # The gradient may be native where this is not, as in a loop over cotangents, and needs the lse then.
+    output, lse = primitive.bind(*primals, **params | {"return_lse": True})
     terms = []
     places = {name: 4 + i for i, name in enumerate(params["names"])}
 

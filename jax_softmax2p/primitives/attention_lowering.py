@@ -11,7 +11,7 @@ output by the probability with which weights are kept.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ OPERAND_NAMES = ("bias", "mask", "query_lengths", "key_lengths", "dropout_mask",
 """The operands that come last, in their order; their places are the bits of the FFI attribute."""
 
 PARAMS = ("names", "band", "soft_cap", "return_lse", "implementation")
-"""The primitives' parameters. Without return_lse, the lse means nothing to users."""
+"""The primitives' parameters. Without return_lse, the lse means nothing."""
 
 MIN_WORK_IN_LOOPS = 256
 """From how many multiply-adds on a kernel is faster in loops; elsewhere it always is.
@@ -74,7 +74,12 @@ def roles_of(names: Sequence[str], *num_leading: int) -> tuple[Role, ...]:
 
 def batch_of(operands: Sequence[Any], roles: Sequence[Role]) -> int:
     """The size of the batch, which is that of the results: that of some operands may be 1."""
-    return max(x.shape[0] for x, role in zip(operands, roles, strict=True) if role[0] == "batch")
+    return _broadcast_size(x.shape[0] for x, role in zip(operands, roles, strict=True) if role[0] == "batch")
+
+
+def _broadcast_size(sizes: Iterable[int]) -> int:
+    """That of a dimension whose arrays have these sizes: 1 beside 0 is 0."""
+    return next((size for size in sizes if size != 1), 1)
 
 
 def batch_entry(operands: Sequence[ShapedArray], roles: Sequence[Role]) -> Any:
@@ -99,7 +104,7 @@ def fold_batch(
         x.shape if dim is None else x.shape[:dim] + x.shape[dim + 1 :]
         for x, dim in zip(operands, dims, strict=True)
     ]
-    batch = max(shape[0] for shape, role in zip(shapes, roles, strict=True) if role[0] == "batch")
+    batch = _broadcast_size(shape[0] for shape, role in zip(shapes, roles, strict=True) if role[0] == "batch")
     specs = [jax.typeof(x).sharding.spec for x in operands]
     mapped = [spec[dim] for spec, dim in zip(specs, dims, strict=True) if dim is not None]
     entry = next((found for found in mapped if found is not None), None)
