@@ -14,10 +14,12 @@ _INT32 = np.iinfo(np.int32)
 
 
 def saturate_known_labels(labels: Any) -> Any:
-    """Integers of NumPy as int32, to whose range they saturate; anything else as it is.
+    """Integers of NumPy and of Python as int32, to whose range they saturate; anything else as it is.
 
-    Without jax_enable_x64, JAX would cut 64 bits down to 32.
+    Without jax_enable_x64, JAX would cut 64 bits down to 32, and refuse such a number in Python.
     """
+    if isinstance(labels, int) and not isinstance(labels, bool):
+        return np.int32(min(max(labels, _INT32.min), _INT32.max))
     if isinstance(labels, np.ndarray | np.generic) and labels.dtype.kind in "iu":
         return _saturate_to_int32(labels)
     return labels

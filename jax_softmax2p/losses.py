@@ -117,14 +117,17 @@ def softmax_cross_entropy_with_integer_labels(
             x, *operands = prepared.operands
             params = tuple(prepared.params.items())
             loss = _lse_minus_label_logit(params, x, labels, *operands)
-        case path:
+        case _:
             x, *operands = prepared.operands
-            lse_of = prepared
-            if path == "reference" and not row_has_many_labels:
+            if row_has_many_labels:
+                x = x_relative = reference.relative_to_majority(
+                    *prepared.reference_operands(), axis=prepared.axis
+                )
+            else:
                 x_relative = reference.relative_to(x, labels, prepared.axis)
-                lse_of = dataclasses.replace(prepared, operands=(x_relative, *operands))
                 x = jax.lax.stop_gradient(x)
-            loss = _subtract_label_logit(logsumexp_of_logits(lse_of), x, labels, prepared.axis)
+            lse = logsumexp_of_logits(dataclasses.replace(prepared, operands=(x_relative, *operands)))
+            loss = _subtract_label_logit(lse, x, labels, prepared.axis)
     loss = loss.astype(dtype)
     return loss if where is None else jnp.where(jnp.any(where, axis), loss, 0)
 
@@ -152,7 +155,8 @@ def softmax_cross_entropy(
       implementation: as in :func:`softmax`.
 
     Returns:
-      Array of the logits' shape without the axes.
+      Array of the shape to which logits, labels and mask broadcast, without the axes, of the dtype to which
+      logits and labels promote.
 
     Raises:
       TypeError: logits are not floating-point numbers.
@@ -180,8 +184,9 @@ def softmax_cross_entropy(
         logits = jnp.broadcast_to(logits, jnp.broadcast_shapes(logits.shape, mask.shape))
     prepared = as_logits(logits, axis, mask, implementation=implementation, name="logits")
     if choose_path(prepared.implementation, None) == "reference":
-        operands = prepared.reference_operands()
-        merged, *_ = reference.log_softmax(*operands, axis=prepared.axis, differentiable=True)
+        x, operands = prepared.reference_operands()
+        x = x.astype(compute_dtype(x.dtype))
+        merged, *_ = reference.log_softmax(x, operands, axis=prepared.axis, differentiable=True)
     else:
         merged = _log_probabilities(tuple(prepared.params.items()), *prepared.operands)
     log_p = dataclasses.replace(prepared, dtype=merged.dtype).restore(merged)
@@ -284,9 +289,11 @@ def _subtract_label_logit(lse: Lse, x: Array, labels: Array, axis: int) -> Array
     """
     spec, labels_spec = jax.typeof(x).sharding.spec, jax.typeof(labels).sharding.spec
     rows_are_shared = _without_axis(x.shape, axis) != labels.shape
-    if spec[axis] is None and not (rows_are_shared and any(labels_spec)):
+    gathers = spec[axis] is None and not (rows_are_shared and any(labels_spec))
+    if gathers and x.shape[axis] != 0:
         logit = jnp.take_along_axis(x, jnp.expand_dims(labels, axis), axis).squeeze(axis)
-    else:  # JAX gathers neither along an explicitly sharded axis nor from a row that sharded labels share.
+    else:  # JAX gathers neither along an explicitly sharded axis nor from a row that sharded labels share,
+        # and from rows of no classes a 0.
         logit = logit_at_label(x, labels, axis)
     return (lse.hi - logit.astype(lse.hi.dtype)) + lse.lo
 

@@ -295,6 +295,20 @@ def relative_to(x: Array, labels: Array, axis: int) -> Array:
     return select(is_label, jax.lax.stop_gradient(x), x - zero)
 
 
+def relative_to_majority(x: Array, operands: ScaleBiasMask[Array], *, axis: int) -> Array:
+    """x, :func:`relative_to` the elements that have more than half of the probability of their row, if any.
+
+    Args:
+      x: the logits before scale, bias and mask; real.
+      operands: these.
+      axis: along which the rows lie.
+    """
+    if x.shape[axis] == 0:
+        return x
+    z = _logits(jax.lax.stop_gradient(x), operands, axis, fully_masked=-jnp.inf)
+    return relative_to(x, _majority(z, x.dtype, axis), axis)
+
+
 def select(mask: Array, x: Array, other: jax.typing.ArrayLike) -> Array:
     """x where the mask is True, and ``other``, in x's dtype, elsewhere; all broadcast.
 

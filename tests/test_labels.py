@@ -118,3 +118,14 @@ def test_more_classes_than_int32_can_count():
     shapes = jax.ShapeDtypeStruct((1, 2**31), np.float32), jax.ShapeDtypeStruct((1,), np.int32)
     with pytest.raises(ValueError, match="no more than 2147483647 classes, got 2147483648"):
         jax.eval_shape(softmax_cross_entropy_with_integer_labels, *shapes)
+
+
+@pytest.mark.parametrize("label", [2**31, 2**40, -(2**63), 10**30])
+def test_numbers_beyond_64_bits_name_no_class(label, loss):
+    assert np.isnan(loss(jnp.zeros(3), label))
+    np.testing.assert_allclose(loss(jnp.zeros(3), -1), np.log(3), rtol=1e-6)
+
+
+def test_a_boolean_is_no_label(loss):
+    with pytest.raises(TypeError, match="labels must be integers, got dtype bool"):
+        loss(jnp.zeros(3), True)

@@ -362,3 +362,41 @@ def test_nan_among_many_rows(shape, implementation):
     x[:, 5] = np.nan
     loss = softmax_cross_entropy_with_integer_labels(x, np.full(shape[0], 2), implementation=implementation)
     assert np.all(np.isnan(loss))
+
+
+def test_nearly_certain_rows_that_labels_share(implementation):
+    """The gradient is p times the number of labels, minus the number of those that name the class."""
+    x = np.array([[[20.0, 0.0, -1.0]], [[3.0, 40.0, -2.0]], [[0.5, 0.0, 1.0]]], np.float32)
+    labels = np.array([[0, 0, 0, 0], [1, 1, 2, 1], [2, 0, 1, 2]])
+    f = functools.partial(softmax_cross_entropy_with_integer_labels, implementation=implementation)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda x: f(x, labels).sum()))(x)
+    e = np.exp(x[:, 0].astype(np.float64))
+    others = e.sum(-1, keepdims=True) - e
+    counts = (labels[..., None] == np.arange(3)).sum(1)
+    # counts.sum()·p - counts, without a difference of what is nearly the same.
+    expected = ((counts.sum(-1, keepdims=True) - counts) * e - counts * others) / e.sum(-1, keepdims=True)
+    np.testing.assert_allclose(gradient[:2, 0], expected[:2], rtol=2e-6)
+    np.testing.assert_allclose(gradient[2, 0], expected[2], atol=1e-6)
+    exact = np.log(e.sum(-1)) * labels.shape[1] - (counts * x[:, 0]).sum(-1)
+    np.testing.assert_allclose(loss, exact.sum(), rtol=1e-6)
+    masked = jax.grad(lambda x: f(x, labels, where=np.array([[[True, True, False]]])).sum())(x)
+    p = e[0, 1] / e[0, :2].sum()
+    np.testing.assert_allclose(masked[0, 0], [-4 * p, 4 * p, 0], rtol=2e-6)
+
+
+def test_16_bit_logits_and_float32_labels(implementation):
+    """Nothing is rounded to 16 bits, which the result has not."""
+    x = jnp.array([[0.0, 1.3, 2.7], [5.0, -3.0, 0.1]], jnp.bfloat16)
+    labels = np.full((2, 3), 1 / 3, np.float32)
+    losses = softmax_cross_entropy(x, labels, implementation=implementation)
+    assert losses.dtype == np.float32
+    wide = np.asarray(x, np.float64)
+    exact = np.log(np.exp(wide).sum(-1)) - wide.mean(-1)
+    np.testing.assert_allclose(losses, exact, rtol=1e-6)
+
+
+def test_a_label_of_no_classes_is_out_of_range(implementation):
+    x = np.ones((2, 0), np.float32)
+    f = functools.partial(softmax_cross_entropy_with_integer_labels, implementation=implementation)
+    assert np.all(np.isnan(f(x, np.zeros(2, int))))
+    assert np.all(np.isnan(f(x[:1], np.zeros(2, int))))
