@@ -135,8 +135,9 @@ def as_logits(
         _check_band(x, axes, name)
     mask = None if where is None else as_mask(where, x.shape, name)
     scale, biases, promoted = _as_operands(x, axes, scale, bias, name)
-    if shift_invariant and scale is None and not biases and axis_name is None:
-        x = _as_inexact(x, axes, operand_mask(x.shape, mask, band))
+    is_only_shifted = shift_invariant and scale is None and not biases and axis_name is None
+    if is_only_shifted and jnp.issubdtype(x.dtype, jnp.integer):
+        x = _relative_to_maximum(x, axes, operand_mask(x.shape, mask, band))
     # That of the formula, jnp.exp(x * scale + bias).
     dtype = jax.eval_shape(jnp.exp, jax.ShapeDtypeStruct((), promoted or x.dtype)).dtype
     wide = jnp.float32 if _is_narrower_than_16_bits(dtype) else dtype
@@ -328,10 +329,8 @@ def broadcast_along_all_or_none(operand: Array, shape: tuple[int, ...], axes: tu
     return jnp.broadcast_to(operand, target)
 
 
-def _as_inexact(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:
+def _relative_to_maximum(x: Array, axes: tuple[int, ...], mask: Array | None) -> Array:
     """Integers minus their maximum, as floats: integers subtract exactly, and floats may not."""
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return x
     x_max = jnp.max(x, axes, keepdims=True, where=mask, initial=jnp.iinfo(x.dtype).min)
     # The difference may exceed the signed range; it then wraps to what is right as unsigned.
     unsigned = jnp.dtype(f"uint{jnp.iinfo(x.dtype).bits}")

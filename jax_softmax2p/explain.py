@@ -1,5 +1,6 @@
 """What runs where: the native kernel or the reference, for every operation of a program, and why."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -78,7 +79,10 @@ def _explain_jaxpr(jaxpr: Jaxpr) -> Iterator[Explanation]:
             reason = f"attention is composed: {equation.params['reason']}"
             yield Explanation("softmax2p_attention", x.shape, x.dtype.name, -1, "reference", reason)
         elif lowering is not None:
-            rule = lambda *operands, rule=lowering, params=equation.params: rule(*operands, **params)
+            rule = nested_computations.in_loops_too(
+                lowering, multiple_results=equation.primitive.multiple_results
+            )
+            rule = functools.partial(rule, **equation.params)
             yield from _explain_jaxpr(jax.make_jaxpr(rule)(*(v.aval for v in equation.invars)).jaxpr)
         else:
             replace = nested_computations.REPLACEMENTS.get(equation.primitive, lambda kept: kept)

@@ -54,7 +54,7 @@ def softmax(
         size 1 along the axis, such as a temperature's inverse for every row.
       bias: is added to scale·x: a real array that broadcasts to x's shape, or a tuple of several, each of
         which broadcasts to it by itself. With scale and bias the result has the dtype of x * scale + bias,
-        and no array for that is made: scale·x + bias is rounded once, in float32 for 16-bit logits. Nor is
+        and no array for that is made: kernels round scale·x + bias once, in float32 for 16-bit logits. Nor is
         one made for ``bias=(f[:, None], g[None, :])``: see below.
       axis_name: inside :func:`jax.shard_map`, the axis of the mesh, or several, along which ``axis`` is
         sharded: x, where and bias are this device's shard, and so is the result. See below.
@@ -117,9 +117,10 @@ def softmax(
 
     Several biases:
       Those of size 1 along the axis do not change a softmax where they are finite, and are added to a
-      logsumexp, hi + lo, afterwards: no kernel reads them. The others are added to one another, in x's dtype,
-      as an array of the shape to which they broadcast without x: if that is x's own, an array of x's size is
-      made. With ``axis_name``, and with the factors b of a logsumexp, all of them are added so.
+      logsumexp, hi + lo, afterwards: no kernel reads them. The others are added to one another, in float32
+      for 16-bit logits, and rounded to x's dtype, as an array of the shape to which they broadcast without
+      x: if that is x's own, an array of x's size is made. With ``axis_name``, and with the factors b of a
+      logsumexp, all of them are added so.
 
     Source: M. Dukhan and A. Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438, Algorithm 3.
     """

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_softmax2p.arguments import Axis, Where, as_logits
+from jax_softmax2p.arguments import Axis, Where, as_logits, as_real_array
 from jax_softmax2p.eager import jit_when_eager
 from jax_softmax2p.ops import logsumexp_of_logits
 from jax_softmax2p.primitives.dispatch import Implementation
@@ -101,7 +101,7 @@ def sum_exp(
     .. math:: \sum_j \exp(x_j) = mantissa · 2^{exponent}
 
     Args:
-      x: array of logits, as in :func:`softmax`.
+      x: array of logits, as in :func:`softmax`, but real.
       axis: the axis or axes to reduce; None for all.
       where: as in :func:`softmax`; what is masked adds nothing.
       implementation: as in :func:`softmax`.
@@ -133,6 +133,7 @@ def sum_exp(
 
     Source: arXiv 2001.04438, section 4.
     """
+    x = as_real_array(x, "x")
     logits = as_logits(x, axis, where, implementation=implementation, shift_invariant=False)
     # The NaN of a chunk of -inf would reach the gradients of all chunks that it is combined with.
     return _from_lse(logsumexp_of_logits(logits, zero_at_minus_infinity=True))

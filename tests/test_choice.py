@@ -94,6 +94,15 @@ def test_small_attention_and_losses_in_loops():
             assert calls_in(f, x) == 0
 
 
+def test_explains_derivatives_in_loops():
+    """What is lowered to other functions is explained by these."""
+    key = jnp.ones((8, 2, 8), jnp.float32)
+    attention = lambda q: dot_product_attention(q, key, key)
+    f = lambda qs: jax.lax.map(lambda q: jax.jvp(attention, (q,), (q,))[1], qs)
+    found = explain(f, jax.ShapeDtypeStruct((5, 4, 2, 8), "float32"))
+    assert {x.operation for x in found} >= {"softmax2p", "softmax2p_jacobian"}
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_native_stays_native(name):
     f = lambda row: FUNCTIONS[name](row, axis=-1, implementation="native")

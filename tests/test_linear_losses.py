@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from processes import ROOT
 
 import jax_softmax2p as s2p
@@ -247,6 +248,30 @@ def test_sizes_of_zero_and_leading_dimensions():
     x, labels = jnp.ones((2, 3, 4)), jnp.zeros((2, 3), int)
     np.testing.assert_allclose(f(x, jnp.ones((4, 7)), labels), np.full((2, 3), np.log(7)), rtol=1e-6)
     np.testing.assert_allclose(f(x[0, 0], jnp.ones((4, 7)), jnp.array(3)), np.log(7), rtol=1e-6)
+
+
+def test_sizes_with_axis_name():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"in_specs": (P(), P(None, "x"), P()), "out_specs": P()}
+    f = lambda x, w, labels: s2p.linear_softmax_cross_entropy(x, w, labels, axis_name="x")
+    call = jax.shard_map(f, mesh=mesh, **specs)
+    for w in (jnp.ones((3, 0)), jnp.ones((0, 3))):
+        with pytest.raises(
+            ValueError, match=r"those of weights not 0; got .*\(\d, \d\)"
+        ):
+            call(jnp.ones((2, len(w))), w, jnp.zeros(2, int))
+    assert call(jnp.ones((0, 3)), jnp.ones((3, 4)), jnp.zeros(0, int)).shape == (0,)
+
+
+def test_vmap_over_nothing():
+    x, w, labels = jnp.ones((0, 3, 4)), jnp.ones((4, 5)), jnp.zeros((0, 3), int)
+    f = lambda x, w: jax.vmap(lambda x, labels: s2p.linear_softmax_cross_entropy(x, w, labels))(x, labels)
+    assert f(x, w).shape == (0, 3)
+    gradients = jax.jit(jax.grad(lambda *xs: f(*xs).sum(), (0, 1)))(x, w)
+    assert gradients[0].shape == x.shape
+    np.testing.assert_array_equal(gradients[1], jnp.zeros((4, 5)))
+    dot = jax.jvp(f, (x, w), (x, w))[1]
+    assert dot.shape == (0, 3)
 
 
 @pytest.mark.parametrize(

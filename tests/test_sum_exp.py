@@ -219,3 +219,8 @@ class TestSumExp:
         x = (10 * normal(4, 300)).astype(dtype)
         expected = [exact_log(row) for row in x]
         assert_logs_close(sum_exp(x, implementation=implementation), expected, dtype)
+
+
+def test_complex_logits_are_an_error():
+    with pytest.raises(TypeError, match="x must be real, got dtype complex64"):
+        sum_exp(jnp.ones(3, jnp.complex64))

@@ -278,6 +278,11 @@ def _loss(spec: LossSpec, x: Array, weights: Array, bias: Array, labels: Array, 
     dtype = compute_dtype(jnp.result_type(x, weights))
     ones = jnp.ones(x.shape[:1], dtype) if mask is None else mask.astype(dtype)
     if spec.axis_names:
+        if 0 in weights.shape or not all(isinstance(size, int) for size in (*x.shape, *weights.shape)):
+            raise ValueError(
+                "with axis_name, sizes must be known, and those of weights not 0; "
+                f"got weights of shape {weights.shape} for {x.shape[0]} inputs"
+            )
         collectives.check_derivatives(x, spec.axis_names)
         varying = (as_varying(a, spec.axis_names) for a in (x, weights, bias))
         return _sharded_loss(spec, *varying, labels, ones)[0]

@@ -166,9 +166,9 @@ def _loss_batch_rule(
 ) -> tuple[Sequence[Array], Sequence[int | None]]:
     """One loss of more tokens, or, where weights differ, one loss after the other."""
     call = functools.partial(linear_loss_p.bind, spec=spec, wanted=wanted)
-    if _has_batch(dims[1:3]):
-        return _map_batch(call, operands, dims)
     size = _batch_size(operands, dims)
+    if _has_batch(dims[1:3]) or size == 0:
+        return _map_batch(call, operands, dims)
     flat = [
         _flatten(a, dim, size) if i not in (1, 2) else a
         for i, (a, dim) in enumerate(zip(operands, dims, strict=True))
@@ -231,9 +231,10 @@ def _jvp_batch_rule(
     _, dots = _split(operands)
     has_tokens = [name not in OF_CLASSES for name in Known._fields]
     has_tokens += [wanted.x and i == 0 for i in range(len(dots))]
-    if _has_batch(dim for dim, of_tokens in zip(dims, has_tokens, strict=True) if not of_tokens):
-        return _map_batch(call, *_without_sums_of_batch(operands, dims))
     size = _batch_size(operands, dims)
+    of_classes = [dim for dim, of_tokens in zip(dims, has_tokens, strict=True) if not of_tokens]
+    if _has_batch(of_classes) or size == 0:
+        return _map_batch(call, *_without_sums_of_batch(operands, dims))
     flat = [
         _flatten(a, dim, size) if of_tokens else a
         for a, dim, of_tokens in zip(operands, dims, has_tokens, strict=True)

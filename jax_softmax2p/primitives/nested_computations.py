@@ -103,6 +103,18 @@ def lower_fun(function: Callable[..., Any], *, multiple_results: bool) -> Callab
       function: as function(*operands, **params), with an implementation that users may pass.
       multiple_results: whether it returns a sequence of results.
     """
+    return mlir.lower_fun(
+        in_loops_too(function, multiple_results=multiple_results), multiple_results=multiple_results
+    )
+
+
+def in_loops_too(function: Callable[..., Any], *, multiple_results: bool) -> Callable[..., Any]:
+    """The function, which with the implementation "in_loop" marks the primitives that it calls.
+
+    Args:
+      function: as in :func:`lower_fun`.
+      multiple_results: as in :func:`lower_fun`.
+    """
 
     def in_place(*operands: Any, **params: Any) -> Any:
         if params.get("implementation") != "in_loop":
@@ -112,7 +124,7 @@ def lower_fun(function: Callable[..., Any], *, multiple_results: bool) -> Callab
         results = jaxpr_as_fun(marked)(*operands)
         return results if multiple_results else results[0]
 
-    return mlir.lower_fun(in_place, multiple_results=multiple_results)
+    return in_place
 
 
 REPLACEMENTS = dict.fromkeys(OPERATIONS, choose_reference) | dict.fromkeys(LOOPS, mark_loop)
