@@ -256,9 +256,7 @@ def test_sizes_with_axis_name():
     f = lambda x, w, labels: s2p.linear_softmax_cross_entropy(x, w, labels, axis_name="x")
     call = jax.shard_map(f, mesh=mesh, **specs)
     for w in (jnp.ones((3, 0)), jnp.ones((0, 3))):
-        with pytest.raises(
-            ValueError, match=r"those of weights not 0; got .*\(\d, \d\)"
-        ):
+        with pytest.raises(ValueError, match=r"those of weights not 0; got .*\(\d, \d\)"):
             call(jnp.ones((2, len(w))), w, jnp.zeros(2, int))
     assert call(jnp.ones((0, 3)), jnp.ones((3, 4)), jnp.zeros(0, int)).shape == (0,)
 

@@ -132,12 +132,12 @@ def _attend_ranges(operands: Operands, band: Band | None, block_size: int, optio
     """
     t, s = operands.sizes[-2:]
     # With dropout, fully masked queries attend to every key that it keeps, also to those outside their band.
-    reads_all = band is None or operands.dropout_mask is not None
-    size = t if reads_all else max(min(block_size, MIN_BLOCK_QUERIES), -(-t // MAX_BAND_RANGES))
+    band_of_reads = None if operands.dropout_mask is not None else band
+    size = t if band_of_reads is None else max(min(block_size, MIN_BLOCK_QUERIES), -(-t // MAX_BAND_RANGES))
     results = []
     for start in range(0, t, size):
         queries = range(start, min(t, start + size))
-        keys = range(s) if reads_all else band_columns(band, queries, s)
+        keys = range(s) if band_of_reads is None else band_columns(band_of_reads, queries, s)
         # The operands are sliced inside the checkpoint: the slices of all ranges, which the gradient would
         # store otherwise, are larger than the operands.
         attend = functools.partial(
