@@ -150,7 +150,7 @@ def softmax_cross_entropy(
     Args:
       logits: floating-point array.
       labels: array that broadcasts with the logits, such as probabilities that sum to 1 along the axis.
-      axis: the axis or axes of the classes; None for all.
+      axis: the axis or axes of the classes; None for all, and for the sum over those of the labels, too.
       where: boolean array, of the logits' shape or of that without the axis; what is masked takes no part.
       implementation: as in :func:`softmax`.
 
@@ -194,7 +194,8 @@ def softmax_cross_entropy(
         log_p = jnp.where(mask, log_p, 0)
     dtype = jnp.result_type(logits, labels)
     wide = compute_dtype(dtype)
-    total = -(labels.astype(wide) * log_p.astype(wide)).sum(axes, where=mask)
+    terms = labels.astype(wide) * log_p.astype(wide)
+    total = -terms.sum(None if axis is None else axes, where=mask)
     return total.astype(dtype)
 
 

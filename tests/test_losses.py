@@ -400,3 +400,11 @@ def test_a_label_of_no_classes_is_out_of_range(implementation):
     f = functools.partial(softmax_cross_entropy_with_integer_labels, implementation=implementation)
     assert np.all(np.isnan(f(x, np.zeros(2, int))))
     assert np.all(np.isnan(f(x[:1], np.zeros(2, int))))
+
+
+def test_all_axes_of_labels_with_more_dimensions(implementation):
+    x, labels = normal(3, 4).astype(np.float32), normal(2, 3, 4, seed=1).astype(np.float32)
+    loss = softmax_cross_entropy(x, labels, None, implementation=implementation)
+    expected = optax.softmax_cross_entropy(x.astype(np.float64), labels.astype(np.float64), None)
+    assert loss.shape == expected.shape == ()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
