@@ -1,5 +1,7 @@
 """logsumexp(a, b=factors): the logarithm of a sum of exponentials with factors of any sign."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,7 @@ from jax_softmax2p.primitives.logsumexp_derivatives import logsumexp_jvp, no_lab
 from jax_softmax2p.primitives.mask_to_zero import mask_to_zero
 from jax_softmax2p.primitives.operands import Band, operand_mask
 from jax_softmax2p.primitives.signed_sum import signed_sum_point
+from jax_softmax2p.reference import compute_dtype
 
 Array = jax.Array
 
@@ -65,6 +68,10 @@ def _signed_logsumexp(logits: Logits, factors: Array, return_sign: bool) -> tupl
       factors: broadcasts to the logits' shape.
       return_sign: as in :func:`logsumexp`.
     """
+    # In 16 bits, derivatives are smaller by all factors, or larger, than can be stored.
+    wide = compute_dtype(logits.operands[0].dtype)
+    as_wide = lambda a: a.astype(wide) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    logits = dataclasses.replace(logits, operands=tuple(map(as_wide, logits.operands)))
     x, *operands = logits.operands
     t = logits.merge(jnp.broadcast_to(factors, logits.shape)).astype(x.dtype)
     t = mask_to_zero(t, None, logits.spec.band)

@@ -125,7 +125,8 @@ def softmax_cross_entropy_with_integer_labels(
                 )
             else:
                 x_relative = reference.relative_to(x, labels, prepared.axis)
-                x = jax.lax.stop_gradient(x)
+                # At a label's logit of -inf, what is relative to it has no derivative.
+                x = reference.select(x == -jnp.inf, x, jax.lax.stop_gradient(x))
             lse = logsumexp_of_logits(dataclasses.replace(prepared, operands=(x_relative, *operands)))
             loss = _subtract_label_logit(lse, x, labels, prepared.axis)
     loss = loss.astype(dtype)
@@ -182,6 +183,9 @@ def softmax_cross_entropy(
     mask = None if where is None else _as_element_mask(where, axes, logits.shape)
     if mask is not None:
         logits = jnp.broadcast_to(logits, jnp.broadcast_shapes(logits.shape, mask.shape))
+    dtype = jnp.result_type(logits, labels)
+    if dtype != logits.dtype:  # Neither values nor the terms of gradients are rounded to fewer bits.
+        logits = logits.astype(compute_dtype(logits.dtype))
     prepared = as_logits(logits, axis, mask, implementation=implementation, name="logits")
     if choose_path(prepared.implementation, None) == "reference":
         x, operands = prepared.reference_operands()
@@ -192,7 +196,6 @@ def softmax_cross_entropy(
     log_p = dataclasses.replace(prepared, dtype=merged.dtype).restore(merged)
     if mask is not None:  # Of a row without a True the lse is -inf, and 0 times that NaN.
         log_p = jnp.where(mask, log_p, 0)
-    dtype = jnp.result_type(logits, labels)
     wide = compute_dtype(dtype)
     terms = labels.astype(wide) * log_p.astype(wide)
     total = -terms.sum(None if axis is None else axes, where=mask)

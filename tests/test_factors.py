@@ -221,6 +221,19 @@ class TestTransforms:
             assert x.dtype == dtype
             np.testing.assert_allclose(x, y, rtol=0, atol=40 * np.finfo(dtype).eps * np.abs(y).max())
 
+    @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+    def test_derivatives_in_16_bits(self, dtype, implementation):
+        """Without the factor they would be too small for float16, and times it too large."""
+        a, b = jnp.zeros(1000, dtype), jnp.full(1000, 60000, dtype)
+        f = lambda a, scale=None: logsumexp(a, b=b, scale=scale, implementation=implementation)
+        value, gradient = jax.jit(jax.value_and_grad(f))(a)
+        assert value.dtype == gradient.dtype == dtype
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(float(value), np.log(1000 * float(b[0])), rtol=eps)
+        np.testing.assert_allclose(gradient.astype(np.float64), 1e-3, rtol=eps)
+        _, dot = jax.jvp(f, (a,), (jnp.full_like(a, 2),))
+        np.testing.assert_allclose(float(dot), 2, rtol=eps)
+
     @pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (1, 0)])
     def test_vmap(self, in_axes):
         a = normal(4) if in_axes[0] is None else normal(2, 4) if in_axes[0] == 0 else normal(4, 2)

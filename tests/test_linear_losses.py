@@ -250,6 +250,30 @@ def test_sizes_of_zero_and_leading_dimensions():
     np.testing.assert_allclose(f(x[0, 0], jnp.ones((4, 7)), jnp.array(3)), np.log(7), rtol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_z_loss_of_a_nearly_certain_label(implementation):
+    """Its gradient at the label is that of the z-loss, which is far less than the roundings of 1."""
+    x, weights = jnp.ones((1, 1), jnp.float32), jnp.array([[1e-3, -30.0, -30.0]], jnp.float32)
+    f = lambda bias: s2p.linear_softmax_cross_entropy(
+        x, weights, jnp.array([0]), bias=bias, z_loss=1e-5, implementation=implementation
+    )
+    gradient = jax.grad(lambda bias: f(bias).sum())(jnp.zeros(3, jnp.float32))
+    z = np.asarray(weights[0], np.float64)
+    lse, p = np.log(np.exp(z).sum()), np.exp(z) / np.exp(z).sum()
+    others = np.array([-p[1] - p[2], p[1], p[2]])
+    expected = others + 2e-5 * lse * p
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_label_smoothing_of_large_logits(implementation):
+    x, weights = jnp.ones((1, 1), jnp.float32), jnp.full((1, 2), 3e38, jnp.float32)
+    loss = s2p.linear_softmax_cross_entropy(
+        x, weights, jnp.array([0]), label_smoothing=0.1, implementation=implementation
+    )
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+
+
 def test_sizes_with_axis_name():
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = {"in_specs": (P(), P(None, "x"), P()), "out_specs": P()}

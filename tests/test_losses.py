@@ -408,3 +408,25 @@ def test_all_axes_of_labels_with_more_dimensions(implementation):
     expected = optax.softmax_cross_entropy(x.astype(np.float64), labels.astype(np.float64), None)
     assert loss.shape == expected.shape == ()
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_gradient_of_16_bit_logits_and_float32_labels(implementation):
+    """Of labels near the probabilities: rounded to 16 bits, the labels would leave 11 times as much."""
+    x = jnp.array([[0.0, 0.84765625]], jnp.bfloat16)
+    labels = np.array([[0.3, 0.7]], np.float32)
+    loss = lambda x: softmax_cross_entropy(x, labels, implementation=implementation).sum()
+    gradient = jax.jit(jax.grad(loss))(x)
+    assert gradient.dtype == jnp.bfloat16
+    e, wide = np.exp(np.asarray(x, np.float64)), labels.astype(np.float64)
+    expected = e / e.sum() * wide.sum() - wide
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=2**-7)
+
+
+def test_gradient_at_a_label_of_minus_infinity(implementation):
+    x = np.array([[0.0, -INF]], np.float32)
+    loss = lambda x: softmax_cross_entropy_with_integer_labels(
+        x, np.array([1]), implementation=implementation
+    )[0]
+    value, gradient = jax.value_and_grad(loss)(x)
+    assert value == INF
+    np.testing.assert_array_equal(gradient, [[1, -1]])

@@ -87,23 +87,22 @@ def loss(spec: LossSpec, z: Array, labels: Array) -> tuple[Array, Lse]:
       labels: int32 (N,), the labels among the columns of z, z.shape[1] for others; or of size 0: the loss is
         the lse.
     """
-    num_classes = z.shape[1]
+    num_classes = z.shape[1] * spec.num_shards
     lse = logsumexp(z, exact=True, axis=-1, spec=OperandSpec(), implementation=spec.implementation)
     of_rows = []
     if labels.size:
         of_rows.append(jnp.take_along_axis(z, labels[:, None], 1, mode="fill", fill_value=0)[:, 0])
     if labels.size and spec.label_smoothing:
-        of_rows.append(jnp.sum(z, 1))
+        of_rows.append(jnp.sum(z * (1 / num_classes), 1))  # The sum of large logits would overflow.
     if spec.axis_names:  # One all-gather for all of them.
         gathered = jax_compat.all_gather_invariant(jnp.stack([*lse, *of_rows]), spec.axis_names)
         lse = combine_shards(Lse(gathered[:, 0], gathered[:, 1]), implementation=spec.implementation, axis=-1)
         of_rows = [jnp.sum(gathered[:, 2 + i], 0) for i in range(len(of_rows))]
-        num_classes *= spec.num_shards
     total = lse.hi
     if labels.size:
         total = (lse.hi - of_rows[0]) + lse.lo
     if labels.size and spec.label_smoothing:
-        total = total + spec.label_smoothing * (of_rows[0] - of_rows[1] / num_classes)
+        total = total + spec.label_smoothing * (of_rows[0] - of_rows[1])
     if spec.z_loss:
         total = total + spec.z_loss * lse.hi * lse.hi
     return total, lse
@@ -127,8 +126,9 @@ def logits_gradient(
     params: dict[str, Any] = {"axis": -1, "spec": OperandSpec(), "implementation": spec.implementation}
     g = logsumexp_vjp(z, *lse, which, total, **params)
     if labels.size and (spec.z_loss or spec.label_smoothing):
-        # The one_hot above has the factor of the softmax, and wants that of the cross-entropy.
-        at_label = (total - factor) + spec.label_smoothing * factor
+        # The one_hot above has the factor of the softmax, and wants that of the cross-entropy. Their
+        # difference would have lost digits: near certainty it is all that remains.
+        at_label = (2 * spec.z_loss * lse.hi + spec.label_smoothing) * factor
         corrected = jnp.where(reference.one_hot(labels, z.shape, -1), at_label[:, None], 0)
         g = g + corrected - (spec.label_smoothing / num_classes) * factor[:, None]
     return g if spec.soft_cap is None else g * soft_cap_derivative(spec.soft_cap, z)
