@@ -50,7 +50,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Exp
 
     Returns:
       The operations in the order of the program, of which loops and branches are part. What is said holds on
-      one device of the default platform; exported programs always hold the reference.
+      one device of the default platform; exported programs hold the reference, but for what asks for
+      "native".
 
     Raises:
       ValueError: implementation="native" is asked for and cannot run.

@@ -7,7 +7,6 @@
 
 #include "ffi/base/inline.h"
 #include "ffi/base/layout.h"
-#include "ffi/kernels/access.h"
 #include "ffi/kernels/attention_args.h"
 #include "ffi/kernels/attention_logits.h"
 #include "ffi/kernels/gemm.h"
@@ -75,8 +74,7 @@ class AttentionTiles {
     Product::Pack(rows, depth, padded, depth, Product::kPackedRows, packed + direct * depth);
   }
 
-  // Copies `count` keys or values for products across them, with zeros after them, and returns whether all
-  // are finite.
+  // Copies `count` keys or values for products across them, and returns whether all are finite.
   static bool Copy(const E* x, std::int64_t stride, std::int64_t size, std::int64_t count, T* to) {
     const std::int64_t to_stride = AttentionLogits<V>::CopiedStride(size),
                        padded = RoundUp(size, Product::kRows);
@@ -84,7 +82,6 @@ class AttentionTiles {
     for (std::int64_t j = 0; j < count; ++j) {
       check = check + CopyRow(x + j * stride, size, to + j * to_stride, padded);
     }
-    for (std::int64_t i = count * to_stride; i < RoundUp(count, kUnroll) * to_stride; ++i) to[i] = 0;
     T lanes[V::kLanes];
     check.Store(lanes);
     bool finite = true;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -164,9 +165,9 @@ class LogitsPanel {
     if constexpr (std::is_same_v<E, T>) {
       if (!logits_->HasOperands()) return *x;
     }
+    if (IsMasked(c, i)) return -std::numeric_limits<T>::infinity();  // A call takes longer.
     T z;
-    const PanelLogits<E> logits{
-        x, 0, &scale_[static_cast<std::size_t>(c)], {bias_.At(c, i), 0, 0}, {where_.At(c, i), 0, 0}};
+    const PanelLogits<E> logits{x, 0, &scale_[static_cast<std::size_t>(c)], {bias_.At(c, i), 0, 0}, {}};
     kernels_->Of<E>().panel_apply(logits, 1, 1, &z, 1);
     return z;
   }
@@ -193,7 +194,7 @@ class LogitsPanel {
 
   bool HasNan(int c) const {
     for (std::int64_t i = 0; i < logits_->n; ++i) {
-      if (!IsMasked(c, i) && std::isnan(At(c, i))) return true;
+      if (std::isnan(At(c, i))) return true;
     }
     return false;
   }

@@ -147,7 +147,6 @@ class LogSumExpPanel {
     CompensatedSum others;
     bool met_largest = false;
     for (std::int64_t i = 0; i < logits_.panel().layout().n; ++i) {
-      if (logits_.IsMasked(c, i)) continue;
       const T z = logits_.At(c, i);
       if (z == maximum && !met_largest) {
         met_largest = true;

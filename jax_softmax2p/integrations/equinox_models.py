@@ -15,7 +15,8 @@ def replace_equinox_attention(model: Model) -> Model:
       model: a pytree, such as an equinox.Module. It is not changed.
 
     Returns:
-      A pytree of the same structure, which shares the weights.
+      A pytree of the same leaves in the same order, which shares the weights. Its layers are of another
+      class, so that what was made for the old structure, as an optimiser's state, does not fit.
 
     Example:
       >>> import equinox

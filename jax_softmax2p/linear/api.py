@@ -278,7 +278,7 @@ def _loss(spec: LossSpec, x: Array, weights: Array, bias: Array, labels: Array, 
     dtype = compute_dtype(jnp.result_type(x, weights))
     ones = jnp.ones(x.shape[:1], dtype) if mask is None else mask.astype(dtype)
     if spec.axis_names:
-        if 0 in weights.shape or not all(isinstance(size, int) for size in (*x.shape, *weights.shape)):
+        if not (_have_elements(weights) and isinstance(x.shape[0], int)):
             raise ValueError(
                 "with axis_name, sizes must be known, and those of weights not 0; "
                 f"got weights of shape {weights.shape} for {x.shape[0]} inputs"
@@ -293,8 +293,12 @@ def _loss(spec: LossSpec, x: Array, weights: Array, bias: Array, labels: Array, 
 
 def _can_be_cut(*operands: Array) -> bool:
     """Whether arrays have sizes that are known and not 0, and none that JAX shards explicitly."""
-    sizes_are_known = all(isinstance(size, int) and size for a in operands for size in a.shape)
-    return sizes_are_known and not any(any(jax.typeof(a).sharding.spec) for a in operands)
+    return _have_elements(*operands) and not any(any(jax.typeof(a).sharding.spec) for a in operands)
+
+
+def _have_elements(*operands: Array) -> bool:
+    """Whether arrays have sizes that are known and not 0."""
+    return all(isinstance(size, int) and size for a in operands for size in a.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
