@@ -68,12 +68,12 @@ def replace_implementations(param: Any, replace: Callable[[Implementation], Impl
       The same object if none of the primitives is in it.
     """
     again = functools.partial(replace_implementations, replace=replace)
+    if isinstance(param, Jaxpr):  # From jax 0.11 on, closed ones are too.
+        equations = [_replace_in_equation(equation, replace) for equation in param.eqns]
+        return param if _are_same(equations, param.eqns) else param.replace(eqns=equations)
     if isinstance(param, ClosedJaxpr):
         jaxpr = again(param.jaxpr)
         return param if jaxpr is param.jaxpr else param.replace(jaxpr=jaxpr)
-    if isinstance(param, Jaxpr):
-        equations = [_replace_in_equation(equation, replace) for equation in param.eqns]
-        return param if _are_same(equations, param.eqns) else param.replace(eqns=equations)
     if isinstance(param, tuple):  # The branches of a conditional are one.
         items = [again(item) for item in param]
         return param if _are_same(items, param) else tuple(items)
