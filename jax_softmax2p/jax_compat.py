@@ -5,11 +5,13 @@ says which version it bridges, so that it can go once that version is no longer 
 """
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import checkify
 from jax._src.core import trace_state_clean
 from jax._src.dispatch import prim_requires_devices_during_lowering
@@ -70,7 +72,9 @@ def is_tracing_pallas_kernel() -> bool:
     Private in all versions: the context that Pallas traces kernels in. It takes long to import, and traces
     nothing before somebody else has imported it.
     """
-    pallas = sys.modules.get("jax._src.pallas.core")
+    pallas: Any = sys.modules.get("jax._src.pallas.core")
+    if hasattr(pallas, "_grid_context"):  # From jax 0.12 on.
+        return pallas._grid_context.value is not None
     environment = getattr(pallas, "_pallas_tracing_env", None)
     return getattr(environment, "grid_context", None) is not None
 
@@ -117,6 +121,38 @@ def replicated(sharding: Any) -> Sharding:
     return type(sharding).get_replicated(sharding._internal_device_list)
 
 
+def shard_places(sharding: Any, ndim: int) -> np.ndarray:
+    """Which shard of each dimension a device holds: integers of shape (devices, ndim), or (1, ndim) if all
+    devices hold the whole array.
+
+    Private in all versions: the tiles of a sharding that XLA has chosen, and that names no axes of a mesh.
+    """
+    tiles = sharding._hlo_sharding
+    if tiles.is_replicated():
+        return np.zeros((1, ndim), int)
+    # The dimensions of the array come first, and then those of devices that hold the same.
+    places = np.indices(tiles.tile_assignment_dimensions()).reshape(-1, len(tiles.tile_assignment_devices()))
+    return places[:ndim, np.argsort(tiles.tile_assignment_devices())].T
+
+
+def on_shards(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What each device runs, for custom_partitioning to trace without the axes of an explicit mesh.
+
+    From jax 0.11 on, it is traced under the mesh that the caller has set. Where its axes are explicit, JAX
+    would ask XLA to shard what is a shard already.
+    """
+
+    @functools.wraps(function)
+    def call(*operands: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+        mesh = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=auto)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return function(*operands)
+
+    return call
+
+
 def inside_shard_map(axis_names: tuple[str, ...]) -> bool:
     """Whether the axes are those of an enclosing shard_map, and not of a vmap."""
     return set(axis_names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
@@ -155,9 +191,8 @@ def all_gather_invariant(x: Array, axis_names: tuple[str, ...]) -> Array:
         return jax.lax.all_gather(x, axis_names)
     x = as_varying(x, axis_names)
     if jax.__version_info__ < (0, 10):
-        from jax._src.lax.parallel import all_gather_invariant
-
-        return all_gather_invariant(x, axis_names)
+        parallel: Any = importlib.import_module("jax._src.lax.parallel")
+        return parallel.all_gather_invariant(x, axis_names)
     return jax.lax.all_gather(x, axis_names, to="invarying")
 
 

@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def _seconds_per_call(function: Callable[[], object], calls: int) -> float:
 
 def exact_softmax(x: np.ndarray) -> np.ndarray:
     """Softmax along the last axis in ``np.longdouble`` for float64, in float64 for all others."""
-    wide = x.astype(np.longdouble if x.dtype == np.float64 else np.float64)
+    wide: Any = x.astype(np.longdouble if x.dtype == np.float64 else np.float64)
     e = np.exp(wide - wide.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 

@@ -5,10 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import versions
 
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK_COMPILATION: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
 """XLA's options by which programs compile in half the time: for oracles, and where what XLA makes of programs
 does not matter."""
+
+if not versions.has(jax, "0.11"):
+    QUICK_COMPILATION["xla_cpu_use_fusion_emitters"] = False
 
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
 

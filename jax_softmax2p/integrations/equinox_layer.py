@@ -103,4 +103,6 @@ class EquinoxMultiheadAttention(equinox.nn.MultiheadAttention):
         if none_dropped or (self.dropout.inference if inference is None else inference):
             return None, 1.0
         draw = lambda key: self.dropout(ones, key=key, inference=inference) > 0
-        return jax.vmap(draw)(jax.random.split(key, self.num_heads))[None], 1 - rate
+        # Where all are dropped, the weights are 0 rather than 0 / 0.
+        keep_prob = (rate < 1) * (1 - rate) + (rate >= 1)
+        return jax.vmap(draw)(jax.random.split(key, self.num_heads))[None], keep_prob

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_softmax2p import jax_compat
 from jax_softmax2p.primitives.collectives import as_axis_names
-from jax_softmax2p.primitives.partitioning import Partition, num_shards
+from jax_softmax2p.primitives.partitioning import Partition, common_shard_places, num_shards
 
 Shape = tuple[int, ...]
 
@@ -64,7 +64,7 @@ def lower(
         if mesh.empty and _fits(arguments, roles, results, result_roles):
             # In a region that is manual along some axes of the mesh only, nothing has a name.
             found = jax.tree.map(lambda array: array.sharding, (results, tuple(arguments)))
-            return mesh, lambda *operands: primitive.bind(*operands, **params), *found
+            return mesh, jax_compat.on_shards(lambda *operands: primitive.bind(*operands, **params)), *found
         entries = _entries(mesh, arguments)
 
         def local(*operands: jax.Array) -> list[jax.Array]:
@@ -75,7 +75,12 @@ def lower(
             ]
 
         results_shardings = shardings(mesh, arguments, results, result_roles)
-        return mesh, local, results_shardings, shardings(mesh, arguments, tuple(arguments), roles)
+        return (
+            mesh,
+            jax_compat.on_shards(local),
+            results_shardings,
+            shardings(mesh, arguments, tuple(arguments), roles),
+        )
 
     def infer(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
         return shardings(mesh, arguments, results, result_roles)
@@ -122,18 +127,17 @@ def _fits(
     arguments: Sequence[Any], roles: Sequence[Role], results: Sequence[Any], result_roles: Sequence[Role]
 ) -> bool:
     """Whether the shardings that XLA has chosen need no communication."""
-    counts: dict[str, int] = {}
-    for array, axes in zip(arguments, roles, strict=True):
-        shard = array.sharding.shard_shape(array.shape)
-        for whole, size, axis in zip(array.shape, shard, axes, strict=True):
-            count = whole // max(size, 1)
-            if (axis is None and count != 1) or (
-                axis is not None and whole != 1 and counts.setdefault(axis, count) != count
-            ):
-                return False
+    arrays, of_arrays = (*arguments, *results), (*roles, *result_roles)
+    names = (
+        [None if size == 1 else axis for size, axis in zip(array.shape, axes, strict=True)]
+        for array, axes in zip(arrays, of_arrays, strict=True)
+    )
+    places = common_shard_places(arrays, names)
+    if places is None:
+        return False
     of_results = zip(results, result_roles, strict=True)
-    shared = (axis for result, axes in of_results for axis in _shared(result.shape, axes))
-    return all(axis is None or counts.get(axis, 1) == 1 for axis in shared)
+    shared = {axis for result, axes in of_results for axis in _shared(result.shape, axes)}
+    return not any(places[axis].any() for axis in shared & places.keys())
 
 
 def _sharding_rule(

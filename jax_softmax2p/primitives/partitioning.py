@@ -6,10 +6,11 @@ shardings that it has chosen: see ``jax.experimental.custom_partitioning``.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -99,7 +100,7 @@ def _partition_by_names(
         return primitive.bind(*operands, **local_params)
 
     sharding = lambda array: _sharding_like(x, mesh, entries, array.shape, axis)
-    return mesh, local, jax.tree.map(sharding, results), tuple(map(sharding, arguments))
+    return mesh, jax_compat.on_shards(local), jax.tree.map(sharding, results), tuple(map(sharding, arguments))
 
 
 def _partition_without_names(
@@ -110,20 +111,39 @@ def _partition_without_names(
     In a region of the program that is manual along some axes of the mesh only, nothing has a name.
     """
     x = arguments[0]
-    axis = params["axis"]
-    shard_shape = x.sharding.shard_shape(x.shape)
-    counts = [whole // max(shard, 1) for whole, shard in zip(x.shape, shard_shape, strict=True)]
-    banded = params.get("spec", OperandSpec()).band is not None
-    fits = counts[axis] == 1 and not (banded and counts[-2] > 1)
-    for array in (*arguments, *jax.tree.leaves(results)):
-        expected = tuple(
-            size if at is None else size // counts[at]
-            for size, at in zip(array.shape, _dimensions_of_x(array.shape, x.shape, axis), strict=True)
-        )
-        fits = fits and array.sharding.shard_shape(array.shape) == expected
+    axis = params["axis"] % x.ndim
+    together = {axis, x.ndim - 2} if params.get("spec", OperandSpec()).band is not None else {axis}
+    arrays = (*arguments, *jax.tree.leaves(results))
+    dimensions = (
+        [None if at in together else at for at in _dimensions_of_x(array.shape, x.shape, axis)]
+        for array in arrays
+    )
+    fits = common_shard_places(arrays, dimensions) is not None
     sharding = (lambda a: a.sharding) if fits else (lambda a: jax_compat.replicated(a.sharding))
-    local = lambda *operands: primitive.bind(*operands, **params)
+    local = jax_compat.on_shards(lambda *operands: primitive.bind(*operands, **params))
     return mesh, local, jax.tree.map(sharding, results), tuple(sharding(a) for a in arguments)
+
+
+def common_shard_places(
+    arrays: Iterable[Any], names: Iterable[Sequence[Hashable]]
+) -> dict[Hashable, np.ndarray] | None:
+    """Which shard of a dimension each device holds, if of dimensions with one name it holds the same.
+
+    Args:
+      arrays: with the shardings that XLA has chosen, which name no axes of a mesh.
+      names: those of each array's dimensions; None of one that must not be sharded.
+
+    Returns:
+      For each name, an integer for each device; or None, if the shardings do not fit.
+    """
+    common: dict[Hashable, np.ndarray] = {}
+    for array, of_array in zip(arrays, names, strict=True):
+        places = jax_compat.shard_places(array.sharding, array.ndim)
+        for place, name in zip(places.T, of_array, strict=True):
+            expected = np.zeros(1, int) if name is None else common.setdefault(name, place)
+            if (place != expected).any():
+                return None
+    return common
 
 
 def _sharding_rule(operands: Sequence[Shape], results: Sequence[Shape], axis: int) -> SdyShardingRule:

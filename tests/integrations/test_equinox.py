@@ -61,6 +61,14 @@ class TestEquinox:
         with pytest.raises(RuntimeError, match="key"):
             ours(x, x, x)
 
+    @pytest.mark.parametrize("rate", [1.0, np.float32(1)])
+    def test_dropout_of_everything(self, rate):
+        ours, theirs = self.layers(dropout_p=rate)
+        x, call = normal(5, 32), {"key": jax.random.key(3)}
+        assert_close(ours(x, x, x, **call), theirs(x, x, x, **call))
+        gradient = jax.grad(lambda x: ours(x, x, x, **call).sum())(x)
+        np.testing.assert_array_equal(gradient, 0)
+
     def test_batch_and_longer_keys(self):
         ours, theirs = self.layers()
         q, k = normal(3, 5, 32), normal(3, 7, 32)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import versions
 from devices import P, kinds, normal, run, value_and_vjp
 
 import jax_softmax2p as s2p
@@ -298,6 +299,10 @@ def test_outside_shard_map():
         s2p.softmax(np.ones(3), axis_name="v")
 
 
+@pytest.mark.skipif(
+    versions.has(jax, "0.11") and not versions.has(jax, "0.12"),
+    reason="jaxlib 0.11 crashes as it removes unused operands of the gradient's shard_map",
+)
 @pytest.mark.parametrize("operation", ["softmax", "log_softmax", "logsumexp"])
 @pytest.mark.parametrize("name", [None, "model"])
 def test_several_biases(name, operation):

@@ -121,6 +121,24 @@ def test_partly_manual_mesh():
         equal(y, s2p.softmax(X))
 
 
+@pytest.mark.parametrize("operation", ["softmax", "logsumexp", "attention"])
+def test_partly_manual_mesh_with_conflicting_shardings(operation):
+    """Shards of one size, but of other rows on most devices, are not taken together."""
+    auto = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("manual", "a", "b"), axis_types=auto)
+    along = lambda name, x: jax.lax.with_sharding_constraint(x, P(name))
+    function, operands = {
+        "softmax": (s2p.softmax, (X,)),
+        "logsumexp": (lambda x: s2p.logsumexp(x, -1), (X,)),
+        "attention": (s2p.dot_product_attention, [normal(8, 20, 2, 16, seed=seed) for seed in range(3)]),
+    }[operation]
+    names = ["a", "b", "b"][: len(operands)]
+    f = lambda *operands: along("b", function(*map(along, names, operands)))
+    specs = (P("manual"),) * len(operands)
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("manual"), axis_names={"manual"})
+    close(jax.jit(sharded)(*operands), function(*operands))
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [(s2p.softmax, jax.nn.softmax), (s2p.log_softmax, jax.nn.log_softmax), (s2p.logsumexp, jax.nn.logsumexp)],
