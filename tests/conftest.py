@@ -14,6 +14,10 @@ sys.path.append(str(processes.ROOT))
 # float64 needs it, and it does not change float32.
 jax.config.update("jax_enable_x64", True)
 
+# GPUs would round what they multiply to 11 bits.
+if jax.default_backend() != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")
+
 # Every run is the same and writes no file. --hypothesis-profile=long searches more widely.
 hypothesis.settings.register_profile(
     "deterministic", max_examples=100, derandomize=True, database=None, deadline=None

@@ -1,5 +1,6 @@
-"""Skips tests of features that older versions of other libraries lack, with the reason."""
+"""Skips tests of what other libraries' versions, or the platform that JAX runs on, lack, with the reason."""
 
+import jax
 import pytest
 from packaging.version import Version
 
@@ -13,3 +14,7 @@ def since(module, version, what):
     return pytest.mark.skipif(
         not has(module, version), reason=f"{module.__name__} has {what} since {version}"
     )
+
+
+cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="JAX runs on another platform than CPUs")
+"""The mark of a test of what the reference does only in place of native kernels."""

@@ -118,7 +118,7 @@ def _stores_weights(
     """
     batch = batch_of((query, key, value, *others), roles_of(names, 3, 0))
     logits = math.prod((batch, *query.shape[1:3], key.shape[1]))
-    if implementation == "native" or logits > blocks.MAX_BLOCK_LOGITS:
+    if implementation == "native" or logits > blocks.max_block_logits():
         return False
     if query.shape[3] + value.shape[3] >= LARGE_HEADS:
         return True

@@ -26,7 +26,7 @@ class Options:
       return_lse: whether to compute the logsumexp of each query's logits.
       lse_has_gradient: whether that is differentiated. It is not what users get.
       logits_soft_cap: c, where the scaled logits z become c·tanh(z / c), before the bias; None: they stay.
-      query_block_size: how many queries of a head a block has; None: as many as MAX_BLOCK_LOGITS allows.
+      query_block_size: how many queries of a head a block has; None: as many as max_block_logits() allows.
       keep_prob: the probability with which dropout keeps a weight.
       precision: of the two matrix products, as in :func:`jax.numpy.einsum`.
     """

@@ -216,7 +216,8 @@ def _register_native_lowering(primitive: Primitive, lowering: KernelLowering) ->
         )
         match choice.lowering:
             case "reference":
-                with exact_sums.in_loop(params["implementation"] == "in_loop"):
+                in_loop = params["implementation"] == "in_loop"
+                with exact_sums.in_loop(in_loop), exact_sums.on_accelerator(not on_cpu):
                     return lower_to_reference(ctx, *operands, **params)
             case "sharded":
                 return lowering.lower_sharded(primitive, ctx, *operands, **params)

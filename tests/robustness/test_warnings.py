@@ -2,6 +2,7 @@
 
 import pytest
 from processes import run_python
+from versions import cpu_only
 
 WITHOUT_THE_LIBRARY = """
 import sys, warnings
@@ -17,6 +18,7 @@ print(warning.filename)
 """
 
 
+@cpu_only
 @pytest.mark.parametrize(
     "call",
     [

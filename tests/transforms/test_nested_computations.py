@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
+from versions import cpu_only
 
 import jax_softmax2p as s2p
 
@@ -122,6 +123,7 @@ compare(program)
     )
 
 
+@cpu_only
 def test_only_the_reducer_takes_the_reference():
     """A native call beside it stays one."""
     add = lambda a, b: s2p.logsumexp(jnp.stack([a, b]), 0)
