@@ -54,9 +54,8 @@ _ON_ACCELERATOR = contextvars.ContextVar("_ON_ACCELERATOR", default=False)
 def on_accelerator(value: bool) -> Iterator[None]:
     """Whether what is traced meanwhile, and not differentiated, is lowered for another platform than CPUs.
 
-    XLA's kernels for GPUs hold no more than one reduction of a row, and what they have in common they write
-    to memory. So there is one reduction where elsewhere there are two: see :func:`rounded_sum`, :func:`sums`
-    and :func:`at_labels`.
+    XLA's kernels for GPUs hold no more than one reduction of a row, and what several have in common is
+    written to memory. So there are fewer than elsewhere: see :func:`rounded_sum` and :func:`at_labels`.
     """
     token = _ON_ACCELERATOR.set(value)
     try:
@@ -81,11 +80,6 @@ def sums(terms: Sequence[Array], axis: int) -> Sequence[Array]:
     derivative of a log_softmax of 16 elements takes 0.4 times as long (Zen 4, AVX-512).
     """
     shape = terms[0].shape
-    if _ON_ACCELERATOR.get():
-        add = lambda a, b: tuple(map(jax.lax.add, a, b))
-        zeros = tuple(np.zeros((), term.dtype) for term in terms)
-        of_rows = jax.lax.reduce(tuple(terms), zeros, add, (axis % len(shape),))
-        return [jnp.expand_dims(total, axis) for total in of_rows]
     is_static = all(isinstance(size, int) for size in shape)
     is_short = _IN_LOOP.get() and is_static and MAX_PLAIN_LENGTH < shape[axis] <= MAX_STACKED_LENGTH
     if is_short and math.prod(shape) <= MAX_STACKED_SIZE:
@@ -125,6 +119,9 @@ def rounded_sum(p: Array, axis: int) -> Array:
 
 def at_labels(x: Array, labels: Array, is_label: Array, axis: int) -> Array:
     """The elements of x at the labels, of which each row has one, or 0; the axis stays with size 1.
+
+    On accelerators they are read one by one, elsewhere with the rows, which XLA reads anyway. The gradient of
+    a cross-entropy of 32,000 classes takes 0.86 of the time so (H200).
 
     Args:
       x: of any shape.

@@ -52,8 +52,7 @@ SURROUNDINGS = {
     "in a loop": functools.partial(exact_sums.in_loop, True),
     "on an accelerator": functools.partial(exact_sums.on_accelerator, True),
 }
-"""For what the reference is traced. What it makes for accelerators runs on CPUs, too, where it adds long rows
-one element after another."""
+"""For what the reference is traced. What it makes for accelerators runs on CPUs, too."""
 
 surroundings = pytest.mark.parametrize("where", SURROUNDINGS)
 
@@ -153,8 +152,6 @@ def test_derivative_of_logsumexp_is_within_4_ulp_of_the_largest_entry(n, dtype, 
 def test_near_certainty(n, dtype, where):
     """The logarithm of a probability of nearly 1 is exact relative to itself, however near."""
     allowed = 8 * 2.0**-24 if dtype == np.float32 else 2.0**-8
-    if where == "on an accelerator":
-        allowed *= max(1, n / 50)
     for margin in range(0, 84, 4):
         x = np.random.default_rng(margin).standard_normal((n, n)).astype(dtype)
         x[np.arange(n), np.arange(n)] += margin
