@@ -5,7 +5,7 @@ says which version it bridges, so that it can go once that version is no longer 
 """
 
 import functools
-import importlib
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +96,8 @@ def is_sharded(ctx: mlir.LoweringRuleContext) -> bool:
     """
     context: Any = ctx.module_context.axis_context
     if hasattr(context, "manual_axes"):
-        return context.mesh.size > 1 and set(context.manual_axes) != set(context.mesh.axis_names)
+        sizes = (size for name, size in context.mesh.shape.items() if name not in context.manual_axes)
+        return math.prod(sizes) > 1
     return getattr(context, "num_devices", 1) > 1
 
 
@@ -112,7 +113,10 @@ def has_devices_to_partition(ctx: mlir.LoweringRuleContext) -> bool:
     Private in all versions, as for :func:`is_sharded`.
     """
     context: Any = ctx.module_context.axis_context
-    known = hasattr(context, "mesh") or getattr(context, "device_assignment", None) is not None
+    if hasattr(context, "mesh"):
+        known = isinstance(context.mesh, jax.sharding.Mesh)  # An AbstractMesh has no devices.
+    else:
+        known = getattr(context, "device_assignment", None) is not None
     return known and not is_for_export(ctx)
 
 
@@ -191,8 +195,10 @@ def all_gather_invariant(x: Array, axis_names: tuple[str, ...]) -> Array:
         return jax.lax.all_gather(x, axis_names)
     x = as_varying(x, axis_names)
     if jax.__version_info__ < (0, 10):
-        parallel: Any = importlib.import_module("jax._src.lax.parallel")
-        return parallel.all_gather_invariant(x, axis_names)
+        from jax._src.lax import parallel
+
+        untyped: Any = parallel
+        return untyped.all_gather_invariant(x, axis_names)
     return jax.lax.all_gather(x, axis_names, to="invarying")
 
 

@@ -10,6 +10,7 @@ import pytest
 from functions import FLOATS, FUNCTIONS, HALVES, INF, NAN, assert_close, exact, normal
 from jax.experimental import jet
 from jax.test_util import check_grads
+from versions import since
 
 from jax_softmax2p import Band, log_softmax, logsumexp, softmax
 
@@ -281,6 +282,7 @@ class TestTransforms:
 class TestMemory:
     N = (512, 1024)
 
+    @since(jax, "0.10", "fusions that store nothing of this size")
     @pytest.mark.parametrize("axis", [0, 1])
     def test_no_array_of_the_logits_size(self, axis):
         """Neither the sum of both biases is made, nor, in the gradients of x and of the rows' bias, more."""

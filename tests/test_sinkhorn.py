@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from comparison import normal
 from processes import ROOT
+from versions import since
 
 EPS = 0.05
 SHAPE = (40, 30)
@@ -127,6 +128,7 @@ def test_costs_that_are_not_stored(recipe):
     np.testing.assert_allclose(actual, expected, rtol=1e-13)
 
 
+@since(jax, "0.10", "fusions that store nothing of this size")
 def test_no_array_of_the_costs_size(recipe):
     C, a, b = problem((512, 1024), np.float32)
     for function in (

@@ -106,7 +106,7 @@ def flax_attention(
     shape = (*batch, heads, query.shape[-3], key.shape[-3])
     if mask is not None:
         mask = as_array(mask, "mask").astype(bool)
-    keep_prob = 1 - dropout_rate if not deterministic and dropout_rate > 0 else 1.0
+    keep_prob = _keep_prob(dropout_rate, deterministic)
     dropout_mask = _dropout_mask(dropout_rng, keep_prob, shape, broadcast_dropout)
     soft_cap = as_soft_cap(logits_soft_cap, "logits_soft_cap")
     sinks = None if sinks is None else as_sinks(sinks, heads)
@@ -177,7 +177,7 @@ def flax_attention_weights(
     weights = weights.astype(jnp.float32) if force_fp32_for_softmax else weights
     if module is not None:
         _sow(module, weights)
-    keep_prob = 1 - dropout_rate if not deterministic and dropout_rate > 0 else 1.0
+    keep_prob = _keep_prob(dropout_rate, deterministic)
     dropout_mask = _dropout_mask(dropout_rng, keep_prob, weights.shape, broadcast_dropout)
     return _drop(weights, dropout_mask, keep_prob, query.dtype)
 
@@ -209,6 +209,12 @@ def _check_query_and_key(query: Array, key: Array) -> None:
     num_heads, num_key_heads = query.shape[-2], key.shape[-2]
     if num_key_heads == 0 or num_heads % num_key_heads:
         raise ValueError(f"query must have a multiple of key's {num_key_heads} heads, got {num_heads}")
+
+
+def _keep_prob(dropout_rate: float, deterministic: bool) -> float:
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f"dropout_rate must be at least 0 and less than 1, got {dropout_rate}")
+    return 1.0 if deterministic else 1 - dropout_rate
 
 
 def _dropout_mask(

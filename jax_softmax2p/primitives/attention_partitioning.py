@@ -3,6 +3,7 @@
 Only gradients of what examples or heads on several devices share are added up; nothing else communicates.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -127,14 +128,19 @@ def _fits(
     arguments: Sequence[Any], roles: Sequence[Role], results: Sequence[Any], result_roles: Sequence[Role]
 ) -> bool:
     """Whether the shardings that XLA has chosen need no communication."""
-    arrays, of_arrays = (*arguments, *results), (*roles, *result_roles)
-    names = (
+    arrays = (*arguments, *results)
+    names = [
         [None if size == 1 else axis for size, axis in zip(array.shape, axes, strict=True)]
-        for array, axes in zip(arrays, of_arrays, strict=True)
-    )
+        for array, axes in zip(arrays, (*roles, *result_roles), strict=True)
+    ]
     places = common_shard_places(arrays, names)
     if places is None:
         return False
+    sizes = (zip(array.shape, axes, strict=True) for array, axes in zip(arrays, names, strict=True))
+    num_heads = {size for size, axis in itertools.chain(*sizes) if axis == "heads"}
+    num_shards_of_heads = 1 + max(places.get("heads", [0]))
+    if len(num_heads) > 1 and any(heads % num_shards_of_heads for heads in num_heads):
+        return False  # Groups of heads would be divided.
     of_results = zip(results, result_roles, strict=True)
     shared = {axis for result, axes in of_results for axis in _shared(result.shape, axes)}
     return not any(places[axis].any() for axis in shared & places.keys())

@@ -76,7 +76,9 @@ def replace_implementations(param: Any, replace: Callable[[Implementation], Impl
         return param if jaxpr is param.jaxpr else param.replace(jaxpr=jaxpr)
     if isinstance(param, tuple):  # The branches of a conditional are one.
         items = [again(item) for item in param]
-        return param if _are_same(items, param) else tuple(items)
+        if _are_same(items, param):
+            return param
+        return type(param)(*items) if hasattr(param, "_fields") else tuple(items)
     return param
 
 

@@ -155,7 +155,7 @@ def define_primitive(
     primitive = Primitive(name)
     LOWERINGS[primitive] = lowering
     primitive.multiple_results = multiple_results
-    primitive.def_abstract_eval(abstract_eval)
+    primitive.def_abstract_eval(_refuse_partial_sums(name, abstract_eval))
     primitive.def_impl(_eager_evaluation(primitive, params, dict(eager_params or {})))
     ad.primitive_jvps[primitive] = jvp_rule
     batching.primitive_batchers[primitive] = batch_rule
@@ -181,6 +181,21 @@ def bind(primitive: Primitive, *operands: Any, **params: Any) -> Any:
     """Applies a primitive to operands, which inside shard_map must vary over the same mesh axes."""
     axes = tuple(frozenset[str]().union(*map(jax_compat.varying_axes, operands)))
     return primitive.bind(*(jax_compat.as_varying(operand, axes) for operand in operands), **params)
+
+
+def _refuse_partial_sums(name: str, abstract_eval: Rule) -> Rule:
+    """The rule, with the error that JAX's own primitives raise which are not linear."""
+
+    def checked(*avals: Any, **params: Any) -> Any:
+        for aval in avals:
+            if unreduced := aval.sharding.spec.unreduced:
+                raise NotImplementedError(
+                    f"{name} of an array that is unreduced along the mesh axes {sorted(unreduced)}: "
+                    "add it up first, by jax.sharding.reshard"
+                )
+        return abstract_eval(*avals, **params)
+
+    return checked
 
 
 def _eager_evaluation(primitive: Primitive, params: tuple[str, ...], eager_params: dict[str, Any]) -> Rule:

@@ -13,6 +13,7 @@ from layers import assert_close, normal, uses_this_package, weighted_sum
 from versions import since
 
 from jax_softmax2p.integrations import flax_attention
+from jax_softmax2p.integrations.flax_hook import flax_attention_weights
 
 MASK = normal(3, 1, 5, 5) > -0.5
 MASK = MASK.at[1, 0, 2].set(False)
@@ -149,6 +150,13 @@ class TestFlaxAttention:
             flax.linen.dot_product_attention(*operands, **options)
         with pytest.raises(ValueError, match=words):
             flax_attention(*operands, **options)
+
+    @pytest.mark.parametrize("rate", [-0.1, 1, 1.5, float("nan")])
+    @pytest.mark.parametrize("function", [flax_attention, flax_attention_weights])
+    def test_dropout_rates_that_are_none(self, function, rate):
+        operands = [normal(3, 5, 4, 8, seed=i) for i in range(3 if function is flax_attention else 2)]
+        with pytest.raises(ValueError, match=f"dropout_rate must be .* got {rate}"):
+            function(*operands, dropout_rate=rate, dropout_rng=jax.random.key(0))
 
     @pytest.mark.parametrize("options", [{}, {"mask": MASK}, {"dropout_rate": 0.3}])
     def test_complex_arrays(self, options):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import versions
 from comparison import quick_jit, weighted_sum
 from flax import linen
 
@@ -154,6 +155,11 @@ FUNCTIONS = {
         "q k v added kept",
     ),
 }
+
+
+if not versions.has(jax, "0.10.1"):
+    # jax.nn had other numbers in rows of float64 without a key.
+    del FUNCTIONS["causal attention with lengths"]
 
 
 def with_gradients(function, operands):

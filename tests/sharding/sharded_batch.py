@@ -121,6 +121,32 @@ def test_partly_manual_mesh():
         equal(y, s2p.softmax(X))
 
 
+def test_manual_mesh_but_for_an_axis_of_size_1():
+    mesh = jax.make_mesh((8, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    f = jax.shard_map(s2p.softmax, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
+    equal(jax.jit(f)(X), s2p.softmax(X))
+
+
+def test_partly_manual_mesh_without_devices():
+    """The mesh of the shard_map is abstract: it has none that XLA could be called back for."""
+    mesh = devices.make_mesh()
+    spec = P("data")
+    f = jax.shard_map(
+        s2p.softmax, mesh=mesh.abstract_mesh, in_specs=spec, out_specs=spec, axis_names={"data"}
+    )
+    close(jax.jit(f)(place(X, mesh, "data")), s2p.softmax(X))
+
+
+def test_partial_sums_are_refused():
+    mesh = devices.make_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        a, b = place(normal(4, 8), mesh, None, "data"), place(normal(8, 5, seed=1), mesh, "data")
+        partial_sums = lambda a, b: jnp.einsum("ij,jk->ik", a, b, out_sharding=P(unreduced={"data"}))
+        for function in (s2p.softmax, lambda x: s2p.logsumexp(x, -1)):
+            with pytest.raises(NotImplementedError, match=r"unreduced along the mesh axes .*'data'"):
+                jax.make_jaxpr(lambda a, b, f=function: f(partial_sums(a, b)))(a, b)
+
+
 @pytest.mark.parametrize("operation", ["softmax", "logsumexp", "attention"])
 def test_partly_manual_mesh_with_conflicting_shardings(operation):
     """Shards of one size, but of other rows on most devices, are not taken together."""

@@ -234,6 +234,12 @@ NESTED = {
         lambda matvec, b: b / matvec(jnp.ones_like(b)),
         lambda matvec, b: b / matvec(jnp.ones_like(b)),
     ),
+    "custom_linear_solve in a loop": lambda f, x: jax.lax.map(
+        lambda row: jax.lax.custom_linear_solve(
+            lambda z: z * f(row, 0), row[0], lambda matvec, b: b / matvec(jnp.ones_like(b)), symmetric=True
+        ),
+        x,
+    ),
     "vectorize": lambda f, x: jnp.vectorize(lambda x: f(x, 0), signature="(n)->()")(x),
     "apply_along_axis": lambda f, x: jnp.apply_along_axis(lambda x: f(x, 0), 0, x),
     "ufunc": lambda f, x: jnp.frompyfunc(
