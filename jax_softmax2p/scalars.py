@@ -34,8 +34,15 @@ def as_number(value: Any, name: str) -> float:
     return number
 
 
+MAX_SOFT_CAP = 1e30
+"""A larger cap is none: the kernels divide by it, and float32 would lose what is left of logits."""
+
+
 def as_soft_cap(soft_cap: Any, name: str) -> float | None:
-    """A positive finite number that is known when the function is traced, or None; a ValueError names it."""
+    """A positive finite number that is known when the function is traced, or None; a ValueError names it.
+
+    None, too, where the cap is so large that c·tanh(z / c) is z for all logits but absurd ones.
+    """
     if soft_cap is None:
         return None
     number = math.nan if isinstance(soft_cap, bool | np.bool_) else _known_number(soft_cap)
@@ -45,7 +52,7 @@ def as_soft_cap(soft_cap: Any, name: str) -> float | None:
         raise ValueError(
             f"{name} must be None or a positive finite number that is known outside of jit, got {soft_cap!r}"
         )
-    return number
+    return None if number > MAX_SOFT_CAP else number
 
 
 def _known_number(value: Any) -> float:

@@ -138,6 +138,12 @@ class TestSoftCap:
                 # The lse is the sum of a logarithm and of an exponent's.
                 assert (error <= bound * np.maximum(np.abs(exact), 1)).all()
 
+    @pytest.mark.parametrize("cap", [1e29, 1e31, float(np.finfo(np.float32).max)])
+    def test_caps_that_change_nothing(self, cap, implementation):
+        q, k, v = (x.astype(np.float32) for x in inputs())
+        call = functools.partial(dot_product_attention, q, k, v, implementation=implementation)
+        np.testing.assert_allclose(call(logits_soft_cap=cap), call(), rtol=1e-5, atol=1e-6)
+
     def test_is_any_number_that_is_known(self):
         q, k, v = inputs()
         expected = dot_product_attention(q, k, v, logits_soft_cap=3.0)

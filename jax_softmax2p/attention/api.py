@@ -117,10 +117,10 @@ def dot_product_attention(
     exception: a query whose masks leave only keys with a bias below -2.38e38 attends to all keys alike here,
     and to the masked keys there.
 
-    The logits are scaled, biased, masked and normalised in place. Where there are many, they are computed
-    block by block, and the gradient computes them again instead of storing them. Nothing is computed for keys
-    that ``is_causal`` or ``local_window_size`` mask for a whole block. The result is differentiable to any
-    order in both modes.
+    One kernel computes the result in tiles, and one the gradient; neither stores an array of T·S. Where they
+    do not run (:func:`explain` says why), matrix products surround a softmax, block by block where there are
+    many logits, which the gradient computes again. Nothing is computed for keys that ``is_causal`` or
+    ``local_window_size`` mask for a whole block. The result is differentiable to any order in both modes.
 
     The sizes are B batch, T queries, S keys, H, and N heads. K key/value heads divide N: multi-head, grouped
     and multi-query attention.
@@ -145,8 +145,9 @@ def dot_product_attention(
       implementation: as in :func:`softmax`. "xla", which is one of jax.nn's, means None.
       return_residual: whether to return the logsumexp of each query's logits, its sink among them, too. It
         has no gradient.
-      query_block_size: how many queries of a head to process at a time. By default all queries if there are
-        at most 2^20 logits, else as many as make 2^20 logits, and at least 128.
+      query_block_size: how many queries of a head a block has, which is composed then, without the kernel. By
+        default, blocks of what is composed have up to 2^20 logits, on GPUs and TPUs 2^28, and at least 128
+        queries.
 
     Returns:
       Array of query's shape and dtype. With return_residual, a pair of it and of an array of shape (B, T, N)

@@ -78,9 +78,9 @@ def linear_softmax_cross_entropy(
         sharded: weights and bias are this device's shard. Labels count the classes of all shards; inputs and
         labels are the same on all devices along these axes.
       implementation: as in :func:`softmax`, for what is done with the logits of a block.
-      token_block_size: how many tokens a block has at most. None: a quarter of all (for 16
-        bits an eighth), but 64 to 512, of 16 million logits at most. Smaller ones take less memory and more
-        time.
+      token_block_size: how many tokens a block has at most. None: a quarter of all (for 16 bits an eighth, or
+        a third of the number of features, if that is more), but 128 to 512, and of more than 131,072 classes
+        at least 64, of 16 million logits in all. Smaller ones take less memory and more time.
       recompute: whether gradients are left to the backward pass, which computes the logits again. Nothing is
         kept for it but the logsumexp of each token.
 
