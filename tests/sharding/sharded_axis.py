@@ -194,7 +194,10 @@ def test_band_scale_and_bias():
 def on_eight(f):
     """f inside shard_map on a mesh of one axis, which shards the last dimension."""
     mesh = jax.make_mesh((8,), ("v",), axis_types=(jax.sharding.AxisType.Auto,))
-    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P(None, "v"), out_specs=P(None, "v")))
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=P(None, "v"), out_specs=P(None, "v"))
+    # Shards of one element take the reference, and the exponential of XLA, which is off by more ULP where
+    # nothing is optimised.
+    return jax.jit(sharded, compiler_options={"xla_backend_optimization_level": 3})
 
 
 @pytest.mark.long
