@@ -3,13 +3,12 @@
     python -m benchmarks.accelerators --rounds 7
 
 It takes JAX's default device. All formulations run in one process, by turns. Calls are queued, as in a
-program, so that a launch hides behind the call before it. Ratios are medians over rounds.
+program, so that a launch hides behind the call before it. Times are medians over rounds.
 """
 
 import argparse
 import functools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ import jax_softmax2p as s2p
 from benchmarks.cases import Case, fill
 from benchmarks.operations import OPERATIONS
 from benchmarks.options import positive_integer
-from jax_softmax2p.measure import exact_softmax, ulp_error
+from jax_softmax2p.measure import alternating_medians, exact_softmax, ulp_error
 
 SHAPES = {
     "softmax": ((64, 64), (1024, 1024), (8192, 4096), (49152, 512), (256, 128256), (1, 2**26)),
@@ -45,8 +44,7 @@ CASES = [
 ACCURACY_SHAPES = ((1024, 64), (512, 1024), (64, 32000))
 """Rows whose errors are compared with float64."""
 
-MIN_SECONDS = 0.02
-"""The least time of a round."""
+QUEUED_CALLS = 20
 
 Call = Callable[[], Any]
 
@@ -64,35 +62,22 @@ def formulations(case: Case) -> dict[str, Call]:
     }
 
 
-def seconds_per_call(call: Call, calls: int) -> float:
-    """The time of a call among several that are queued."""
-    start = time.perf_counter()
-    for _ in range(calls - 1):
+def queued(call: Call) -> Any:
+    """The result of the last of several calls, of which none waits for the one before."""
+    for _ in range(QUEUED_CALLS - 1):
         call()
-    jax.block_until_ready(call())
-    return (time.perf_counter() - start) / calls
-
-
-def measure(calls: Mapping[str, Call], rounds: int) -> dict[str, np.ndarray]:
-    """The seconds of each round by each formulation, by turns."""
-    for call in calls.values():
-        jax.block_until_ready(call())
-    counts = {
-        name: max(1, round(MIN_SECONDS / max(seconds_per_call(call, 3), 1e-6)))
-        for name, call in calls.items()
-    }
-    seconds = [[seconds_per_call(call, counts[name]) for name, call in calls.items()] for _ in range(rounds)]
-    return dict(zip(calls, np.array(seconds).T, strict=True))
+    return call()
 
 
 def report_times(cases: Sequence[Case], rounds: int) -> None:
     """Prints one line a case."""
     print(f"\n{'case':>52}  {'jax.nn':>10}  {'ours':>10}  jax.nn / ours")
     for case in cases:
-        times = measure(formulations(case), rounds)
-        milliseconds = [f"{1e3 * np.median(times[name]):7.3f} ms" for name in ("jax.nn", "ours")]
-        ratio = np.median(times["jax.nn"] / times["ours"])
-        print(f"{case.name:>52}  {'  '.join(milliseconds)}  {ratio:.2f}", flush=True)
+        calls = {name: functools.partial(queued, call) for name, call in formulations(case).items()}
+        medians = alternating_medians(calls, rounds=rounds)
+        times = [f"{1e3 * medians[name] / QUEUED_CALLS:7.3f} ms" for name in ("jax.nn", "ours")]
+        ratio = medians["jax.nn"] / medians["ours"]
+        print(f"{case.name:>52}  {'  '.join(times)}  {ratio:.2f}", flush=True)
 
 
 def report_errors() -> None:
