@@ -139,20 +139,24 @@ def shard_places(sharding: Any, ndim: int) -> np.ndarray:
     return places[:ndim, np.argsort(tiles.tile_assignment_devices())].T
 
 
-def on_shards(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What each device runs, for custom_partitioning to trace without the axes of an explicit mesh.
+def on_shards(partition: Callable[..., Any]) -> Callable[..., Any]:
+    """The partition callback of custom_partitioning, whose function is traced without explicit axes.
 
-    From jax 0.11 on, it is traced under the mesh that the caller has set. Where its axes are explicit, JAX
-    would ask XLA to shard what is a shard already.
+    From jax 0.11 on, JAX traces what each device runs under the mesh that the caller has set. Where its axes
+    are explicit, it would ask XLA to shard what is a shard already.
     """
 
-    @functools.wraps(function)
-    def call(*operands: Any) -> Any:
-        mesh = jax.sharding.get_abstract_mesh()
-        auto = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
-        mesh = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=auto)
-        with jax.sharding.use_abstract_mesh(mesh):
-            return function(*operands)
+    def call(*arguments: Any) -> Any:
+        mesh, function, *shardings = partition(*arguments)
+
+        def on_shard(*operands: Any) -> Any:
+            outer = jax.sharding.get_abstract_mesh()
+            auto = (jax.sharding.AxisType.Auto,) * len(outer.axis_names)
+            outer = jax.sharding.AbstractMesh(outer.axis_sizes, outer.axis_names, axis_types=auto)
+            with jax.sharding.use_abstract_mesh(outer):
+                return function(*operands)
+
+        return mesh, on_shard, *shardings
 
     return call
 

@@ -65,7 +65,7 @@ def lower(
         if mesh.empty and _fits(arguments, roles, results, result_roles):
             # In a region that is manual along some axes of the mesh only, nothing has a name.
             found = jax.tree.map(lambda array: array.sharding, (results, tuple(arguments)))
-            return mesh, jax_compat.on_shards(lambda *operands: primitive.bind(*operands, **params)), *found
+            return mesh, lambda *operands: primitive.bind(*operands, **params), *found
         entries = _entries(mesh, arguments)
 
         def local(*operands: jax.Array) -> list[jax.Array]:
@@ -76,12 +76,7 @@ def lower(
             ]
 
         results_shardings = shardings(mesh, arguments, results, result_roles)
-        return (
-            mesh,
-            jax_compat.on_shards(local),
-            results_shardings,
-            shardings(mesh, arguments, tuple(arguments), roles),
-        )
+        return mesh, local, results_shardings, shardings(mesh, arguments, tuple(arguments), roles)
 
     def infer(mesh: Mesh, arguments: Sequence[Any], results: Any) -> Any:
         return shardings(mesh, arguments, results, result_roles)
@@ -92,7 +87,9 @@ def lower(
         return _sharding_rule(mesh, operand_shapes, result_shapes, roles, result_roles)
 
     call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
-    call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
+    call.def_partition(
+        jax_compat.on_shards(partition), infer_sharding_from_operands=infer, sharding_rule=rule
+    )
     return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
 
 

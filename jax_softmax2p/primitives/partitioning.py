@@ -66,7 +66,9 @@ def lower(
         return _sharding_rule(operand_shapes, [tuple(t.shape) for t in result_types], axis)
 
     call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
-    call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
+    call.def_partition(
+        jax_compat.on_shards(partition), infer_sharding_from_operands=infer, sharding_rule=rule
+    )
     return mlir.lower_fun(call, multiple_results=primitive.multiple_results)(ctx, *operands)
 
 
@@ -100,7 +102,7 @@ def _partition_by_names(
         return primitive.bind(*operands, **local_params)
 
     sharding = lambda array: _sharding_like(x, mesh, entries, array.shape, axis)
-    return mesh, jax_compat.on_shards(local), jax.tree.map(sharding, results), tuple(map(sharding, arguments))
+    return mesh, local, jax.tree.map(sharding, results), tuple(map(sharding, arguments))
 
 
 def _partition_without_names(
@@ -120,7 +122,7 @@ def _partition_without_names(
     )
     fits = common_shard_places(arrays, dimensions) is not None
     sharding = (lambda a: a.sharding) if fits else (lambda a: jax_compat.replicated(a.sharding))
-    local = jax_compat.on_shards(lambda *operands: primitive.bind(*operands, **params))
+    local = lambda *operands: primitive.bind(*operands, **params)
     return mesh, local, jax.tree.map(sharding, results), tuple(sharding(a) for a in arguments)
 
 
